@@ -1,0 +1,52 @@
+# Every target sets up what it needs; the second call finds it ready.
+#   make test PYTHON=python3.12    another Python, 3.10 or newer
+#   make test AHA_BUILD=cuda       what to compile: auto, cpu, cuda or none (see setup.py)
+#   make test ARGS="-k native"     passed on to pytest, or to aha demo
+PYTHON ?= python3
+AHA_BUILD ?= $(if $(shell nvidia-smi -L 2>/dev/null),auto,cpu)
+ARGS ?=
+VENV := .venv
+PY := $(VENV)/bin/python
+INSTALLED := $(VENV)/.installed
+BUILT := $(VENV)/.built-$(AHA_BUILD)
+export AHA_BUILD
+
+.PHONY: demo test bench wheel lint clean
+
+demo: $(BUILT)
+	$(VENV)/bin/aha demo $(ARGS)
+
+test: $(BUILT)
+	$(PY) -m pytest $(ARGS)
+
+bench: $(BUILT)
+	@if ls bench/test_*.py >/dev/null 2>&1; then $(PY) -m pytest bench $(ARGS); \
+	else echo "there are no benchmarks yet: the suite comes with bench/"; fi
+
+# build/lib is never cleaned by setuptools: what a module left there would be shipped
+wheel: $(INSTALLED)
+	rm -rf build/lib* build/bdist*
+	$(PY) -m pip wheel . --no-deps --no-build-isolation -w dist
+
+# mypy reads a tree laid out as it installs, where kernels/ is aha/kernels/
+lint: $(INSTALLED)
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	@rm -rf build/lint && mkdir -p build/lint/aha
+	@cd build/lint/aha && ln -s ../../../aha/* . && ln -s ../../../kernels kernels
+	$(VENV)/bin/mypy
+
+clean:
+	rm -rf build dist *.egg-info aha/*.so $(VENV)/.built-* .mypy_cache .pytest_cache .ruff_cache
+
+$(INSTALLED): pyproject.toml setup.py constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 10) or sys.exit("aha needs Python 3.10 or newer, $(PYTHON) is %d.%d; name another with PYTHON=..." % v[:2])'
+	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install -c constraints.txt setuptools wheel ninja torch
+	AHA_BUILD=none $(PY) -m pip install -c constraints.txt --no-build-isolation -e ".[dev]"
+	@touch $@
+
+# not by pip: it would hide the warnings and compile everything again
+$(BUILT): $(INSTALLED) $(wildcard csrc/*.* csrc/*/*.*)
+	$(PY) setup.py -q build_ext --inplace
+	@rm -f $(VENV)/.built-* && touch $@

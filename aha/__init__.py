@@ -1,0 +1,44 @@
+"""Learned visual attribution: which pixels made a frozen image classifier decide as it did.
+
+Names are imported on first use, so that ``import aha`` and ``import aha.kernels`` stay light.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from ._version import __version__
+
+if TYPE_CHECKING:
+    from . import attributors, data, kernels, metrics, references, regions, report
+    from .classifier import Classifier
+    from .explainer import Explainer
+    from .objective import Objective
+    from .refinement import refine
+    from .training import TrainConfig, Trainer
+
+_NAMES = {
+    "Classifier": "classifier",
+    "Explainer": "explainer",
+    "Objective": "objective",
+    "TrainConfig": "training",
+    "Trainer": "training",
+    "refine": "refinement",
+}
+_MODULES = ("attributors", "data", "kernels", "metrics", "references", "regions", "report")
+
+__all__ = ["__version__", *_NAMES, *_MODULES]  # noqa: PLE0604
+
+
+def __getattr__(name: str) -> Any:
+    if name in _NAMES:
+        value = getattr(importlib.import_module(f".{_NAMES[name]}", __name__), name)
+    elif name in _MODULES:
+        value = importlib.import_module(f".{name}", __name__)
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,133 @@
+"""DPT decoder with a class embedding, and the head that refinement adapts (paper §3.5)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """Widths of the decoder; the defaults are the paper's.
+
+    Attributes:
+        embedding: size of the learned class embedding.
+        width: channels of the fusion blocks.
+        head: channels of the finest map.
+        strides: pixels per cell of the four levels, fine to coarse.
+    """
+
+    embedding: int = 1024
+    width: int = 256
+    head: int = 128
+    strides: tuple[int, int, int, int] = (4, 8, 16, 32)
+
+
+class Decoder(nn.Module):
+    """Four feature maps and a class → one attribution map."""
+
+    def __init__(self, channels: Sequence[int], num_classes: int, config: DecoderConfig):
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(num_classes, config.embedding)
+        nn.init.normal_(self.embedding.weight, std=0.02)
+        self.levels = nn.ModuleList(Level(c, config.embedding, config.width) for c in channels)
+        self.fusions = nn.ModuleList(Fusion(config.width, deepest=i == 3) for i in range(len(channels)))
+        self.finest = nn.Conv2d(config.width, config.head, 3, padding=1)
+        self.head = Head(config.head)
+
+    def dense(self, features: Sequence[Tensor], target: Tensor, size: tuple[int, int]) -> Tensor:
+        """The finest map (N, head, h, w) before the head, for images of ``size``.
+
+        ``target`` is (B,), or (B, M) for M maps per image: N = B·M, image-major.
+        """
+        repeats = target.shape[1] if target.ndim == 2 else 1
+        condition = self.embedding(target.flatten())
+        x: Tensor | None = None
+        for i in reversed(range(len(self.levels))):
+            stride = self.config.strides[i]
+            grid = (-(-size[0] // stride), -(-size[1] // stride))
+            level = self.levels[i](features[i], condition, repeats)
+            level = F.interpolate(level, grid, mode="bilinear", align_corners=False)
+            x = self.fusions[i](level, x)
+        return self.finest(x)
+
+    def forward(self, features: Sequence[Tensor], target: Tensor, size: tuple[int, int]) -> Tensor:
+        """Attribution (N, 1, H, W) on the raw scale."""
+        return upsample(self.head(self.dense(features, target, size)), size)
+
+
+class Level(nn.Module):
+    """concat(feature, class embedding) → linear → GELU → project.
+
+    The linear map of the concatenation is the sum of two, so the one over the features runs once for all classes.
+    """
+
+    def __init__(self, channels: int, embedding: int, width: int):
+        super().__init__()
+        self.feature = nn.Conv2d(channels, channels, 1)
+        self.condition = nn.Linear(embedding, channels, bias=False)
+        self.project = nn.Conv2d(channels, width, 1)
+
+    def forward(self, feature: Tensor, condition: Tensor, repeats: int) -> Tensor:
+        x = self.feature(feature)
+        if repeats > 1:
+            x = x.repeat_interleave(repeats, dim=0)
+        return self.project(F.gelu(x + self.condition(condition)[:, :, None, None]))
+
+
+class Fusion(nn.Module):
+    """Add a level to the deeper result (bilinear ×2 to its size) and refine."""
+
+    def __init__(self, width: int, deepest: bool):
+        super().__init__()
+        self.lateral = None if deepest else ResidualUnit(width)
+        self.refine = ResidualUnit(width)
+        self.out = nn.Conv2d(width, width, 1)
+
+    def forward(self, level: Tensor, deeper: Tensor | None) -> Tensor:
+        x = level
+        if self.lateral is not None and deeper is not None:
+            x = self.lateral(level) + F.interpolate(
+                deeper, level.shape[-2:], mode="bilinear", align_corners=False
+            )
+        return self.out(self.refine(x))
+
+
+class ResidualUnit(nn.Module):
+    """x + conv(relu(conv(relu(x))))."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.conv1 = nn.Conv2d(width, width, 3, padding=1)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.conv2(F.relu(self.conv1(F.relu(x))))
+
+
+class Head(nn.Sequential):
+    """Depthwise-separable conv and 3×3 conv, each with GELU and batch norm, then one channel."""
+
+    def __init__(self, width: int):
+        last = nn.Conv2d(width, 1, 1)
+        nn.init.normal_(last.weight, std=0.01)
+        nn.init.zeros_(last.bias)
+        super().__init__(
+            nn.Conv2d(width, width, 3, padding=1, groups=width),
+            nn.Conv2d(width, width, 1),
+            nn.GELU(),
+            nn.BatchNorm2d(width),
+            nn.Conv2d(width, width, 3, padding=1),
+            nn.GELU(),
+            nn.BatchNorm2d(width),
+            last,
+        )
+
+
+def upsample(maps: Tensor, size: tuple[int, int]) -> Tensor:
+    """(N,1,h,w) → (N,1,H,W), bilinear."""
+    return F.interpolate(maps, size, mode="bilinear", align_corners=False)

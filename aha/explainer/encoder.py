@@ -1,0 +1,204 @@
+"""Any timm or transformers backbone as a frozen encoder: images → four feature maps."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..classifier import Classifier, HFLogits, load_weights, numbers, read_weights
+
+LEVELS = 4
+
+
+class Encoder(nn.Module):
+    """A frozen backbone: (B,3,H,W) RGB in [0,1] → four maps (B,C_l,h_l,w_l), shallow to deep.
+
+    Images whose size is not a multiple of the patch (or of the deepest stride) are padded at the right and bottom by
+    repeating the edge; `padded_size` says to what.
+
+    Attributes:
+        channels: C_l of the four maps.
+        multiple: H and W are padded to a multiple of this many pixels.
+        source: how to make it again (written into saved explainers).
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self,
+        module: nn.Module,
+        mean: Sequence[float],
+        std: Sequence[float],
+        image_size: tuple[int, int],
+        source: dict[str, Any],
+        own: bool = True,
+    ):
+        super().__init__()
+        self.module = module.requires_grad_(False).eval() if own else module
+        self.register_buffer("mean", torch.as_tensor(mean, dtype=torch.float32).clone(), persistent=False)
+        self.register_buffer("std", torch.as_tensor(std, dtype=torch.float32).clone(), persistent=False)
+        self.source = source
+        self.multiple = _patch_size(module) or 32
+        self.indices = _levels(module)
+        device = next(module.parameters()).device
+        with torch.no_grad():
+            probe = self(torch.zeros(1, len(mean), *image_size, device=device))
+        self.channels = [level.shape[1] for level in probe]
+
+    def padded_size(self, height: int, width: int) -> tuple[int, int]:
+        """The size whose features `forward` returns."""
+        return tuple(-(-side // self.multiple) * self.multiple for side in (height, width))  # type: ignore[return-value]
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        height, width = images.shape[-2:]
+        full = self.padded_size(height, width)
+        pixels = (images - self.mean[:, None, None]) / self.std[:, None, None]
+        if full != (height, width):
+            pixels = F.pad(pixels, (0, full[1] - width, 0, full[0] - height), mode="replicate")
+        try:
+            levels = self._levels_of(pixels)
+        except AssertionError as error:  # how timm's fixed-size models refuse
+            raise ValueError(
+                f"encoder {self.source.get('name')} does not take {height}×{width} images ({error}): "
+                "resize them, or build the encoder for this size"
+            ) from error
+        return levels
+
+    def _levels_of(self, pixels: Tensor) -> list[Tensor]:
+        if isinstance(self.module, HFLogits):
+            return _hf_levels(_hf_backbone(self.module.model), pixels, self.multiple)
+        if not hasattr(self.module, "forward_intermediates"):
+            return _hf_levels(self.module, pixels, self.multiple)
+        arguments = {"indices": self.indices, "output_fmt": "NCHW", "intermediates_only": True}
+        return list(self.module.forward_intermediates(pixels, norm=True, **arguments))
+
+    def train(self, mode: bool = True) -> Encoder:
+        """A frozen encoder stays in evaluation mode."""
+        return super().train(False)
+
+
+def build(
+    name: str | None,
+    classifier: Classifier,
+    weights: str | Path | None = None,
+    pretrained: bool | None = None,
+    image_size: tuple[int, int] | None = None,
+) -> Encoder:
+    """An encoder by name.
+
+    Args:
+        name: a timm model (``"vit_large_patch16_dinov3.lvd1689m"``), a transformers one (``"hf:facebook/dinov2-base"``, or
+            ``"hf:"`` and a local folder), or None: the classifier's own features.
+        classifier: the classifier under explanation.
+        weights: local file for a timm model instead of the hub.
+        pretrained: load hub weights; default: yes unless ``weights`` is given.
+        image_size: (H, W) it will see; default that of the classifier.
+    """
+    size = image_size or classifier.input_size
+    if name is None:
+        source: dict[str, Any] = {"kind": "classifier", "name": classifier.name}
+        mean, std = classifier.mean.tolist(), classifier.std.tolist()
+        return Encoder(classifier.module, mean, std, size, source, own=False)
+    if name.startswith("hf:"):
+        return _build_hf(name.removeprefix("hf:"), size)
+    return _build_timm(name, weights, weights is None if pretrained is None else pretrained, size)
+
+
+def _build_timm(name: str, weights: str | Path | None, pretrained: bool, size: tuple[int, int]) -> Encoder:
+    import timm
+
+    if not timm.is_model(name):
+        raise ValueError(f"timm has no model {name!r}: see timm.list_models(), or write hf:… for transformers")
+    try:  # transformers interpolate their position embedding to the size at hand
+        module = timm.create_model(name, pretrained=pretrained, num_classes=0, dynamic_img_size=True)
+    except TypeError:
+        try:
+            module = timm.create_model(name, pretrained=pretrained, num_classes=0, img_size=size)
+        except TypeError:  # convolutional networks take any size
+            module = timm.create_model(name, pretrained=pretrained, num_classes=0)
+    if not hasattr(module, "forward_intermediates"):
+        raise ValueError(f"timm's {name} gives no intermediate features: choose a ViT, ConvNeXt, Swin or ResNet")
+    config = timm.data.resolve_model_data_config(module)
+    mean, std = config["mean"], config["std"]
+    if weights is not None:
+        state, metadata = read_weights(weights)
+        own = module.state_dict()
+        # a classifier's weights serve as encoder: its head is not needed
+        heads = [key for key in state if key not in own and key.startswith(("head", "fc", "classifier"))]
+        load_weights(module, {key: value for key, value in state.items() if key not in heads}, weights)
+        mean, std = numbers(metadata.get("mean"), mean), numbers(metadata.get("std"), std)
+    source: dict[str, Any] = {"kind": "timm", "name": name}
+    if weights is not None:
+        source["weights"] = str(weights)
+    if not pretrained and weights is None:
+        source["pretrained"] = False
+    return Encoder(module, mean, std, size, source)
+
+
+def _build_hf(name: str, size: tuple[int, int]) -> Encoder:
+    from transformers import AutoImageProcessor, AutoModel
+
+    module = AutoModel.from_pretrained(name)
+    try:
+        processor = AutoImageProcessor.from_pretrained(name)
+        mean, std = processor.image_mean, processor.image_std
+    except OSError:  # weights without a preprocessor file: ImageNet's statistics, as most of them
+        mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    return Encoder(module, mean, std, size, {"kind": "hf", "name": name})
+
+
+def _patch_size(module: nn.Module) -> int | None:
+    """Patch of a plain ViT in pixels; None for hierarchical networks."""
+    if isinstance(module, HFLogits):
+        module = module.model
+    config = getattr(module, "config", None)
+    if config is not None:  # transformers
+        hierarchical = hasattr(config, "depths")
+        patch = None if hierarchical else getattr(config, "patch_size", None)
+    else:
+        reductions = [info["reduction"] for info in getattr(module, "feature_info", [])]
+        patch = reductions[0] if len(reductions) > 1 and len(set(reductions)) == 1 else None
+    return int(patch[0] if isinstance(patch, Sequence) else patch) if patch else None
+
+
+def _levels(module: nn.Module) -> list[int]:
+    """Four depths: quarters of a plain ViT (DPT's 4, 11, 17, 23 for 24 blocks), the last four stages otherwise."""
+    depth = len(getattr(module, "feature_info", []))
+    if _patch_size(module) is None:
+        return list(range(max(0, depth - LEVELS), depth))
+    return quarters(depth) if depth else []
+
+
+def quarters(depth: int) -> list[int]:
+    """Four block indices spread over ``depth`` blocks, the last one included; a shallow network repeats some."""
+    if depth == 24:
+        return [4, 11, 17, 23]
+    return [max(0, round((i + 1) * depth / LEVELS) - 1) for i in range(LEVELS)]
+
+
+def _hf_backbone(model: nn.Module) -> nn.Module:
+    return getattr(model, getattr(model, "base_model_prefix", ""), model)
+
+
+def _hf_levels(model: nn.Module, pixels: Tensor, patch: int) -> list[Tensor]:
+    options = {"output_hidden_states": True}
+    if "interpolate_pos_encoding" in inspect.signature(model.forward).parameters:
+        options["interpolate_pos_encoding"] = True
+    out = model(pixel_values=pixels, **options)
+    hidden = getattr(out, "reshaped_hidden_states", None) or out.hidden_states
+    if hidden[0].ndim == 4:  # hierarchical: stem and stages
+        return list(hidden[-LEVELS:])
+    norm = getattr(model, "layernorm", None) or getattr(model, "norm", None) or nn.Identity()
+    rows, cols = pixels.shape[-2] // patch, pixels.shape[-1] // patch
+    levels = []
+    for index in quarters(len(hidden) - 1):
+        tokens = norm(hidden[index + 1])[:, -rows * cols :]  # class and register tokens come first
+        levels.append(tokens.mT.reshape(len(tokens), -1, rows, cols))
+    return levels

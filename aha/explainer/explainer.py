@@ -1,0 +1,239 @@
+"""The explainer: one forward pass from an image and a class to a dense attribution map."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import tempfile
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import precision as mixed
+from .._version import __version__
+from ..classifier import Classifier, from_source, load_weights, read_weights
+from .decoder import Decoder, DecoderConfig, upsample
+from .encoder import Encoder
+from .encoder import build as build_encoder
+
+FORMAT = 1
+CONFIG_FILE, WEIGHTS_FILE = "config.json", "decoder.safetensors"
+
+
+class Explainer(nn.Module):
+    """Frozen encoder and trained decoder that explain one classifier.
+
+    >>> explainer = aha.Explainer.build(clf, encoder="vit_large_patch16_dinov3.lvd1689m")
+    >>> maps = explainer.attribute(images)          # (B,1,H,W), higher = more important
+
+    Attributes:
+        encoder, decoder: see `aha.explainer.encoder` and `aha.explainer.decoder`; only the decoder trains.
+        classifier: the classifier it explains.
+        settings: what it was trained with and refinement continues with: ``temperature`` (final τ), ``scores`` and ``cells``.
+    """
+
+    def __init__(self, encoder: Encoder, decoder: Decoder, classifier: Classifier, settings: dict[str, Any]):
+        super().__init__()
+        self.encoder = encoder
+        self.decoder = decoder
+        # not a submodule: it has its own life, and must not enter state dicts or DDP buckets
+        object.__setattr__(self, "classifier", classifier)
+        self.settings = settings
+
+    classifier: Classifier
+
+    @classmethod
+    def build(
+        cls,
+        classifier: Classifier,
+        encoder: str | None = None,
+        encoder_weights: str | Path | None = None,
+        pretrained: bool | None = None,
+        decoder: DecoderConfig | None = None,
+        image_size: tuple[int, int] | None = None,
+    ) -> Explainer:
+        """An untrained explainer for ``classifier``.
+
+        Args:
+            encoder: timm name, ``hf:`` and a transformers name or folder, or None for the classifier's own features.
+            encoder_weights: local weights file for a timm encoder.
+            pretrained: load hub weights for a timm encoder (default: unless a file is given).
+            decoder: widths; default the paper's.
+            image_size: (H, W); default the classifier's.
+        """
+        made = build_encoder(encoder, classifier, encoder_weights, pretrained, image_size)
+        config = decoder or DecoderConfig()
+        head = Decoder(made.channels, classifier.num_classes, config)
+        settings = {"temperature": 0.005, "scores": "standardized", "cells": None}
+        return cls(made, head, classifier, settings).to(classifier.device)
+
+    def features(self, images: Tensor, precision: str = "fp32") -> list[Tensor]:
+        """Encoder features in float32, without gradient."""
+        with torch.no_grad(), mixed.autocast(precision, images.device):
+            return [level.float() for level in self.encoder(images)]
+
+    def forward(self, images: Tensor, target: Tensor, precision: str = "fp32") -> Tensor:
+        """(B,C,H,W) in [0,1] and target (B,) or (B,M) → maps (B·M,1,H,W), image-major, on the raw scale."""
+        size = images.shape[-2:]
+        full = self.encoder.padded_size(*size)
+        maps = self.decoder(self.features(images, precision), target, full)
+        return maps[..., : size[0], : size[1]]
+
+    def dense(self, images: Tensor, target: Tensor, precision: str = "fp32") -> Tensor:
+        """The map (B,c,h,w) that `head_maps` turns into an attribution; what refinement keeps fixed."""
+        full = self.encoder.padded_size(*images.shape[-2:])
+        return self.decoder.dense(self.features(images, precision), target, full)
+
+    def head_maps(self, raw: Tensor, size: tuple[int, int]) -> Tensor:
+        """The head's output (B,1,h,w) → maps (B,1,H,W) for images of ``size``."""
+        return upsample(raw, self.encoder.padded_size(*size))[..., : size[0], : size[1]]
+
+    @torch.no_grad()
+    def attribute(
+        self,
+        images: Tensor,
+        target: Tensor | Sequence[int] | int | None = None,
+        internal_batch_size: int = 64,
+    ) -> Tensor:
+        """Attribution maps in one forward pass.
+
+        Args:
+            images: (B,C,H,W) RGB in [0,1].
+            target: class per image, one int for all, or None: the classifier's prediction.
+            internal_batch_size: images per pass.
+
+        Returns:
+            (B,1,H,W) float32, raw scale, higher = more important.
+
+        Raises:
+            ValueError: for images or targets outside the contract.
+        """
+        self.classifier.check(images)
+        target = self.classifier.resolve_target(images, target)
+        training = self.training
+        self.eval()
+        try:
+            parts = zip(images.split(internal_batch_size), target.split(internal_batch_size), strict=True)
+            return torch.cat([self(image, classes) for image, classes in parts])
+        finally:
+            self.train(training)
+
+    def save_pretrained(self, path: str | Path) -> Path:
+        """Write ``config.json`` and ``decoder.safetensors`` (the trained part only) into the folder ``path``."""
+        from safetensors.torch import save
+
+        config = {
+            "format": FORMAT,
+            "aha": __version__,
+            "classifier": {
+                **self.classifier.source,
+                "num_classes": self.classifier.num_classes,
+                "input_size": list(self.classifier.input_size),
+                "fingerprint": fingerprint(self.classifier),
+            },
+            "encoder": self.encoder.source,
+            "decoder": dataclasses.asdict(self.decoder.config),
+            **self.settings,
+        }
+        path = Path(path)
+        path.mkdir(parents=True, exist_ok=True)
+        state = {key: value.detach().contiguous().cpu() for key, value in self.decoder.state_dict().items()}
+        write_atomically(path / WEIGHTS_FILE, save(state))
+        write_atomically(path / CONFIG_FILE, (json.dumps(config, indent=2) + "\n").encode())
+        return path
+
+    @classmethod
+    def from_pretrained(cls, path_or_hub_id: str | Path, classifier: Classifier | None = None) -> Explainer:
+        """Load what `save_pretrained` wrote, from a folder or the Hugging Face hub.
+
+        Args:
+            classifier: the classifier to explain; default: made again from the saved description. One that differs from
+                that of the training warns; one with another number of classes raises.
+        """
+        folder = _folder(path_or_hub_id)
+        try:
+            config = json.loads((folder / CONFIG_FILE).read_text())
+            saved, layout = dict(config["classifier"]), dict(config["decoder"])
+            settings = {key: config[key] for key in ("temperature", "scores", "cells")}
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"{folder} holds no {CONFIG_FILE}: give a folder written by save_pretrained") from error
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ValueError(f"{folder / CONFIG_FILE} is not an explainer's configuration ({error})") from error
+        if config.get("format") != FORMAT:
+            raise ValueError(f"{folder} has format {config.get('format')}, this version reads {FORMAT}: update aha")
+        mark, classes = saved.pop("fingerprint"), saved.pop("num_classes")
+        image_size = tuple(saved.pop("input_size"))
+        given = classifier is not None
+        classifier = classifier if classifier is not None else from_source(saved)
+        if classifier.num_classes != classes:
+            raise ValueError(
+                f"the explainer in {folder} was trained for {classes} classes, {classifier.name} has "
+                f"{classifier.num_classes}: give the classifier it was trained for"
+            )
+        if fingerprint(classifier) != mark:
+            origin = "given" if given else "made again"
+            warnings.warn(
+                f"the classifier {origin} ({classifier.name}) is not the one this explainer was trained for "
+                f"({saved.get('name')}): its maps may be unfaithful until refined",
+                stacklevel=2,
+            )
+        source = config["encoder"]
+        if source["kind"] == "classifier":
+            encoder = build_encoder(None, classifier, image_size=image_size)
+        elif source["kind"] == "hf":
+            encoder = build_encoder(f"hf:{source['name']}", classifier, image_size=image_size)
+        else:
+            encoder = build_encoder(
+                source["name"], classifier, source.get("weights"), source.get("pretrained"), image_size
+            )
+        layout["strides"] = tuple(layout["strides"])
+        decoder = Decoder(encoder.channels, classes, DecoderConfig(**layout))
+        state, _ = read_weights(folder / WEIGHTS_FILE)
+        load_weights(decoder, state, folder / WEIGHTS_FILE)
+        return cls(encoder, decoder, classifier, settings).to(classifier.device).eval()
+
+
+def _folder(path_or_hub_id: str | Path) -> Path:
+    path = Path(path_or_hub_id)
+    if path.is_dir():
+        return path
+    name = str(path_or_hub_id)
+    if name.count("/") != 1 or name.startswith((".", "/")):
+        raise FileNotFoundError(f"no folder {path}: give a folder written by save_pretrained, or a hub id user/name")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=[CONFIG_FILE, WEIGHTS_FILE]))
+    except Exception as error:  # the hub's own errors span several hierarchies
+        reason = str(error).splitlines()[0]
+        raise FileNotFoundError(f"{name} is neither a local folder nor on the hub ({reason})") from error
+
+
+def fingerprint(module: nn.Module) -> str:
+    """A short hash of a module's parameters (their names, shapes and first values), to tell two classifiers apart."""
+    digest = hashlib.sha256()
+    for name, parameter in sorted(module.named_parameters()):
+        digest.update(f"{name}{tuple(parameter.shape)}".encode())
+        digest.update(parameter.detach().flatten()[:256].float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file so that readers see the old one or the new one, never a part."""
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise

@@ -1,0 +1,202 @@
+"""The training objective: deletion and insertion AUC of soft masks, streamed (paper §3.1–3.4)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import kernels
+from .classifier import Classifier
+from .precision import autocast
+from .regions import Regions
+
+SCORE_SCALES = ("standardized", "free")
+
+
+class Losses(NamedTuple):
+    """What `Objective` returns, one value per image (B,); only ``loss`` carries a gradient."""
+
+    loss: Tensor
+    deletion: Tensor
+    insertion: Tensor
+    regularizer: Tensor
+
+
+@dataclass(frozen=True)
+class Objective:
+    """L = λ_del·delAUC − λ_ins·insAUC + λ_reg·R over S evenly spaced fractions, both ends included (paper eq. 6).
+
+    Perturbed images are streamed: for every chunk perturb → classifier → backward to the masks at once, and only ∂L/∂mask
+    is kept. Memory is set by ``chunk``, not by S. The end points are f(I) and f(I0), constants that are evaluated once
+    and never back-propagated.
+
+    Attributes:
+        fractions: S ≥ 3.
+        scores: "standardized" (each map to mean ½, standard deviation 0.29) or "free" (raw, as published).
+        n_iters: Sinkhorn iterations.
+        chunk: perturbed images in memory at a time; None keeps all of them and lets autograd do the rest.
+        precision: of the classifier's passes, "auto" | "bf16" | "fp32".
+    """
+
+    classifier: Classifier
+    fractions: int = 16
+    weight_deletion: float = 1.0
+    weight_insertion: float = 1.0
+    weight_regularizer: float = 2.5e-3
+    scores: str = "standardized"
+    n_iters: int = 30
+    chunk: int | None = 128
+    precision: str = "fp32"
+    backend: str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.scores not in SCORE_SCALES:
+            raise ValueError(f"scores={self.scores!r} is not known: choose one of {', '.join(SCORE_SCALES)}")
+        if self.fractions < 3:
+            raise ValueError(f"fractions={self.fractions}: at least 3, the two ends have no gradient")
+        if self.chunk is not None and self.chunk < 2:
+            raise ValueError(f"chunk={self.chunk}: at least 2, one deleted and one inserted image")
+
+    def region_scores(self, maps: Tensor, regions: Regions) -> Tensor:
+        """(B,1,H,W) → (B,K) scores that are ranked."""
+        return regions.pool(standardize(maps) if self.scores == "standardized" else maps)
+
+    def __call__(
+        self,
+        images: Tensor,
+        maps: Tensor,
+        target: Tensor,
+        references: Sequence[Tensor],
+        regions: Regions,
+        tau: float | Tensor,
+        noise: float = 0.0,
+        seed: int | None = None,
+    ) -> Losses:
+        """Loss of attribution ``maps`` (B,1,H,W) for ``images`` (B,C,H,W) in [0,1].
+
+        Args:
+            target: (B,), or (B,M): the mean over M classes that share a map.
+            references: reference images (B,C,H,W); their losses are averaged.
+            regions: the grid on which the maps are ranked.
+            tau, noise, seed: of the soft permutation, see `aha.kernels.soft_topk_masks`.
+        """
+        fractions = torch.linspace(0, 1, self.fractions, dtype=torch.float64)[1:-1]
+        maps = full_precision(maps)
+        scores = self.region_scores(maps, regions)
+        masks = kernels.soft_topk_masks(
+            scores, fractions, tau, self.n_iters, noise, seed, backend=self.backend
+        )
+        target = target if target.ndim == 2 else target[:, None]
+        upsampler = regions.upsampler(device=images.device)
+        curve, deletion, insertion = self._curves(images, masks, target, references, upsampler)
+        penalty = sharpness(standardize(maps) if self.scores == "standardized" else maps)
+        return Losses(curve + self.weight_regularizer * penalty, deletion, insertion, penalty.detach())
+
+    def _curves(self, images, masks, target, references, upsampler) -> tuple[Tensor, Tensor, Tensor]:
+        step = 1 / (self.fractions - 1)
+        with torch.no_grad(), autocast(self.precision, images.device):
+            ends = self._confidence(self.classifier.normalize(images), target)
+            for reference in references:
+                ends = ends + self._confidence(self.classifier.normalize(reference), target) / len(references)
+        ends = ends * (step / 2)
+        if self.chunk is None:
+            interior = self._unstreamed(images, masks, target, references, upsampler)
+        else:
+            interior = _Streamed.apply(masks, self, images, target, references, upsampler)
+        loss, deletion, insertion = interior
+        ends_loss = (self.weight_deletion - self.weight_insertion) * ends
+        return loss * step + ends_loss, deletion * step + ends, insertion * step + ends
+
+    def _confidence(self, pixels: Tensor, target: Tensor) -> Tensor:
+        logits = self.classifier.forward_normalized(pixels)
+        return full_precision(logits).softmax(dim=-1).gather(1, target).mean(dim=1)
+
+    def _pair(self, images, reference, masks, target, upsampler) -> tuple[Tensor, Tensor]:
+        """Confidence sums over the given fractions for deletion and insertion: two tensors (B,)."""
+        clf = self.classifier
+        batch, steps = masks.shape[:2]
+        deleted, inserted = kernels.perturb(
+            images, reference, masks, upsampler, clf.mean, clf.std, backend=self.backend
+        )
+        pixels = torch.cat([deleted.flatten(0, 1), inserted.flatten(0, 1)])
+        repeated = target.repeat_interleave(steps, dim=0).repeat(2, 1)
+        confidence = self._confidence(pixels, repeated).view(2, batch, steps).sum(dim=-1)
+        return confidence[0], confidence[1]
+
+    def _unstreamed(self, images, masks, target, references, upsampler) -> tuple[Tensor, Tensor, Tensor]:
+        deletion = insertion = masks.new_zeros(len(images))
+        with autocast(self.precision, images.device):
+            for reference in references:
+                removed, shown = self._pair(images, reference, masks, target, upsampler)
+                deletion = deletion + removed / len(references)
+                insertion = insertion + shown / len(references)
+        loss = self.weight_deletion * deletion - self.weight_insertion * insertion
+        return loss, deletion.detach(), insertion.detach()
+
+
+class _Streamed(torch.autograd.Function):
+    """Interior of both curves; the gradient to the masks is made chunk by chunk in the forward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, masks, objective: Objective, images, target, references, upsampler):
+        batch, steps, _ = masks.shape
+        needs_grad = ctx.needs_input_grad[0]
+        assert objective.chunk is not None
+        images_at_once = min(batch, objective.chunk // 2)
+        steps_at_once = min(steps, max(1, objective.chunk // (2 * images_at_once)))
+        gradient = torch.zeros_like(masks) if needs_grad else None
+        deletion, insertion = masks.new_zeros(batch), masks.new_zeros(batch)
+        share = 1 / len(references)
+        with autocast(objective.precision, images.device):
+            for reference in references:
+                for first in range(0, batch, images_at_once):
+                    rows = slice(first, first + images_at_once)
+                    for start in range(0, steps, steps_at_once):
+                        cols = slice(start, start + steps_at_once)
+                        with torch.set_grad_enabled(needs_grad):
+                            part = masks[rows, cols].detach().requires_grad_(needs_grad)
+                            removed, shown = objective._pair(
+                                images[rows], reference[rows], part, target[rows], upsampler
+                            )
+                            loss = objective.weight_deletion * removed - objective.weight_insertion * shown
+                            if gradient is not None:
+                                (piece,) = torch.autograd.grad(share * loss.sum(), part)
+                                gradient[rows, cols] += piece
+                        deletion[rows] += share * removed.detach()
+                        insertion[rows] += share * shown.detach()
+        ctx.gradient = gradient
+        loss = objective.weight_deletion * deletion - objective.weight_insertion * insertion
+        ctx.mark_non_differentiable(deletion, insertion)
+        return loss, deletion, insertion
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Tensor):
+        return ctx.gradient * grads[0][:, None, None], None, None, None, None, None
+
+
+def full_precision(values: Tensor) -> Tensor:
+    """Half precision becomes float32; float32 and float64 stay."""
+    return values if values.dtype == torch.float64 else values.float()
+
+
+def standardize(maps: Tensor) -> Tensor:
+    """(B,1,H,W) → each map with mean ½ and standard deviation 0.29, that of uniform rank targets on [0, 1]."""
+    maps = full_precision(maps)
+    spread, mean = torch.var_mean(maps, dim=(1, 2, 3), keepdim=True, correction=0)
+    # a constant map has no order: it stays at ½ with a finite gradient
+    return 0.5 + 0.29 * (maps - mean) * torch.rsqrt(spread + 1e-12)
+
+
+def sharpness(maps: Tensor) -> Tensor:
+    """R (B,): mean of relu(A − box-mean(A))², reflect padding, box of 15 px at 224, scaled with the image (paper §3.4)."""
+    side = min(maps.shape[-2:])
+    radius = max(1, round(15 * side / 224) // 2)
+    padded = F.pad(maps, (radius,) * 4, mode="reflect")
+    smooth = F.avg_pool2d(padded, 2 * radius + 1, stride=1)
+    return F.relu(maps - smooth).square().mean(dim=(1, 2, 3))

@@ -1,0 +1,112 @@
+"""Regions: one map from pixels to grid cells, which serves both pooling and upsampling (paper §3.3)."""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .kernels import Taps, Upsampler
+from .references import gaussian
+
+
+@dataclass(frozen=True)
+class Regions:
+    """A grid laid over H×W pixels.
+
+    Attributes:
+        row_index: (H,) int64, the grid row of every pixel row; ascending, every row of the grid occurs.
+        col_index: (W,) int64, likewise for columns.
+        rows, cols: size of the grid; K = rows · cols, row-major.
+    """
+
+    row_index: Tensor
+    col_index: Tensor
+    rows: int
+    cols: int
+
+    @property
+    def count(self) -> int:
+        """K, the number of regions."""
+        return self.rows * self.cols
+
+    def cell_index(self) -> Tensor:
+        """(H, W) int64: the region of every pixel."""
+        return self.row_index[:, None] * self.cols + self.col_index
+
+    def pool(self, maps: Tensor) -> Tensor:
+        """(B,1,H,W) → (B,K): mean of the map over every region, in the maps' precision."""
+        with torch.autocast(maps.device.type, enabled=False):
+            vertical = _pooling(self.row_index, self.rows).to(maps)
+            horizontal = _pooling(self.col_index, self.cols).to(maps)
+            return (vertical @ maps[:, 0] @ horizontal.mT).flatten(1)
+
+    def upsampler(self, sigma: float = 1.0, kernel: int = 7, device: torch.device | str = "cpu") -> Upsampler:
+        """Cells back to pixels: nearest, then a Gaussian with reflect padding (``sigma=0``: nearest only)."""
+        return Upsampler(
+            _taps(self.row_index, self.rows, sigma, kernel), _taps(self.col_index, self.cols, sigma, kernel)
+        ).to(device)
+
+
+def grid(
+    height: int, width: int, cells: int | tuple[int, int], offset: tuple[float, float] = (0.0, 0.0)
+) -> Regions:
+    """A grid of ``cells`` (rows, or (rows, cols)) over height×width pixels, shifted by ``offset`` in cells (|offset| ≤ ½).
+
+    One number makes nearly square cells: that many along the shorter side. A shift narrows the first cell and widens the
+    last, or the other way round; the number of regions stays.
+    """
+    if isinstance(cells, int):
+        short = min(height, width)
+        cells = (max(1, round(cells * height / short)), max(1, round(cells * width / short)))
+    rows, cols = cells
+    if not (1 <= rows <= height and 1 <= cols <= width):
+        raise ValueError(f"a grid of {rows}×{cols} cells does not fit {height}×{width} pixels: give 1 … one per pixel")
+    if max(abs(offset[0]), abs(offset[1])) > 0.5:
+        raise ValueError(f"offset={offset}: give at most half a cell, in [-0.5, 0.5]")
+    return Regions(_index(height, rows, offset[0]), _index(width, cols, offset[1]), rows, cols)
+
+
+def draw(
+    height: int,
+    width: int,
+    cells: tuple[int, int],
+    generator: torch.Generator,
+    offset: bool = True,
+) -> Regions:
+    """A random grid: rows uniform in ``cells`` (both ends included), offset uniform up to half a cell."""
+    low, high = cells
+    rows = int(torch.randint(low, high + 1, (), generator=generator))
+    shift = torch.rand(2, generator=generator) - 0.5 if offset else torch.zeros(2)
+    return grid(height, width, rows, (float(shift[0]), float(shift[1])))
+
+
+def _index(pixels: int, cells: int, offset: float) -> Tensor:
+    position = (torch.arange(pixels, dtype=torch.float64) + 0.5) * cells / pixels + offset
+    index = position.floor().long().clamp(0, cells - 1)
+    if len(index.unique()) != cells:  # cells of one or two pixels: a shift may empty one
+        return ((torch.arange(pixels, dtype=torch.float64) + 0.5) * cells / pixels).floor().long()
+    return index
+
+
+def _pooling(index: Tensor, cells: int) -> Tensor:
+    member = F.one_hot(index, cells).T.double()  # [cells, pixels]
+    return member / member.sum(dim=1, keepdim=True)
+
+
+def _taps(index: Tensor, cells: int, sigma: float, kernel: int) -> Taps:
+    return _cached_taps(tuple(index.tolist()), cells, sigma, kernel)
+
+
+@lru_cache(maxsize=512)
+def _cached_taps(index: tuple[int, ...], cells: int, sigma: float, kernel: int) -> Taps:
+    matrix = F.one_hot(torch.tensor(index), cells).double()  # [pixels, cells]
+    if sigma > 0:
+        radius = min(kernel // 2, len(index) - 1)
+        weights = gaussian(2 * radius + 1, sigma).double()
+        padded = F.pad(matrix.T[None], (radius, radius), mode="reflect")  # [1, cells, pixels + 2·radius]
+        matrix = F.conv1d(padded.transpose(0, 1), weights[None, None])[:, 0].T
+    width = int((matrix > 0).sum(dim=1).max())
+    weight, column = matrix.topk(width, dim=1)
+    return Taps(column, weight.float(), cells)

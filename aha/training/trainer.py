@@ -1,0 +1,389 @@
+"""Trains an explainer: deletion and insertion AUC through the differentiable ranking (paper §3, §4.1)."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from .. import kernels, references
+from ..classifier import Classifier
+from ..explainer import Explainer
+from ..objective import Objective
+from ..precision import uses_bf16
+from ..regions import draw, grid
+from . import checkpoint
+from .schedule import learning_rate, temperature
+
+# (start, end, schedule, noise): `free` as published, `standardized` as measured in bench/results
+TEMPERATURES = {"standardized": (0.05, 0.005, "geometric", 0.0), "free": (1.0, 0.3, "linear", 1.0)}
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Settings of a run; the defaults are the paper's unless marked otherwise.
+
+    Attributes:
+        output: folder for checkpoints, logs and the final explainer; None keeps nothing on disk.
+        epochs: passes over the data; ``steps`` overrides it.
+        batch_size: images per process and optimizer step.
+        accumulate: the batch is processed in this many parts, their gradients added.
+        lr, weight_decay, clip, warmup: AdamW, gradient norm, share of the steps.
+        fractions: S, points on the curves.
+        cells: range of the grid, cells along the shorter side; None scales 7…28 at 224 px with the image.
+        offset: shift the grid by up to half a cell.
+        scores: "standardized" (ours) or "free" (published); sets the default of ``tau`` and ``noise``.
+        tau: (start, end); noise: scale of the Gumbel noise.
+        targets: explained classes per image: 1 is the prediction; 2 adds the label where the prediction is wrong, else the
+            runner-up.
+        shared_map: one map, made for the first target, serves all targets (published); default: a map per target (ours).
+        references: one is drawn per batch.
+        chunk: perturbed images in memory at a time.
+        precision: of encoder and classifier, "auto" | "bf16" | "fp32".
+        log_every, save_every: in steps; 0 never saves before the end.
+    """
+
+    output: str | None = None
+    epochs: float = 1.0
+    steps: int | None = None
+    batch_size: int = 32
+    accumulate: int = 1
+    lr: float = 3e-4
+    weight_decay: float = 1e-3
+    clip: float = 1.0
+    warmup: float = 0.06
+    fractions: int = 16
+    cells: tuple[int, int] | None = None
+    offset: bool = True
+    scores: str = "standardized"
+    tau: tuple[float, float] | None = None
+    noise: float | None = None
+    n_iters: int = 30
+    weight_deletion: float = 1.0
+    weight_insertion: float = 1.0
+    weight_regularizer: float = 2.5e-3
+    targets: int = 2
+    shared_map: bool = False
+    references: tuple[str, ...] = references.REFERENCES
+    chunk: int = 128
+    precision: str = "auto"
+    seed: int = 42
+    workers: int = 0
+    log_every: int = 20
+    save_every: int = 500
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "accumulate", "log_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: give 1 or more")
+        if self.steps is not None and self.steps < 1:
+            raise ValueError(f"steps={self.steps}: give 1 or more")
+        if self.batch_size % self.accumulate:
+            raise ValueError(f"batch_size={self.batch_size} is not a multiple of accumulate={self.accumulate}")
+        if self.targets not in (1, 2):
+            raise ValueError(f"targets={self.targets}: give 1 (prediction) or 2 (with the label or runner-up)")
+        if self.scores not in TEMPERATURES:
+            raise ValueError(f"scores={self.scores!r} is not known: choose one of {', '.join(TEMPERATURES)}")
+        unknown = set(self.references) - set(references.REFERENCES)
+        if unknown or not self.references:
+            raise ValueError(
+                f"references={self.references}: choose one or more of {', '.join(references.REFERENCES)}"
+            )
+
+
+class Trainer:
+    """Trains the decoder of ``explainer`` to be faithful to ``classifier`` on the images of ``data``.
+
+    >>> aha.Trainer(explainer, clf, data, aha.TrainConfig(output="runs/vit_b16")).fit()
+
+    Every random draw (order of the data, grids, references, noise) is a function of the seed and the step, so a resumed run
+    continues bit for bit on the same machine.
+
+    Args:
+        data: a Dataset of dicts with "image" (C,H,W) in [0,1] and, where known, "label".
+    """
+
+    def __init__(self, explainer: Explainer, classifier: Classifier, data: Dataset, config: TrainConfig):
+        self.config = config
+        self.explainer = explainer
+        self.classifier = classifier
+        self.data = data
+        if len(data) == 0:  # type: ignore[arg-type]
+            raise ValueError("the data set is empty: give at least one image")
+        # every process steps with its own precision contexts, accelerate only distributes
+        self.accelerator = Accelerator(kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=True)])
+        device = self.accelerator.device
+        classifier.to(device)
+        explainer.to(device)
+        parameters = list(explainer.decoder.parameters())
+        optimizer = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay)
+        self.model, self.optimizer = self.accelerator.prepare(explainer, optimizer)
+        world = self.accelerator.num_processes
+        size = len(data)  # type: ignore[arg-type]
+        self.total = config.steps or max(1, round(config.epochs * size / (config.batch_size * world)))
+        start, end, self.tau_schedule, noise = TEMPERATURES[config.scores]
+        self.tau = config.tau or (start, end)
+        self.noise = noise if config.noise is None else config.noise
+        self.objective = Objective(
+            classifier,
+            fractions=config.fractions,
+            weight_deletion=config.weight_deletion,
+            weight_insertion=config.weight_insertion,
+            weight_regularizer=config.weight_regularizer,
+            scores=config.scores,
+            n_iters=config.n_iters,
+            chunk=config.chunk,
+            precision=config.precision,
+        )
+        self.step = 0
+        self.folder = Path(config.output) if config.output else None
+
+    def fit(self, resume: bool | str | Path = False, progress: bool = True) -> Explainer:
+        """Train to the last step and return the explainer, in evaluation mode.
+
+        Args:
+            resume: True continues from the newest checkpoint under ``output`` (from the start if there is none); a path
+                from that checkpoint.
+            progress: show a progress bar.
+        """
+        if resume:
+            self._resume(None if resume is True else Path(resume))
+        log = Log(self.folder if self.accelerator.is_main_process else None, self.step, self.total, progress)
+        self.model.train()
+        try:
+            for batch in self._loader():
+                record = self._train_step(batch)
+                self.step += 1
+                if self.step % self.config.log_every == 0 or self.step == self.total:
+                    log.write(self.step, {**self._averaged(record), **self._diagnose(batch)})
+                log.advance(len(batch["image"]) * self.accelerator.num_processes)
+                if self.config.save_every and self.step % self.config.save_every == 0:
+                    self._save()
+        finally:
+            log.close()
+        self.explainer.eval()
+        self.explainer.settings.update(
+            temperature=self.tau[1],
+            scores=self.config.scores,
+            cells=list(self._cells(self.data[0]["image"].shape[-2:])),
+        )
+        if self.folder is not None and self.accelerator.is_main_process:
+            if self.step and not (self.config.save_every and self.step % self.config.save_every == 0):
+                self._save()
+            self.explainer.save_pretrained(self.folder / "explainer")
+        self.accelerator.wait_for_everyone()
+        return self.explainer
+
+    def _loader(self) -> Iterator[dict[str, Any]]:
+        config = self.config
+        sampler = StepSampler(
+            len(self.data),  # type: ignore[arg-type]
+            config.batch_size,
+            range(self.step, self.total),
+            config.seed,
+            self.accelerator.process_index,
+            self.accelerator.num_processes,
+            getattr(self.data, "virtual_epochs", False),
+        )
+        device = self.accelerator.device
+        loader = DataLoader(
+            self.data, batch_sampler=sampler, num_workers=config.workers, pin_memory=device.type == "cuda"
+        )
+        for batch in loader:
+            self.classifier.check(batch["image"])
+            moved = {key: batch[key].to(device, non_blocking=True) for key in ("image", "label") if key in batch}
+            yield moved
+
+    def _train_step(self, batch: dict[str, Any]) -> dict[str, float]:
+        config = self.config
+        generator = torch.Generator().manual_seed(config.seed * 1_000_003 + self.step)
+        images = batch["image"]
+        regions = draw(*images.shape[-2:], self._cells(images.shape[-2:]), generator, config.offset)
+        choice = int(torch.randint(len(config.references), (), generator=generator))
+        seeds = torch.randint(2**62, (config.accumulate,), generator=generator) + self.accelerator.process_index
+        reference = references.make(config.references[choice], images, self.classifier.mean_colour)
+        tau = temperature(self.step, self.total, *self.tau, self.tau_schedule)
+        lr = learning_rate(self.step, self.total, config.lr, config.warmup)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        target = self._targets(images, batch.get("label"))
+        per_image = 1 if config.shared_map else target.shape[1]
+        totals = {"loss": 0.0, "deletion": 0.0, "insertion": 0.0, "scores_std": 0.0}
+        part_size = config.batch_size // config.accumulate
+        parts = zip(images.split(part_size), reference.split(part_size), target.split(part_size), strict=True)
+        for number, (image, blank, classes) in enumerate(parts):
+            maps = self.model(image, classes[:, :per_image], precision=config.precision)
+            if not config.shared_map:
+                image, blank = (x.repeat_interleave(per_image, dim=0) for x in (image, blank))
+                classes = classes.flatten()
+            out = self.objective(image, maps, classes, [blank], regions, tau, self.noise, int(seeds[number]))
+            share = len(out.loss) / (len(images) * per_image)
+            self.accelerator.backward(out.loss.mean() * share)
+            totals["loss"] += out.loss.detach().mean().item() * share
+            totals["deletion"] += out.deletion.mean().item() * share
+            totals["insertion"] += out.insertion.mean().item() * share
+            totals["scores_std"] += maps.detach().std(dim=(1, 2, 3)).mean().item() * share
+        norm = self.accelerator.clip_grad_norm_(self.explainer.decoder.parameters(), config.clip)
+        if not torch.isfinite(norm):
+            raise FloatingPointError(f"the gradient is not finite at step {self.step}: lower the learning rate")
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return {**totals, "grad_norm": float(norm), "lr": lr, "tau": tau}
+
+    @torch.no_grad()
+    def _targets(self, images: Tensor, label: Tensor | None) -> Tensor:
+        """(B, M): the prediction first, then the label where the prediction is wrong, else the runner-up."""
+        top = self.classifier(images).topk(2, dim=-1).indices
+        if self.config.targets == 1:
+            return top[:, :1]
+        second = top[:, 1]
+        if label is not None:
+            wrong = (label >= 0) & (label != top[:, 0])
+            second = torch.where(wrong, label, second)
+        return torch.stack([top[:, 0], second], dim=1)
+
+    def _cells(self, size: tuple[int, int]) -> tuple[int, int]:
+        return self.config.cells or default_cells(*size)
+
+    def _averaged(self, record: dict[str, float]) -> dict[str, float]:
+        values = torch.tensor(list(record.values()), device=self.accelerator.device)
+        return dict(zip(record, self.accelerator.reduce(values, "mean").tolist(), strict=True))
+
+    @torch.no_grad()
+    def _diagnose(self, batch: dict[str, Any]) -> dict[str, float]:
+        """Normalised row entropy of the soft permutation on a few images: 0 sorted, 1 uniform."""
+        images = batch["image"][:4]
+        self.explainer.eval()
+        maps = self.explainer(images, self._targets(images, None)[:, 0], precision=self.config.precision)
+        self.model.train()
+        cells = sum(self._cells(images.shape[-2:])) // 2
+        regions = grid(*images.shape[-2:], cells)
+        tau = temperature(self.step, self.total, *self.tau, self.tau_schedule)
+        scores = self.objective.region_scores(maps, regions)
+        rows = kernels.gumbel_sinkhorn(scores, tau, self.config.n_iters)
+        rows = rows / rows.sum(dim=-1, keepdim=True)
+        entropy = torch.special.entr(rows).sum(dim=-1).mean() / torch.log(torch.tensor(float(regions.count)))
+        return {"row_entropy": float(entropy)}
+
+    def _save(self) -> None:
+        if self.folder is None or not self.accelerator.is_main_process:
+            return
+        state = {"decoder": self.explainer.decoder.state_dict(), "optimizer": self.optimizer.state_dict()}
+        checkpoint.save(self.folder / "checkpoints", self.step, state, self._identity())
+
+    def _identity(self) -> dict[str, Any]:
+        """The settings that a resumed run must share, in JSON types."""
+        same = {k: v for k, v in dataclasses.asdict(self.config).items() if k not in ("output", "workers", "log_every")}
+        bf16 = uses_bf16(self.config.precision, self.accelerator.device)
+        return json.loads(json.dumps({**same, "total": self.total, "bf16": bf16}))
+
+    def _resume(self, path: Path | None) -> None:
+        if path is None:
+            if self.folder is None:
+                raise ValueError("resume needs an output folder: set TrainConfig.output")
+            found = checkpoint.available(self.folder / "checkpoints")
+            if not found:
+                return
+            path = found[-1]
+        step, state, config = checkpoint.load(path)
+        differs = [key for key, value in self._identity().items() if config.get(key) != value]
+        if differs:
+            raise ValueError(
+                f"checkpoint {path} was made with other settings ({', '.join(differs)}): "
+                "resume with the same, or start in another folder"
+            )
+        self.explainer.decoder.load_state_dict(state["decoder"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step = step
+
+
+class StepSampler(Sampler[list[int]]):
+    """Batches of indices as a pure function of (seed, step, process): every epoch is a new permutation.
+
+    With ``virtual`` an index names its epoch too, index = epoch·size + position, so that augmentation differs between
+    epochs; the data set's attribute ``virtual_epochs`` says whether it understands that.
+    """
+
+    def __init__(
+        self, size: int, batch: int, steps: range, seed: int, rank: int = 0, world: int = 1, virtual: bool = False
+    ):
+        self.size, self.batch, self.steps, self.seed, self.rank, self.world = size, batch, steps, seed, rank, world
+        self.virtual = virtual
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        epoch, order = -1, torch.empty(0, dtype=torch.int64)
+        for step in self.steps:
+            first = (step * self.world + self.rank) * self.batch
+            indices = []
+            for position in range(first, first + self.batch):
+                if position // self.size != epoch:
+                    epoch = position // self.size
+                    generator = torch.Generator().manual_seed(self.seed * 1_000_033 + epoch)
+                    order = torch.randperm(self.size, generator=generator)
+                index = int(order[position % self.size])
+                indices.append(epoch * self.size + index if self.virtual else index)
+            yield indices
+
+
+class Log:
+    """Training log: a progress bar, ``log.jsonl`` and TensorBoard files under ``folder`` (None: the bar only)."""
+
+    def __init__(self, folder: Path | None, step: int, total: int, progress: bool):
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        self.bar = Progress(*columns, TextColumn("{task.fields[note]}"), disable=not progress)
+        self.bar.start()
+        self.task = self.bar.add_task("training", total=total, completed=step, note="")
+        self.writer = self.file = None
+        if folder is not None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            folder.mkdir(parents=True, exist_ok=True)
+            self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else None)
+            self.file = open(folder / "log.jsonl", "a", buffering=1)  # noqa: SIM115 - closed in close()
+        self.images, self.since = 0, time.perf_counter()
+
+    def advance(self, images: int) -> None:
+        self.images += images
+        self.bar.advance(self.task)
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        now = time.perf_counter()
+        values = {**values, "images_per_second": self.images / max(1e-9, now - self.since)}
+        self.images, self.since = 0, now
+        if self.writer is not None:
+            for name, value in values.items():
+                self.writer.add_scalar(name, value, step)
+        if self.file is not None:
+            self.file.write(json.dumps({"step": step, **values}) + "\n")
+        faithfulness = values["insertion"] - values["deletion"]
+        self.bar.update(
+            self.task, note=f"ins−del {faithfulness:+.3f}  {values['images_per_second']:.1f} images/s"
+        )
+
+    def close(self) -> None:
+        self.bar.stop()
+        if self.writer is not None:
+            self.writer.close()
+        if self.file is not None:
+            self.file.close()
+
+
+def default_cells(height: int, width: int) -> tuple[int, int]:
+    """Cells of 32 to 8 px at 224, scaled with the image: 7…28 cells where the side allows cells of 2 px or more."""
+    short = min(height, width)
+    return min(7, max(2, short // 4)), max(2, min(28, short // 4))

@@ -1,0 +1,88 @@
+"""The operators in plain PyTorch: the ground truth that every other backend is tested against.
+
+Written for clarity: one log-domain Sinkhorn loop, matrix products, autograd. Runs on any device, in float32 and float64.
+"""
+
+import torch
+from torch import Tensor
+
+from .random import gumbel
+
+
+def log_sinkhorn(logits: Tensor, n_iters: int) -> Tensor:
+    """(B,K,K) → (B,K,K): ``n_iters`` pairs of row and column normalisation in the log domain, columns last."""
+    column = logits.new_zeros(()).expand(logits.shape[0], 1, logits.shape[-1])
+    return _normalise(logits, column, n_iters)
+
+
+def _normalise(logits: Tensor, column: Tensor, n_iters: int) -> Tensor:
+    # the matrix stays as it is, only the potentials move: one rounding per entry, not 2·n_iters
+    row = None
+    for _ in range(n_iters):
+        row = -torch.logsumexp(logits + column, dim=-1, keepdim=True)  # [B, K, 1]
+        column = -torch.logsumexp(logits + row, dim=-2, keepdim=True)  # [B, 1, K]
+    return logits + row + column
+
+
+def log_permutation(scores: Tensor, tau: float | Tensor, n_iters: int, noise: float, seed: int) -> Tensor:
+    """(B,K) → (B,K,K) log P of L_ij = (−(a_j − p_i)² + noise·γ_ij)/τ.
+
+    −(a−p)² is split into the product 2(a−½)(p−½), a column constant, which becomes the first column potential, and a
+    row constant, which the first row step removes: the same operator, far better conditioned when scores are large.
+    """
+    batch, k = scores.shape
+    centred = scores - 0.5  # [B, K]
+    ranks = torch.linspace(1, 0, k, dtype=scores.dtype, device=scores.device) - 0.5  # [K]
+    logits = 2 * ranks[:, None] * centred[:, None, :]
+    if noise:
+        logits = logits + noise * gumbel((batch, k, k), seed, scores.device).to(scores.dtype)
+    column = -(centred**2)[:, None, :]
+    return _normalise(logits / tau, column / tau, n_iters)
+
+
+def gumbel_sinkhorn(scores: Tensor, tau: float | Tensor, n_iters: int, noise: float, seed: int) -> Tensor:
+    """(B,K) → (B,K,K) soft permutation; row i holds the region at rank i, every column sums to 1."""
+    return log_permutation(scores, tau, n_iters, noise, seed).exp()
+
+
+def cumulative_masks(permutation: Tensor, fractions: Tensor) -> Tensor:
+    """(B,K,K), (S,) → (B,S,K): sum of the first ``fraction·K`` rank rows, linear between two rows."""
+    k = permutation.shape[-1]
+    row = torch.arange(k, dtype=permutation.dtype, device=permutation.device)
+    count = fractions.to(permutation)[:, None] * k
+    return (count - row).clamp(0, 1) @ permutation
+
+
+def soft_topk_masks(
+    scores: Tensor, fractions: Tensor, tau: float | Tensor, n_iters: int, noise: float, seed: int
+) -> Tensor:
+    """(B,K), (S,) → (B,S,K): the two operators above, one after the other."""
+    return cumulative_masks(gumbel_sinkhorn(scores, tau, n_iters, noise, seed), fractions)
+
+
+def _normalised(pixels: Tensor, mean: Tensor | None, std: Tensor | None, dtype: torch.dtype) -> Tensor:
+    if mean is not None:
+        pixels = pixels - mean.to(pixels)[:, None, None]
+    if std is not None:
+        pixels = pixels / std.to(pixels)[:, None, None]
+    return pixels.to(dtype)
+
+
+def perturb(images, references, masks, rows, cols, mean, std, dtype) -> tuple[Tensor, Tensor]:
+    """Upsample the masks with banded matrices, blend, normalise: → deleted, inserted (B,S,C,H,W)."""
+    batch, steps, _ = masks.shape
+    vertical, horizontal = rows.dense(masks.dtype), cols.dense(masks.dtype)  # [H, G], [W, G']
+    grid = masks.view(batch, steps, rows.size, cols.size)
+    keep = (vertical @ grid @ horizontal.mT)[:, :, None].to(images.dtype)  # [B, S, 1, H, W]
+    images, references = images[:, None], references[:, None]
+    inserted = references + keep * (images - references)
+    deleted = images + references - inserted
+    return _normalised(deleted, mean, std, dtype), _normalised(inserted, mean, std, dtype)
+
+
+def perturb_by_rank(images, references, ranks, counts, mean, std, dtype) -> tuple[Tensor, Tensor]:
+    """Hard masks: the pixels with ``rank < count`` are kept by insertion, replaced by deletion."""
+    keep = (ranks[:, None] < counts[None, :, None, None])[:, :, None]  # [B, S, 1, H, W]
+    images, references = images[:, None], references[:, None]
+    deleted, inserted = torch.where(keep, references, images), torch.where(keep, images, references)
+    return _normalised(deleted, mean, std, dtype), _normalised(inserted, mean, std, dtype)

@@ -1,0 +1,320 @@
+"""Evaluation: what is recorded, what a failure costs, and the statistics."""
+
+import csv
+import json
+import math
+import statistics
+
+import pytest
+import torch
+from rich.console import Console
+from torch import nn
+
+from aha import metrics
+from aha.classifier import Classifier
+from aha.evaluation import FAITHFULNESS, LOCALIZATION, RESAMPLES, Failure, evaluate
+from aha.metrics import ConfidenceChange, DeletionInsertion, Localization, Protocol
+
+SHORT = Protocol("short", points=5)
+
+
+class Small(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3, padding=1)
+        self.head = nn.Linear(4 * 16, 3)
+        self.seen = 0
+
+    def forward(self, pixels):
+        self.seen += len(pixels)
+        features = torch.nn.functional.adaptive_avg_pool2d(torch.tanh(self.conv(pixels)), 4)
+        return 4 * self.head(features.flatten(1))
+
+
+class Images(torch.utils.data.Dataset):
+    def __init__(self, size=7, masks=True, labels=True):
+        generator = torch.Generator().manual_seed(5)
+        self.images = torch.rand(size, 3, 8, 8, generator=generator)
+        self.masks = torch.rand(size, 1, 8, 8, generator=generator) < 0.3
+        self.has_masks, self.has_labels = masks, labels
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, index):
+        item = {
+            "image": self.images[index],
+            "label": index % 3 if self.has_labels else -1,
+            "path": f"{index}.png",
+        }
+        return {**item, "mask": self.masks[index]} if self.has_masks else item
+
+
+@pytest.fixture
+def clf():
+    torch.manual_seed(0)
+    return Classifier.wrap(Small(), input_size=(8, 8), num_classes=3)
+
+
+def bright(images, target):
+    return images.mean(dim=1, keepdim=True)
+
+
+def dark(images, target):
+    return -images.mean(dim=1, keepdim=True)
+
+
+def run(clf, methods, data, **options):
+    return evaluate(clf, methods, data, **{"protocol": SHORT, "progress": False, "batch_size": 3, **options})
+
+
+def test_values_are_those_of_the_metrics(clf):
+    data = Images()
+    data.masks[2] = False
+    evaluation = run(clf, {"bright": bright, "dark": dark}, data)
+    curves, change, located = DeletionInsertion(clf, SHORT), ConfidenceChange(clf, SHORT), Localization()
+    maps = bright(data.images, None)
+    curves.update(data.images, maps)
+    change.update(data.images, maps)
+    located.update(maps, data.masks)
+    entry = evaluation.summary()["methods"]["bright"]
+    for metric in (curves, change, located):
+        computed = metric.compute()
+        for name in {*metric.directions} & {*entry}:
+            assert entry[name] == pytest.approx(computed[name], abs=1e-5), name
+        for reference, scores in computed.get("references", {}).items():
+            table = evaluation.summary()["references"][reference]["bright"]
+            assert table == pytest.approx(
+                scores | {k: table[k] for k in table.keys() - scores.keys()}, abs=1e-5
+            )
+    for reference, named in curves.curves().items():
+        for name, curve in named.items():
+            assert torch.allclose(evaluation.curves["bright"][reference][name], curve, atol=1e-6)
+    # one row per image and method, the empty mask without localisation
+    rows = evaluation.per_image
+    assert rows["method"] == ["bright"] * 7 + ["dark"] * 7
+    assert rows["index"] == [*range(7)] * 2
+    assert rows["path"][3] == "3.png"
+    assert rows["target"] == rows["predicted"]
+    assert math.isnan(rows["iou"][2])
+    assert not math.isnan(rows["iou"][3])
+    assert len({len(column) for column in rows.values()}) == 1
+    ends = metrics.endpoints(clf, data.images)
+    assert rows["confidence"][:7] == pytest.approx(ends.original.confidence.tolist(), abs=1e-6)
+
+
+def test_summary_has_exactly_these_keys(clf):
+    evaluation = run(clf, {"bright": bright}, Images())
+    summary = evaluation.summary()
+    assert set(summary) == {
+        "classifier",
+        "methods",
+        "references",
+        "protocol",
+        "target",
+        "seed",
+        "versions",
+        "device",
+        "failures",
+    }
+    assert set(summary["classifier"]) == {"accuracy", "name", "images"}
+    measured = {*FAITHFULNESS, *LOCALIZATION}
+    assert set(summary["methods"]["bright"]) == {*measured, "seconds_per_image", "ci95"}
+    assert set(summary["methods"]["bright"]["ci95"]) == measured
+    assert set(summary["references"]) == {"black", "mean", "blur"}
+    assert set(summary["references"]["blur"]["bright"]) == set(FAITHFULNESS)
+    assert summary["protocol"] == {"name": "short", "points": 5, "references": ["black", "mean", "blur"]}
+    assert {"python", "aha", "torch", "timm"} <= set(summary["versions"])
+    assert summary["methods"]["bright"]["seconds_per_image"] > 0
+    json.dumps(summary, allow_nan=False)
+    bare = run(clf, {"bright": bright}, Images(masks=False)).summary()["methods"]["bright"]
+    assert set(bare) == {*FAITHFULNESS, "seconds_per_image", "ci95"}
+
+
+def test_ends_are_computed_once_for_all_methods(clf):
+    clf.module.seen = 0
+    run(clf, {"bright": bright, "dark": dark, "again": bright}, Images(size=6))
+    per_method = 3 * 2 * (5 - 2) + 3  # curves and confidence change, three references
+    assert clf.module.seen == 6 * (1 + 3 + 3 * per_method)
+
+
+def test_batch_size_does_not_matter(clf):
+    one = run(clf, {"bright": bright}, Images(), batch_size=1).summary()["methods"]["bright"]
+    all_at_once = run(clf, {"bright": bright}, Images(), batch_size=50).summary()["methods"]["bright"]
+    for name in (*FAITHFULNESS, *LOCALIZATION):
+        assert one[name] == pytest.approx(all_at_once[name], abs=1e-4 if name in ("adp", "pic") else 1e-6)
+
+
+def test_true_class(clf):
+    data = Images()
+    evaluation = run(clf, {"bright": bright}, data, target="true")
+    assert evaluation.per_image["target"] == evaluation.per_image["label"] == [0, 1, 2, 0, 1, 2, 0]
+    accuracy = (clf(data.images).argmax(1) == torch.tensor([0, 1, 2, 0, 1, 2, 0])).float().mean().item()
+    assert evaluation.classifier["accuracy"] == pytest.approx(accuracy)
+    unlabelled = Images(labels=False)
+    assert run(clf, {"bright": bright}, unlabelled).classifier["accuracy"] is None
+    with pytest.raises(ValueError, match="nothing could be measured.*label -1"):
+        run(clf, {"bright": bright}, unlabelled, target="true")
+
+
+def test_limit_draws_images_with_the_seed(clf):
+    def chosen(seed):
+        return run(clf, {"bright": bright}, Images(size=20), limit=5, seed=seed).per_image["index"]
+
+    assert chosen(0) == sorted(chosen(0)) == chosen(0)
+    assert len(set(chosen(0))) == 5
+    assert chosen(0) != chosen(1)
+
+
+def test_a_failing_method_does_not_stop_the_others(clf):
+    def broken(images, target):
+        raise RuntimeError("no such layer\nand a long trace")
+
+    def sometimes(images, target):
+        maps = bright(images, target)
+        if len(images) == 1:  # the last batch of 7 = 3 + 3 + 1
+            maps = maps / 0
+        return maps
+
+    evaluation = run(clf, {"broken": broken, "sometimes": sometimes, "bright": bright}, Images())
+    assert evaluation.methods == ["sometimes", "bright"]
+    assert evaluation.failures == [
+        Failure("broken", tuple(range(7)), "RuntimeError: no such layer"),
+        Failure("sometimes", (6,), "maps hold NaN or infinite values: an attribution must be finite"),
+    ]
+    assert evaluation.per_image["index"] == [*range(6), *range(7)]
+    assert set(evaluation.summary()["methods"]) == {"sometimes", "bright"}
+    assert set(evaluation.curves) == {"sometimes", "bright"}
+    assert evaluation.summary()["failures"][1]["images"] == [6]
+    with pytest.raises(ValueError, match="nothing could be measured.*no such layer"):
+        run(clf, {"broken": broken}, Images())
+
+
+def test_a_bad_image_does_not_stop_the_others(clf):
+    class Damaged(Images):
+        def __getitem__(self, index):
+            if index == 1:
+                raise OSError("cannot read 1.png")
+            item = super().__getitem__(index)
+            if index == 4:
+                item["image"] = item["image"] * 255
+            if index == 5:
+                item["image"] = torch.rand(3, 4, 4)
+                item.pop("mask")
+            return item
+
+    evaluation = run(clf, {"bright": bright}, Damaged())
+    assert evaluation.per_image["index"] == [0, 2, 3, 6]
+    assert evaluation.classifier["images"] == 4
+    reasons = {failure.images: failure.reason for failure in evaluation.failures}
+    assert reasons[1,] == "OSError: cannot read 1.png"
+    assert "give RGB in [0, 1]" in reasons[4,]
+    assert "images of one size" in reasons[5,]
+
+
+def test_methods_cannot_disturb_each_other(clf):
+    def rude(images, target):
+        maps = bright(images, target)
+        images.zero_()
+        target.zero_()
+        return maps
+
+    polite = run(clf, {"bright": bright}, Images())
+    after = run(clf, {"rude": rude, "bright": bright}, Images())
+    assert after.values("bright", "insertion") == polite.values("bright", "insertion")
+
+
+def test_bootstrap_intervals(clf):
+    evaluation = run(clf, {"bright": bright, "dark": dark}, Images(size=40), batch_size=40)
+    entry = evaluation.summary()["methods"]["bright"]
+    for metric in (*FAITHFULNESS, *LOCALIZATION):
+        low, high = entry["ci95"][metric]
+        assert low <= entry[metric] <= high
+    values = list(evaluation.values("bright", "insertion").values())
+    low, high = entry["ci95"]["insertion"]
+    normal = 2 * 1.96 * statistics.stdev(values) / math.sqrt(len(values))
+    assert high - low == pytest.approx(normal, rel=0.15)
+    assert evaluation.summary()["methods"] == evaluation.summary()["methods"]  # seeded
+
+
+def test_compare_is_paired(clf):
+    evaluation = run(clf, {"bright": bright, "dark": dark, "same": bright}, Images(size=20))
+    outcome = evaluation.compare("bright", "dark", "insertion")
+    a, b = evaluation.values("bright", "insertion"), evaluation.values("dark", "insertion")
+    assert outcome["difference"] == pytest.approx(statistics.mean(a.values()) - statistics.mean(b.values()))
+    assert outcome["ci95"][0] <= outcome["difference"] <= outcome["ci95"][1]
+    assert 0 < outcome["p"] <= 1
+    assert evaluation.compare("bright", "same", "insertion") == {"difference": 0, "ci95": [0, 0], "p": 1}
+    turned = evaluation.compare("dark", "bright", "insertion")
+    assert turned["difference"] == pytest.approx(-outcome["difference"])
+    assert turned["p"] == outcome["p"]
+    # an order that is always better by the same amount is as sure as the resamples allow
+    evaluation.per_image["pic"] = [1.0] * 20 + [0.0] * 40
+    assert evaluation.compare("bright", "dark", "pic")["p"] == pytest.approx(2 / (RESAMPLES + 1))
+    with pytest.raises(ValueError, match="choose one of bright, dark, same"):
+        evaluation.compare("bright", "grad", "pic")
+    with pytest.raises(ValueError, match="metric 'auc' is not known"):
+        evaluation.compare("bright", "dark", "auc")
+
+
+def test_written_files(clf, tmp_path, monkeypatch):
+    data = Images()
+    data.masks[0] = False
+    evaluation = run(clf, {"bright": bright, "dark": dark}, data)
+    folder = tmp_path / "deep" / "results"
+    evaluation.write(folder)
+    assert sorted(path.name for path in folder.iterdir()) == ["per_image.csv", "summary.json"]
+    with open(folder / "per_image.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 14
+    assert rows[0]["iou"] == ""
+    assert float(rows[3]["insertion"]) == evaluation.per_image["insertion"][3]
+    assert "blur/deletion" in rows[0]
+    assert json.loads((folder / "summary.json").read_text()) == json.loads(json.dumps(evaluation.summary()))
+    # an interrupted write leaves what was there
+    before = (folder / "summary.json").read_text()
+    monkeypatch.setattr(json, "dumps", lambda *a, **k: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        evaluation.write(folder)
+    assert (folder / "summary.json").read_text() == before
+    assert sorted(path.name for path in folder.iterdir()) == ["per_image.csv", "summary.json"]
+
+
+def test_table_shows_directions_the_best_and_failures(clf):
+    def broken(images, target):
+        raise RuntimeError("no such layer")
+
+    evaluation = run(clf, {"bright": bright, "dark": dark, "broken": broken}, Images())
+    console = Console(width=200, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(evaluation.table())
+    text = console.export_text()
+    for heading in (
+        "Del ↓",
+        "Ins ↑",
+        "Ins−Del ↑",
+        "Pos ↓",
+        "Neg ↑",
+        "ADP ↓",
+        "PIC ↑",
+        "IoU ↑",
+        "mAP ↑",
+        "s/image ↓",
+    ):
+        assert heading in text, heading
+    best = max(
+        ("bright", "dark"), key=lambda name: statistics.mean(evaluation.values(name, "insertion").values())
+    )
+    line = next(line for line in text.splitlines() if f" {best} " in line)
+    assert f"{statistics.mean(evaluation.values(best, 'insertion').values()):.4f}*" in line
+    assert "broken failed on 7 images: RuntimeError: no such layer" in text
+
+
+def test_refusals(clf):
+    with pytest.raises(ValueError, match="choose one of predicted, true"):
+        run(clf, {"bright": bright}, Images(), target="top1")
+    with pytest.raises(ValueError, match="no methods"):
+        run(clf, {}, Images())
+    with pytest.raises(ValueError, match="at least one image"):
+        run(clf, {"bright": bright}, Images(), batch_size=0)
+    with pytest.raises(ValueError, match="protocol 'mda2' is not known"):
+        run(clf, {"bright": bright}, Images(), protocol="mda2")

@@ -1,0 +1,149 @@
+"""The streamed objective against the plain one, against a loop over masks, and against finite differences."""
+
+import dataclasses
+
+import pytest
+import torch
+
+import aha
+from aha import kernels, references, regions
+from aha.objective import Objective, sharpness, standardize
+
+
+@pytest.fixture
+def setting(classifier, images):
+    maps = torch.randn(3, 1, 32, 32, generator=torch.Generator().manual_seed(1))
+    blank = [references.blur(images), references.black(images)]
+    return classifier, images, maps, classifier.resolve_target(images), blank, regions.grid(32, 32, 5, (0.2, -0.3))
+
+
+def loss_and_gradient(objective, images, maps, *arguments):
+    maps = maps.clone().requires_grad_()
+    out = objective(images, maps, *arguments)
+    (gradient,) = torch.autograd.grad(out.loss.sum(), maps)
+    return out, gradient
+
+
+@pytest.mark.parametrize("chunk", [2, 6, 14, 16, 1000])
+@pytest.mark.parametrize("scores", ["standardized", "free"])
+def test_streamed_is_unstreamed(setting, chunk, scores):
+    clf, images, maps, target, blank, grid = setting
+    arguments = (images, maps, target, blank, grid, 0.1, 0.5, 3)
+    plain = Objective(clf, fractions=6, chunk=None, scores=scores)
+    expected, gradient = loss_and_gradient(plain, *arguments)
+    actual, streamed = loss_and_gradient(dataclasses.replace(plain, chunk=chunk), *arguments)
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
+    assert gradient.abs().max() > 0
+    assert (streamed - gradient).norm() < 1e-5 * gradient.norm()
+
+
+def test_value_is_the_trapezoid_of_both_curves(setting):
+    clf, images, maps, target, blank, grid = setting
+    tau, points = 0.1, 6
+    fractions = torch.linspace(0, 1, points, dtype=torch.float64)
+    masks = kernels.soft_topk_masks(grid.pool(standardize(maps)), fractions, tau)
+    expected = {"deletion": torch.zeros(3), "insertion": torch.zeros(3)}
+    for reference in blank:
+        deleted, inserted = kernels.perturb(images, reference, masks, grid.upsampler())
+        for name, perturbed in (("deletion", deleted), ("insertion", inserted)):
+            curve = torch.stack(
+                [clf.probabilities(perturbed[:, s])[torch.arange(3), target] for s in range(points)], dim=1
+            )
+            expected[name] += torch.trapezoid(curve, fractions.float(), dim=1) / len(blank)
+    out = Objective(clf, fractions=points)(images, maps, target, blank, grid, tau)
+    torch.testing.assert_close(out.deletion, expected["deletion"], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(out.insertion, expected["insertion"], rtol=1e-4, atol=1e-5)
+    total = out.deletion - out.insertion + 2.5e-3 * sharpness(standardize(maps))
+    torch.testing.assert_close(out.loss, total, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("chunk", [None, 8])
+@pytest.mark.parametrize("scores", ["standardized", "free"])
+def test_gradient_by_finite_differences(setting, chunk, scores):
+    clf, images, maps, target, blank, grid = setting
+    clf = clf.double()
+    objective = Objective(clf, fractions=5, chunk=chunk, scores=scores, n_iters=8)
+    images, blank = images[:1].double(), [blank[0][:1].double()]
+    maps = maps[:1].double().requires_grad_()
+
+    def call(x):
+        return objective(images, x, target[:1], blank, grid, 0.3, 0.5, 3).loss
+
+    assert torch.autograd.gradcheck(call, (maps,), fast_mode=True)
+
+
+def test_images_are_independent(setting):
+    clf, images, maps, target, blank, grid = setting
+    objective = Objective(clf, fractions=6, chunk=10)
+    whole = objective(images, maps, target, blank, grid, 0.1).loss
+    alone = [
+        objective(images[i : i + 1], maps[i : i + 1], target[i : i + 1], [b[i : i + 1] for b in blank], grid, 0.1).loss
+        for i in range(3)
+    ]
+    torch.testing.assert_close(torch.cat(alone), whole, rtol=1e-5, atol=1e-6)
+
+
+def test_targets_that_share_a_map_are_averaged(setting):
+    clf, images, maps, _, blank, grid = setting
+    objective = Objective(clf, fractions=6, weight_regularizer=0.0)
+    pair = torch.tensor([[0, 1], [2, 3], [4, 0]])
+    both = objective(images, maps, pair, blank, grid, 0.1).loss
+    single = [objective(images, maps, pair[:, i], blank, grid, 0.1).loss for i in range(2)]
+    torch.testing.assert_close(both, (single[0] + single[1]) / 2, rtol=1e-5, atol=1e-6)
+
+
+class Counting(torch.nn.Module):
+    """Counts images, and those whose pass is differentiated."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+        self.forwards = self.backwards = self.largest = 0
+
+    def forward(self, pixels):
+        self.forwards += len(pixels)
+        self.largest = max(self.largest, len(pixels))
+        if pixels.requires_grad:
+            self.backwards += len(pixels)
+        return self.module(pixels)
+
+
+def test_passes_and_memory_of_a_step(setting):
+    clf, images, maps, target, blank, grid = setting
+    counting = Counting(clf.module)
+    counted = aha.Classifier.wrap(counting, (0.5,) * 3, (0.5,) * 3, (32, 32), num_classes=5)
+    objective = Objective(counted, fractions=16, chunk=12)
+    loss_and_gradient(objective, images, maps, target, blank[:1], grid, 0.1)
+    # 14 interior fractions, two curves, three images; the ends are constants and cost one pass without gradient each
+    assert counting.backwards == 2 * 14 * 3
+    assert counting.forwards == counting.backwards + 2 * 3
+    assert counting.largest <= 12
+
+
+def test_a_constant_map_is_ranked_without_nan(setting):
+    clf, images, maps, target, blank, grid = setting
+    out, gradient = loss_and_gradient(
+        Objective(clf, fractions=5), images, torch.zeros_like(maps), target, blank, grid, 0.1
+    )
+    assert torch.isfinite(out.loss).all()
+    assert torch.isfinite(gradient).all()
+
+
+def test_standardize_and_sharpness():
+    maps = torch.randn(4, 1, 32, 32) * torch.tensor([1.0, 10.0, 1e-2, 1e3])[:, None, None, None] + 7
+    scaled = standardize(maps)
+    torch.testing.assert_close(scaled.mean(dim=(1, 2, 3)), torch.full((4,), 0.5), atol=1e-4, rtol=0)
+    torch.testing.assert_close(scaled.std(dim=(1, 2, 3), correction=0), torch.full((4,), 0.29), atol=1e-4, rtol=0)
+    assert sharpness(torch.full((1, 1, 32, 32), 3.0)).item() < 1e-10
+    spike = torch.zeros(1, 1, 32, 32)
+    spike[..., 16, 16] = 1.0  # box of 3 px at 32
+    torch.testing.assert_close(sharpness(spike), torch.tensor([(8 / 9) ** 2 / 32**2]))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"scores": "softmax"}, "standardized, free"), ({"fractions": 2}, "at least 3"), ({"chunk": 1}, "at least 2")],
+)
+def test_bad_settings(classifier, options, message):
+    with pytest.raises(ValueError, match=message):
+        Objective(classifier, **options)

@@ -1,0 +1,100 @@
+"""Grids: pooling and upsampling share one map from pixels to cells."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from aha import references, regions
+
+
+@pytest.mark.parametrize("offset", [(0.0, 0.0), (0.5, -0.5), (0.13, 0.41)])
+@pytest.mark.parametrize("cells", [1, 5, (3, 7), (16, 12)])
+def test_pooling_is_the_mean_over_each_cell(cells, offset):
+    made = regions.grid(16, 12, cells, offset)
+    maps = torch.rand(2, 1, 16, 12, dtype=torch.float64)
+    index = made.cell_index()
+    assert index.unique().tolist() == list(range(made.count))
+    pooled = made.pool(maps)
+    for cell in range(made.count):
+        torch.testing.assert_close(pooled[:, cell], maps[:, 0, index == cell].mean(dim=1))
+
+
+def test_even_grid_is_average_pooling():
+    maps = torch.rand(2, 1, 28, 28)
+    torch.testing.assert_close(regions.grid(28, 28, 7).pool(maps), F.avg_pool2d(maps, 4).flatten(1))
+
+
+def test_nearest_upsampling_inverts_pooling():
+    made = regions.grid(20, 30, (4, 5), (0.2, 0.3))
+    rows, cols = made.upsampler(sigma=0)
+    cells = torch.rand(4, 5)
+    up = rows.dense() @ cells @ cols.dense().T
+    assert torch.equal(up, cells.flatten()[made.cell_index()])
+    torch.testing.assert_close(made.pool(up[None, None])[0], cells.flatten())
+
+
+def test_gaussian_upsampling_is_nearest_then_blur():
+    made = regions.grid(32, 32, 4, (0.1, 0.4))
+    rows, cols = made.upsampler(sigma=1.0, kernel=7)
+    cells = torch.rand(4, 4)
+    expected = references.blur(cells.flatten()[made.cell_index()][None, None], 7, 1.0)[0, 0]
+    torch.testing.assert_close(rows.dense() @ cells @ cols.dense().T, expected)
+    assert rows.weight.shape[1] <= 3  # banded: cells of 8 px meet at most two neighbours
+
+
+def test_square_cells_on_wide_images():
+    made = regions.grid(100, 200, 10)
+    assert (made.rows, made.cols) == (10, 20)
+
+
+def test_draw_is_a_function_of_the_generator():
+    made = [regions.draw(64, 64, (4, 16), torch.Generator().manual_seed(5)) for _ in range(2)]
+    assert torch.equal(made[0].cell_index(), made[1].cell_index())
+    sizes = {regions.draw(64, 64, (4, 6), torch.Generator().manual_seed(i)).rows for i in range(40)}
+    assert sizes == {4, 5, 6}
+
+
+def test_bad_grids():
+    with pytest.raises(ValueError, match="does not fit"):
+        regions.grid(8, 8, 9)
+    with pytest.raises(ValueError, match="half a cell"):
+        regions.grid(8, 8, 4, (0.6, 0.0))
+
+
+def test_blur_is_a_gaussian_filter():
+    ndimage = pytest.importorskip("scipy.ndimage")
+    image = torch.rand(1, 3, 40, 50, dtype=torch.float64)
+    # scipy calls reflection about the edge pixel "mirror"; truncate makes a radius of 6
+    expected = ndimage.gaussian_filter(image[0].numpy(), (0, 2.0, 2.0), mode="mirror", truncate=3.0)
+    torch.testing.assert_close(references.blur(image, 13, 2.0)[0].numpy(), expected, atol=1e-6, rtol=1e-6)
+
+
+def test_blur_larger_than_the_image_is_cut():
+    image = torch.rand(1, 3, 8, 8)
+    assert references.blur(image).shape == image.shape
+    torch.testing.assert_close(references.blur(torch.full((1, 3, 8, 8), 0.3)), torch.full((1, 3, 8, 8), 0.3))
+
+
+def test_references_by_name(images):
+    colour = torch.tensor([0.1, 0.2, 0.3])
+    assert references.make("black", images, colour).abs().sum() == 0
+    assert torch.equal(references.make("mean", images, colour)[0, :, 5, 5], colour)
+    with pytest.raises(ValueError, match="choose one of black, mean, blur"):
+        references.make("noise", images, colour)
+    with pytest.raises(ValueError, match="odd"):
+        references.blur(images, 4)
+
+
+def test_adaptive_blur_grows_until_the_class_is_gone(images):
+    def contrast(blurred, _):  # falls as the blur grows
+        return blurred.std(dim=(1, 2, 3))
+
+    threshold = float(references.blur(images, 9, 9.0).std(dim=(1, 2, 3)).max())
+    blurred, kernels = references.adaptive_blur(images, contrast, threshold, start=3, largest=31)
+    assert (kernels <= 9).all()
+    assert (kernels > 0).all()
+    for image, result, kernel in zip(images, blurred, kernels.tolist(), strict=True):
+        assert torch.equal(result, references.blur(image[None], kernel, float(kernel))[0])
+        if kernel > 3:
+            assert references.blur(image[None], kernel - 2, kernel - 2.0).std() > threshold
+    assert (references.adaptive_blur(images, contrast, -1.0, start=3, largest=5)[1] == 0).all()
