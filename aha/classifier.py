@@ -121,8 +121,9 @@ class Classifier(nn.Module):
             source["weights"] = str(weights)
         if model_options:
             source["options"] = model_options
-        height, width = config["input_size"][1:]
-        return cls(module, mean, std, (height, width), module.num_classes, class_names, source=source)
+        # the model's own size where it has one: model_options may have changed it
+        size = getattr(getattr(module, "patch_embed", None), "img_size", None) or config["input_size"][1:]
+        return cls(module, mean, std, tuple(size), module.num_classes, class_names, source=source)
 
     @classmethod
     def from_hf(cls, name_or_path: str, **model_options: Any) -> Classifier:
@@ -240,9 +241,13 @@ def from_source(source: dict[str, Any]) -> Classifier:
     if source["kind"] == "hf":
         return Classifier.from_hf(source["name"])
     if source["kind"] == "scenes":
-        from .demo import classifier as scenes
+        from .data import Scenes
+        from .demo import classifier as demo
 
-        return scenes.classifier()
+        module, size = demo.load(), demo.CONFIG["img_size"]
+        names, classes = Scenes.class_names, demo.CONFIG["num_classes"]
+        made = {"kind": "scenes", "name": "scenes"}
+        return Classifier(module, demo.MEAN, demo.STD, (size, size), classes, names, source=made)
     raise ValueError(f"the classifier {source.get('name')!r} is a wrapped module: pass classifier=… to load its explainer")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -181,11 +180,12 @@ def evaluate(
     extra = {} if lr is None else {"lr": lr}
     chosen: dict[str, Any] = {}
     for t in steps:
-        chosen["aha" if t == 0 else f"aha T={t}"] = attributors.AHA(
+        chosen[f"aha T={t}"] = attributors.AHA(
             loaded.classifier, explainer=loaded, steps=t, **extra if t else {}
         )
-    chosen.update(_methods(methods, loaded.classifier, seed))
-    _evaluate(loaded.classifier, chosen, images, output, target, batch_size, seed)
+    skipped: list[str] = []
+    chosen.update(_methods(methods, loaded.classifier, seed, skipped))
+    _evaluate(loaded.classifier, chosen, images, output, target, batch_size, seed, skipped)
 
 
 def compare(
@@ -211,7 +211,9 @@ def compare(
 
     classifier = from_name(source.classifier, source.weights)
     images = _data(source, classifier, training=False, seed=seed, limit=limit)
-    _evaluate(classifier, _methods(methods, classifier, seed), images, output, target, batch_size, seed)
+    skipped: list[str] = []
+    chosen = _methods(methods, classifier, seed, skipped)
+    _evaluate(classifier, chosen, images, output, target, batch_size, seed, skipped)
 
 
 def report(folder: Path) -> None:
@@ -229,8 +231,7 @@ def list_methods() -> None:
     from . import attributors
 
     table = Table("method", "cost", "architectures", "paper")
-    for name in attributors.available():
-        about = attributors.about(name)
+    for name, about in attributors.available().items():
         table.add_row(name, about.cost, about.architectures, about.paper)
     Console().print(table)
 
@@ -274,33 +275,53 @@ def _data(
     return Part(data, indices[:limit])
 
 
-def _methods(names: tuple[str, ...], classifier: Any, seed: int) -> dict[str, Any]:
+def _methods(names: tuple[str, ...], classifier: Any, seed: int, skipped: list[str]) -> dict[str, Any]:
+    """Attributors by name; with ``all``, those that cannot run here go to ``skipped`` with the reason."""
     from . import attributors
 
-    chosen = attributors.available() if "all" in names else names
-    return {name: attributors.create(name, classifier, seed=seed) for name in chosen}
+    if "all" not in names:
+        return {name: attributors.create(name, classifier, seed=seed) for name in names}
+    chosen: dict[str, Any] = {}
+    for name in attributors.available():
+        try:
+            chosen[name] = attributors.create(name, classifier, seed=seed)
+        except (ValueError, ImportError) as error:
+            skipped.append(f"{name}: {error}")
+    return chosen
 
 
 def _evaluate(
-    classifier: Any, methods: dict, data: Any, output: Path, target: str, batch_size: int, seed: int
+    classifier: Any,
+    methods: dict[str, Any],
+    data: Any,
+    output: Path,
+    target: str,
+    batch_size: int,
+    seed: int,
+    skipped: list[str],
 ) -> None:
+    from rich.console import Console
+
     from .evaluation import evaluate
 
     result = evaluate(classifier, methods, data, target=target, batch_size=batch_size, seed=seed)
     result.write(output)
-    from rich.console import Console
-
-    Console().print(result.table())
-    with contextlib.suppress(ImportError):  # figures need the extra `report`; the numbers are written without
+    console = Console()
+    console.print(result.table())
+    try:
         from .report import figures, html
-
-        (output / "figures").mkdir(exist_ok=True)
-        figures.curves(result.curves, output / "figures" / "curves.png", summary=result.summary())
+    except ImportError as error:
+        console.print(f"no figures and no report.html: {error}")
+    else:
+        summary = result.summary()
+        figures.curves(result.curves, output / "figures" / "curves.png", summary=summary)
+        figures.bars(summary, "ins_minus_del", output / "figures" / "ins_minus_del.png")
         html.write(output)
-    print(f"results written to {output}")
+    for line in skipped:
+        console.print(f"skipped {line}")
+    console.print(f"results written to {output}")
     if result.failures:
-        failed = "; ".join(f"{name}: {reason}" for name, reason in result.failures.items())
-        raise CommandError(f"{len(result.failures)} methods failed ({failed}); the others are written to {output}")
+        raise CommandError(f"part of the evaluation failed, the rest is written: {result.failures[0].reason}")
 
 
 def _explain(

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import kernels
 from .classifier import Classifier
-from .precision import autocast
+from .precision import autocast, stepwise_attention, uses_bf16
 from .regions import Regions
 
 SCORE_SCALES = ("standardized", "free")
@@ -152,7 +152,11 @@ class _Streamed(torch.autograd.Function):
         gradient = torch.zeros_like(masks) if needs_grad else None
         deletion, insertion = masks.new_zeros(batch), masks.new_zeros(batch)
         share = 1 / len(references)
-        with autocast(objective.precision, images.device):
+        stepwise = images.device.type == "cpu" and uses_bf16(objective.precision, images.device)
+        with (
+            autocast(objective.precision, images.device),
+            stepwise_attention(objective.classifier.module, stepwise and needs_grad),
+        ):
             for reference in references:
                 for first in range(0, batch, images_at_once):
                     rows = slice(first, first + images_at_once)

@@ -1,8 +1,10 @@
 """Mixed precision: when bfloat16 pays, and the context that switches it on."""
 
 import contextlib
+from collections.abc import Iterator
 
 import torch
+from torch import nn
 
 PRECISIONS = ("auto", "bf16", "fp32")
 
@@ -29,3 +31,19 @@ def autocast(precision: str, device: torch.device) -> contextlib.AbstractContext
     """A fresh autocast context; for float32 it switches an outer autocast off."""
     on = uses_bf16(precision, device)
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=on)
+
+
+@contextlib.contextmanager
+def stepwise_attention(module: nn.Module, on: bool = True) -> Iterator[None]:
+    """timm attention in separate steps instead of the fused kernel, put back on exit.
+
+    The backward pass of the fused kernel in bfloat16 on CPUs is several times slower than its parts.
+    """
+    fused = [m for m in module.modules() if getattr(m, "fused_attn", False)] if on else []
+    try:
+        for m in fused:
+            m.fused_attn = False  # type: ignore[assignment]
+        yield
+    finally:
+        for m in fused:
+            m.fused_attn = True  # type: ignore[assignment]

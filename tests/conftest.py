@@ -1,7 +1,5 @@
 """Shared pieces of the tests: tiny models with random weights, and a poison for uninitialised memory."""
 
-import os
-
 import pytest
 import timm
 import torch
@@ -9,7 +7,8 @@ import torch
 import aha
 from aha.explainer.decoder import DecoderConfig
 
-torch.set_num_threads(min(2, os.cpu_count() or 1))
+# tiny tensors: one thread each, so that tests running side by side do not wait for one another
+torch.set_num_threads(1)
 
 TINY_DECODER = DecoderConfig(embedding=16, width=16, head=8, strides=(2, 4, 8, 16))
 

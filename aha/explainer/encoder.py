@@ -76,8 +76,10 @@ class Encoder(nn.Module):
             return _hf_levels(_hf_backbone(self.module.model), pixels, self.multiple)
         if not hasattr(self.module, "forward_intermediates"):
             return _hf_levels(self.module, pixels, self.multiple)
-        arguments = {"indices": self.indices, "output_fmt": "NCHW", "intermediates_only": True}
-        return list(self.module.forward_intermediates(pixels, norm=True, **arguments))
+        distinct = sorted(set(self.indices))  # timm returns each block once
+        arguments = {"indices": distinct, "output_fmt": "NCHW", "intermediates_only": True}
+        found = dict(zip(distinct, self.module.forward_intermediates(pixels, norm=True, **arguments), strict=True))
+        return [found[index] for index in self.indices]
 
     def train(self, mode: bool = True) -> Encoder:
         """A frozen encoder stays in evaluation mode."""
@@ -172,7 +174,7 @@ def _levels(module: nn.Module) -> list[int]:
     """Four depths: quarters of a plain ViT (DPT's 4, 11, 17, 23 for 24 blocks), the last four stages otherwise."""
     depth = len(getattr(module, "feature_info", []))
     if _patch_size(module) is None:
-        return list(range(max(0, depth - LEVELS), depth))
+        return [max(0, depth - LEVELS + i) for i in range(LEVELS)]
     return quarters(depth) if depth else []
 
 

@@ -153,7 +153,7 @@ def test_true_class(clf):
     assert evaluation.classifier["accuracy"] == pytest.approx(accuracy)
     unlabelled = Images(labels=False)
     assert run(clf, {"bright": bright}, unlabelled).classifier["accuracy"] is None
-    with pytest.raises(ValueError, match="nothing could be measured.*label -1"):
+    with pytest.raises(ValueError, match=r"nothing could be measured.*label -1"):
         run(clf, {"bright": bright}, unlabelled, target="true")
 
 
@@ -186,7 +186,7 @@ def test_a_failing_method_does_not_stop_the_others(clf):
     assert set(evaluation.summary()["methods"]) == {"sometimes", "bright"}
     assert set(evaluation.curves) == {"sometimes", "bright"}
     assert evaluation.summary()["failures"][1]["images"] == [6]
-    with pytest.raises(ValueError, match="nothing could be measured.*no such layer"):
+    with pytest.raises(ValueError, match=r"nothing could be measured.*no such layer"):
         run(clf, {"broken": broken}, Images())
 
 

@@ -14,7 +14,14 @@ from aha.objective import Objective, sharpness, standardize
 def setting(classifier, images):
     maps = torch.randn(3, 1, 32, 32, generator=torch.Generator().manual_seed(1))
     blank = [references.blur(images), references.black(images)]
-    return classifier, images, maps, classifier.resolve_target(images), blank, regions.grid(32, 32, 5, (0.2, -0.3))
+    return (
+        classifier,
+        images,
+        maps,
+        classifier.resolve_target(images),
+        blank,
+        regions.grid(32, 32, 5, (0.2, -0.3)),
+    )
 
 
 def loss_and_gradient(objective, images, maps, *arguments):
@@ -77,7 +84,9 @@ def test_images_are_independent(setting):
     objective = Objective(clf, fractions=6, chunk=10)
     whole = objective(images, maps, target, blank, grid, 0.1).loss
     alone = [
-        objective(images[i : i + 1], maps[i : i + 1], target[i : i + 1], [b[i : i + 1] for b in blank], grid, 0.1).loss
+        objective(
+            images[i : i + 1], maps[i : i + 1], target[i : i + 1], [b[i : i + 1] for b in blank], grid, 0.1
+        ).loss
         for i in range(3)
     ]
     torch.testing.assert_close(torch.cat(alone), whole, rtol=1e-5, atol=1e-6)
@@ -133,7 +142,9 @@ def test_standardize_and_sharpness():
     maps = torch.randn(4, 1, 32, 32) * torch.tensor([1.0, 10.0, 1e-2, 1e3])[:, None, None, None] + 7
     scaled = standardize(maps)
     torch.testing.assert_close(scaled.mean(dim=(1, 2, 3)), torch.full((4,), 0.5), atol=1e-4, rtol=0)
-    torch.testing.assert_close(scaled.std(dim=(1, 2, 3), correction=0), torch.full((4,), 0.29), atol=1e-4, rtol=0)
+    torch.testing.assert_close(
+        scaled.std(dim=(1, 2, 3), correction=0), torch.full((4,), 0.29), atol=1e-4, rtol=0
+    )
     assert sharpness(torch.full((1, 1, 32, 32), 3.0)).item() < 1e-10
     spike = torch.zeros(1, 1, 32, 32)
     spike[..., 16, 16] = 1.0  # box of 3 px at 32
@@ -142,7 +153,11 @@ def test_standardize_and_sharpness():
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"scores": "softmax"}, "standardized, free"), ({"fractions": 2}, "at least 3"), ({"chunk": 1}, "at least 2")],
+    [
+        ({"scores": "softmax"}, "standardized, free"),
+        ({"fractions": 2}, "at least 3"),
+        ({"chunk": 1}, "at least 2"),
+    ],
 )
 def test_bad_settings(classifier, options, message):
     with pytest.raises(ValueError, match=message):

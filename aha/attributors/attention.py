@@ -1,0 +1,184 @@
+"""Attribution from the attention of vision transformers.
+
+A_l is the attention (B, heads, T, T) of block l after the softmax, T = prefix tokens + patches. Maps are read
+from the rows of the tokens that the classification head reads, the "readout": the class token; for DeiT with
+distillation the class and the distillation token, whose heads are averaged; without a token (average or
+attention pooling) all patches. Prefix tokens (class, distillation, registers) are never part of a map. Patch
+maps become pixels bilinearly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..classifier import Classifier
+from .base import Attributor, Metadata, register, undisturbed
+
+_ARCHITECTURES = "timm vision transformers with softmax attention (ViT, DeiT, BEiT, EVA, DINOv3)"
+
+
+class AttentionAttributor(Attributor):
+    """Base of the methods that read attention; refuses other architectures when it is made.
+
+    Attributes:
+        blocks: number of transformer blocks.
+        prefix: number of tokens before the patches.
+        readout: the tokens whose final values reach the head.
+    """
+
+    def __init__(self, clf: Classifier, **options: Any):
+        super().__init__(clf, **options)
+        self._softmaxes = _softmaxes(clf.module)
+        self._patch_embed: Any = getattr(clf.module, "patch_embed", None)
+        self.blocks = len(self._softmaxes)
+        prefix = getattr(clf.module, "num_prefix_tokens", None)
+        if not self.blocks or prefix is None or not hasattr(self._patch_embed, "dynamic_feat_size"):
+            raise ValueError(
+                f"{self.name} reads attention and accepts {_ARCHITECTURES}; {clf.name} is a "
+                f"{type(clf.module).__name__}: choose a method for any classifier, such as rise"
+            )
+        self.prefix = int(prefix)
+        self.readout = _readout(clf.module, self.prefix)
+
+    def forward(
+        self, images: Tensor, watch: Callable[[int, Tensor], Tensor | None], last_only: bool = False
+    ) -> Tensor:
+        """Logits (B, classes) while ``watch(block, A)`` sees the attention (B,heads,T,T), block after block.
+
+        What ``watch`` returns replaces the attention, None leaves it.
+        """
+        rows, cols = self._grid(images)
+        tokens = self.prefix + rows * cols
+
+        def hook_of(block: int) -> Callable:
+            def hook(_module: nn.Module, _args: tuple, attention: Tensor) -> Tensor | None:
+                if tuple(attention.shape[2:]) != (tokens, tokens):
+                    raise ValueError(
+                        f"{self.name}: attention of block {block} is {tuple(attention.shape)}, not one row "
+                        f"and column for each of {tokens} tokens; accepted are {_ARCHITECTURES}"
+                    )
+                return watch(block, attention)
+
+            return hook
+
+        hooks = [(module, hook_of(block)) for block, module in enumerate(self._softmaxes)]
+        with undisturbed(self.clf, hooks[-1:] if last_only else hooks, unfused=True):
+            return self.clf(images)
+
+    def upsample(self, patches: Tensor, images: Tensor) -> Tensor:
+        """(B, patches) → (B, 1, H, W)."""
+        maps = patches.reshape(len(images), 1, *self._grid(images))
+        return F.interpolate(maps, images.shape[-2:], mode="bilinear", align_corners=False)
+
+    def _grid(self, images: Tensor) -> tuple[int, int]:
+        return self._patch_embed.dynamic_feat_size(tuple(images.shape[-2:]))
+
+
+@register("raw_attention")
+class RawAttention(AttentionAttributor):
+    """Attention of the readout to the patches in the last block, mean over heads."""
+
+    metadata = Metadata(
+        paper="baseline of Chefer et al., CVPR 2021",
+        cost="1F",
+        architectures=_ARCHITECTURES,
+        licence="well-known",
+        notes="the same for every class; without a class token the mean over patch queries",
+    )
+    class_specific = False
+
+    def _attribute(self, images: Tensor, target: Any) -> Tensor:
+        seen: list[Tensor] = []
+        self.forward(images, lambda _, attention: seen.append(attention), last_only=True)
+        patches = seen[0][:, :, self.readout, self.prefix :].mean(dim=(1, 2))
+        return self.upsample(patches, images)
+
+
+@register("rollout")
+class Rollout(AttentionAttributor):
+    """Attention rollout: the readout's row of Π_l norm(I + E_h A_l), rows normalised to sum to 1."""
+
+    metadata = Metadata(
+        paper="Abnar and Zuidema, ACL 2020",
+        cost="1F",
+        architectures=_ARCHITECTURES,
+        licence="well-known",
+        notes="the same for every class; all blocks; without a class token the mean over patch rows",
+    )
+    class_specific = False
+
+    def rollout(self, images: Tensor) -> Tensor:
+        """The product over blocks (B, T, T); every row sums to 1. Trusts its input."""
+        product: Tensor | None = None
+
+        def watch(_block: int, attention: Tensor) -> None:
+            # only the running product is kept, not the attention of every block
+            nonlocal product
+            mixed = attention.float().mean(dim=1)
+            mixed = mixed + torch.eye(mixed.shape[-1], device=mixed.device)
+            mixed = mixed / mixed.sum(dim=-1, keepdim=True)
+            product = mixed if product is None else mixed @ product
+
+        self.forward(images, watch)
+        assert product is not None
+        return product
+
+    def _attribute(self, images: Tensor, target: Any) -> Tensor:
+        return self.upsample(self.rollout(images)[:, self.readout, self.prefix :].mean(dim=1), images)
+
+
+@register("gradcam_vit")
+class GradCamViT(AttentionAttributor):
+    """Grad-CAM on the last block: ReLU Σ_h w_h·A_h in the readout's row, w_h the patch mean of ∂logit_t/∂A_h.
+
+    The backward pass stops at the last block's attention, so it costs a fraction of a full one. Maps without
+    any positive evidence are zero everywhere.
+    """
+
+    metadata = Metadata(
+        paper="Selvaraju et al., ICCV 2017, as adapted by Chefer et al., CVPR 2021",
+        cost="1F, B of the last block",
+        architectures=_ARCHITECTURES,
+        licence="Chefer et al., MIT",
+        notes="without a class token attention and gradient are averaged over patch queries",
+    )
+
+    def _attribute(self, images: Tensor, target: Tensor) -> Tensor:
+        seen: list[Tensor] = []
+
+        def watch(_block: int, attention: Tensor) -> Tensor:
+            seen.append(attention.detach().requires_grad_())
+            return seen[0]
+
+        logits = self.forward(images, watch, last_only=True)
+        (gradient,) = torch.autograd.grad(logits.gather(1, target[:, None]).sum(), seen[0])
+        attention, gradient = (
+            value.detach()[:, :, self.readout, self.prefix :].mean(dim=2) for value in (seen[0], gradient)
+        )
+        weights = gradient.mean(dim=-1, keepdim=True)  # [B, heads, 1]
+        return self.upsample(F.relu((weights * attention).sum(dim=1)), images)
+
+
+def _softmaxes(module: nn.Module) -> list[nn.Module]:
+    """What timm applies right after the attention's softmax, one per block; [] if the blocks are others."""
+    found: list[nn.Module] = []
+    for block in getattr(module, "blocks", ()):
+        owner = getattr(block, "attn", block)
+        # without the switch there is no telling what attn_drop is applied to
+        if not (hasattr(owner, "fused_attn") and isinstance(getattr(owner, "attn_drop", None), nn.Module)):
+            return []
+        found.append(owner.attn_drop)
+    return found
+
+
+def _readout(module: nn.Module, prefix: int) -> slice:
+    if hasattr(module, "head_dist"):
+        return slice(0, 2)
+    if getattr(module, "global_pool", "") == "token":
+        return slice(0, 1)
+    return slice(None) if getattr(module, "pool_include_prefix", False) else slice(prefix, None)

@@ -1,0 +1,176 @@
+"""What every attribution method shares: the checks at the door, the state it puts back, the registry."""
+
+from __future__ import annotations
+
+import difflib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from ..classifier import Classifier
+from ..precision import autocast
+
+
+@dataclass(frozen=True)
+class Metadata:
+    """Where a method comes from and what it asks for.
+
+    Attributes:
+        paper: authors, venue, year.
+        cost: forward (F) and backward (B) passes per image.
+        architectures: classifiers it accepts.
+        licence: of the source that was followed; the code here is our own.
+        notes: choices made and approximations.
+    """
+
+    paper: str
+    cost: str
+    architectures: str
+    licence: str
+    notes: str = ""
+
+
+class Attributor(ABC):
+    """Attribution maps of a frozen classifier's decisions; a subclass implements `_attribute`.
+
+    Args:
+        clf: the classifier to explain.
+        internal_batch_size: images in one pass of the classifier, ≥ 1; memory is set by it, results are not.
+        seed: of whatever is random; the same seed gives the same maps.
+    """
+
+    name: ClassVar[str]
+    metadata: ClassVar[Metadata]
+    # False where the map is the same for all classes: then no pass is spent on finding the predicted one
+    class_specific: ClassVar[bool] = True
+
+    def __init__(self, clf: Classifier, internal_batch_size: int = 64, seed: int = 0):
+        if internal_batch_size < 1:
+            raise ValueError(f"internal_batch_size={internal_batch_size}: give at least one image")
+        self.clf = clf
+        self.internal_batch_size = internal_batch_size
+        self.seed = seed
+
+    def attribute(self, images: Tensor, target: Tensor | Sequence[int] | int | None = None) -> Tensor:
+        """Attribute the classifier's decision to the pixels.
+
+        Whatever the computation changes in the classifier (hooks, gradient flags, fused attention, training
+        mode) is put back, also after an exception. Works inside ``torch.no_grad`` and ``inference_mode``, and
+        computes in float32 also under autocast.
+
+        Args:
+            images: (B, C, H, W) RGB in [0, 1] on the classifier's device.
+            target: (B,) classes to explain, one class for all, or None for the predicted class.
+
+        Returns:
+            (B, 1, H, W) float32 on the same device, on the method's own scale; higher is more important.
+
+        Raises:
+            ValueError: for images or targets that do not fit, in one line.
+        """
+        self.clf.check(images)
+        if target is not None:
+            target = self.clf.resolve_target(images, target)
+        maps = []
+        with undisturbed(self.clf), autocast("fp32", images.device):
+            for start in range(0, len(images), self.internal_batch_size):
+                part = images[start : start + self.internal_batch_size].detach()
+                # a tensor made in inference mode cannot take part in autograd, its copy can
+                part = part.clone() if part.is_inference() else part
+                classes = None if target is None else target[start : start + self.internal_batch_size]
+                if self.class_specific:
+                    classes = self.clf.resolve_target(part, classes)
+                maps.append(self._attribute(part, classes).detach().float())
+        return torch.cat(maps)
+
+    @abstractmethod
+    def _attribute(self, images: Tensor, target: Any) -> Tensor:
+        """At most ``internal_batch_size`` checked images and their targets (B,) → (B, 1, H, W).
+
+        ``target`` is a tensor if the method is ``class_specific``, else it may be None. Gradients are
+        enabled, parameters do not require them.
+        """
+
+    __call__ = attribute
+
+
+@contextmanager
+def undisturbed(
+    module: nn.Module, hooks: Sequence[tuple[nn.Module, Callable]] = (), unfused: bool = False
+) -> Iterator[None]:
+    """The module in evaluation mode, parameters without gradients, autograd on; all as before on exit.
+
+    Args:
+        hooks: pairs of a submodule and a forward hook that live as long as the context.
+        unfused: compute attention step by step, so that hooks see its softmax, and without checkpointing,
+            which would run the hooks twice.
+    """
+    switches = ("fused_attn", "grad_checkpointing") if unfused else ()
+    modules = list(module.modules())
+    training = [(m, m.training) for m in modules]
+    requiring = [(p, p.requires_grad) for p in module.parameters()]
+    switched = [(m, name, getattr(m, name)) for m in modules for name in switches if hasattr(m, name)]
+    with ExitStack() as stack:
+        try:
+            for submodule, hook in hooks:
+                stack.callback(submodule.register_forward_hook(hook).remove)
+            for m, _ in training:
+                m.training = False
+            for p, _ in requiring:
+                p.requires_grad_(False)
+            for m, name, _ in switched:
+                setattr(m, name, False)
+            with torch.inference_mode(False), torch.enable_grad():
+                yield
+        finally:
+            for m, mode in training:
+                m.training = mode
+            for p, flag in requiring:
+                p.requires_grad_(flag)
+            for m, name, value in switched:
+                setattr(m, name, value)
+
+
+# ---- registry
+
+_REGISTRY: dict[str, type[Attributor]] = {}
+A = TypeVar("A", bound=type[Attributor])
+
+
+def register(name: str) -> Callable[[A], A]:
+    """Class decorator: make an `Attributor` with ``metadata`` known to `create` as ``name``."""
+
+    def add(cls: A) -> A:
+        if name in _REGISTRY:
+            raise ValueError(f"attributor {name!r} is registered already, as {_REGISTRY[name].__name__}")
+        cls.name = name
+        _REGISTRY[name] = cls
+        return cls
+
+    return add
+
+
+def available() -> dict[str, Metadata]:
+    """Name → metadata of all methods, by name."""
+    return {name: _REGISTRY[name].metadata for name in sorted(_REGISTRY)}
+
+
+def create(name: str, clf: Classifier, **options: Any) -> Attributor:
+    """The method of that name for ``clf``; options go to its class, ``internal_batch_size`` and ``seed`` to
+    all.
+
+    Raises:
+        ValueError: for an unknown name, or a classifier whose architecture the method does not accept.
+        ImportError: naming the extra to install, where the method needs one.
+    """
+    if name not in _REGISTRY:
+        close = difflib.get_close_matches(name, _REGISTRY, n=1)
+        hint = f" (did you mean {close[0]!r}?)" if close else ""
+        known = ", ".join(sorted(_REGISTRY))
+        raise ValueError(f"attributor {name!r} is not known{hint}: choose one of {known}")
+    return _REGISTRY[name](clf, **options)

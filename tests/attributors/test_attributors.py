@@ -1,0 +1,439 @@
+"""Attributors on tiny timm models with random weights: shapes, definitions, state, seeds."""
+
+import sys
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from aha import attributors
+from aha.attributors import Attributor, Metadata, register, undisturbed
+from aha.attributors.base import _REGISTRY
+from aha.classifier import Classifier
+
+SMALL = {"embed_dim": 24, "num_heads": 3, "depth": 3, "num_classes": 4}
+ARCHITECTURES = {
+    "vit": ("vit_tiny_patch16_224", {"img_size": 32, "patch_size": 8}),
+    "oblong": ("vit_tiny_patch16_224", {"img_size": (32, 48), "patch_size": 8}),
+    "registers": ("vit_tiny_patch16_224", {"img_size": 32, "patch_size": 8, "reg_tokens": 4}),
+    "average": (
+        "vit_tiny_patch16_224",
+        {"img_size": 32, "patch_size": 8, "class_token": False, "global_pool": "avg"},
+    ),
+    "distilled": ("deit_tiny_distilled_patch16_224", {"img_size": 32, "patch_size": 8}),
+    "dinov3": ("vit_small_patch16_dinov3", {"img_size": 32, "patch_size": 8}),
+    "eva02": ("eva02_tiny_patch14_336", {"img_size": 32, "patch_size": 8}),
+    "beit": ("beit_base_patch16_224", {"img_size": 32, "patch_size": 8}),
+    "parallel": ("vit_tiny_patch16_224", {"img_size": 32, "patch_size": 8, "block_fn": "parallel"}),
+}
+PREFIX = {"registers": 5, "average": 0, "distilled": 2, "dinov3": 5}
+OPTIONS = {"rise": {"n_masks": 12}, "integrated_gradients": {"n_steps": 4}}
+ATTENTION = ("raw_attention", "rollout", "gradcam_vit")
+NAMES = (*ATTENTION, "input_x_gradient", "integrated_gradients", "random", "rise")
+
+
+def make(kind):
+    name, options = ARCHITECTURES[kind]
+    if options.get("block_fn") == "parallel":
+        options = {
+            **options,
+            "block_fn": timm.models.vision_transformer.ParallelScalingBlock,
+            "qk_norm": True,
+        }
+    torch.manual_seed(0)
+    module = timm.create_model(name, **SMALL, **options)
+    for parameter in module.parameters():
+        # as initialised, attention is uniform and layer scale hides the blocks
+        nn.init.normal_(parameter, std=0.3)
+    size = options["img_size"]
+    size = size if isinstance(size, tuple) else (size, size)
+    return Classifier.wrap(module, (0.5,) * 3, (0.25,) * 3, input_size=size, num_classes=4)
+
+
+@pytest.fixture(scope="module")
+def models():
+    made = {}
+    return lambda kind: made.setdefault(kind, make(kind)) if kind not in made else made[kind]
+
+
+def pictures(clf, count=3):
+    return torch.rand(count, 3, *clf.input_size, generator=torch.Generator().manual_seed(1))
+
+
+def create(name, clf, **options):
+    if name == "integrated_gradients":
+        pytest.importorskip("captum")
+    return attributors.create(name, clf, **{**OPTIONS.get(name, {}), **options})
+
+
+# ---- every method
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_maps(models, name):
+    clf = models("vit")
+    images = pictures(clf)
+    method = create(name, clf)
+    maps = method.attribute(images)
+    assert maps.shape == (3, 1, 32, 32)
+    assert maps.dtype == torch.float32
+    assert torch.isfinite(maps).all()
+    assert not maps.requires_grad
+    assert torch.equal(maps, method(images, clf(images).argmax(dim=1)))  # None is the predicted class
+    assert maps[0].std() > 0
+    one_by_one = torch.cat([method.attribute(image[None]) for image in images])
+    assert torch.allclose(maps, one_by_one, atol=1e-5, rtol=1e-4)
+    chunked = create(name, clf, internal_batch_size=2).attribute(images)
+    assert torch.allclose(maps, chunked, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_class_specific(models, name):
+    clf = models("vit")
+    images = pictures(clf)
+    method = create(name, clf)
+    maps = [method.attribute(images, target) for target in (0, 1)]
+    assert torch.equal(*maps) != method.class_specific
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_refusals(models, name):
+    clf = models("vit")
+    images = pictures(clf)
+    method = create(name, clf)
+    with pytest.raises(ValueError, match="one class per image"):
+        method.attribute(images, [0, 1])
+    with pytest.raises(ValueError, match="out of range"):
+        method.attribute(images, 4)
+    with pytest.raises(ValueError, match="RGB in"):
+        method.attribute(images * 255)
+    with pytest.raises(ValueError, match="batch is empty"):
+        method.attribute(images[:0])
+    with pytest.raises(ValueError, match="at least one image"):
+        create(name, clf, internal_batch_size=0)
+
+
+def state(clf):
+    return (
+        [module.training for module in clf.modules()],
+        [parameter.requires_grad for parameter in clf.parameters()],
+        [getattr(module, "fused_attn", None) for module in clf.modules()],
+        [getattr(module, "grad_checkpointing", None) for module in clf.modules()],
+        [len(module._forward_hooks) for module in clf.modules()],
+        torch.is_grad_enabled(),
+    )
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_state_is_restored_also_after_an_exception(name):
+    clf = make("vit")
+    clf.module.blocks[0].train()
+    clf.module.blocks[1].requires_grad_(True)
+    clf.module.set_grad_checkpointing(True)
+    assert any(getattr(module, "fused_attn", False) for module in clf.modules())
+    images = pictures(clf)
+    method = create(name, clf)
+    before = state(clf)
+    expected = method.attribute(images)
+    assert state(clf) == before
+    if method.class_specific or name in ATTENTION:
+
+        def fail(*_):
+            raise RuntimeError("out of luck")
+
+        handle = clf.module.head.register_forward_hook(fail)
+        before = state(clf)
+        with pytest.raises(RuntimeError, match="out of luck"):
+            method.attribute(images, 0)
+        assert state(clf) == before
+        handle.remove()
+    assert torch.equal(method.attribute(images), expected)
+    assert all(parameter.grad is None for parameter in clf.parameters())
+
+
+def test_undisturbed_restores_when_it_cannot_even_start():
+    clf = make("vit")
+    before = state(clf)
+    with (
+        pytest.raises(AttributeError, match="register_forward_hook"),
+        undisturbed(clf, [(clf.module.head, print), (None, print)], unfused=True),
+    ):
+        pytest.fail("must not be entered")
+    assert state(clf) == before
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_surrounding_modes_do_not_matter(models, name):
+    clf = models("vit")
+    images = pictures(clf)
+    method = create(name, clf)
+    expected = method.attribute(images)
+    with torch.no_grad():
+        assert torch.equal(method.attribute(images), expected)
+    with torch.inference_mode():
+        assert torch.equal(method.attribute(images.clone()), expected)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(method.attribute(images), expected)
+    own = images.clone().requires_grad_()
+    assert torch.equal(method.attribute(own), expected)
+    assert own.grad is None
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", NAMES)
+def test_cuda_agrees_with_the_cpu(name):
+    clf = make("vit")
+    images, target = pictures(clf), [1, 3, 0]
+    expected = create(name, clf).attribute(images, target)
+    maps = create(name, clf.cuda()).attribute(images.cuda(), target)
+    assert maps.is_cuda
+    # convolutions run in tf32 there
+    assert torch.allclose(maps.cpu(), expected, rtol=0.05, atol=0.02 * expected.abs().max().item())
+
+
+# ---- attention
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_attention_of_all_architectures(models, kind):
+    clf = models(kind)
+    images = pictures(clf, 2)
+    for name in ATTENTION:
+        method = attributors.create(name, clf)
+        assert method.prefix == PREFIX.get(kind, 1)
+        assert method.blocks == 3
+        maps = method.attribute(images)
+        assert maps.shape == (2, 1, *clf.input_size)
+        assert torch.isfinite(maps).all()
+        alone = torch.cat([method.attribute(image[None]) for image in images])
+        assert torch.allclose(maps, alone, atol=1e-5, rtol=1e-3)
+    rollout = attributors.create("rollout", clf).rollout(images)
+    assert torch.allclose(rollout.sum(dim=-1), torch.ones(()), atol=1e-5)
+
+
+def attention_by_hand(vit, pixels):
+    """Attention of every block of a plain timm ViT, and its logits as a function of the last one."""
+    tokens = vit.norm_pre(vit.patch_drop(vit._pos_embed(vit.patch_embed(pixels))))
+    seen = []
+    for block in vit.blocks:
+        attn, x = block.attn, block.norm1(tokens)
+        batch, count, width = x.shape
+        q, k, v = attn.qkv(x).reshape(batch, count, 3, attn.num_heads, -1).permute(2, 0, 3, 1, 4)
+        weights = torch.softmax(q @ k.mT / q.shape[-1] ** 0.5, dim=-1).detach().requires_grad_()
+        seen.append(weights)
+        mixed = attn.proj((weights @ v).transpose(1, 2).reshape(batch, count, width))
+        tokens = tokens + mixed
+        tokens = tokens + block.mlp(block.norm2(tokens))
+    return seen, vit.forward_head(vit.norm(tokens))
+
+
+@pytest.mark.parametrize(
+    ("kind", "read"), [("vit", [0]), ("registers", [0]), ("distilled", [0, 1]), ("average", None)]
+)
+def test_attention_methods_by_hand(models, kind, read):
+    clf = models(kind)
+    images = pictures(clf)
+    target = torch.tensor([1, 3, 0])
+    seen, logits = attention_by_hand(clf.module, clf.normalize(images))
+    assert torch.allclose(logits, clf(images), atol=1e-4)
+    prefix = PREFIX.get(kind, 1)
+    read = read if read is not None else list(range(prefix, seen[0].shape[-1]))
+    (gradient,) = torch.autograd.grad(logits[range(3), target].sum(), seen[-1])
+
+    cams, raws, rolls = [], [], []
+    for i in range(3):
+        cam = torch.zeros(16)
+        raw = torch.zeros(16)
+        for head in range(3):
+            row = torch.stack([seen[-1][i, head, q, prefix:] for q in read]).mean(0).detach()
+            weight = torch.stack([gradient[i, head, q, prefix:] for q in read]).mean()
+            cam += weight * row
+            raw += row / 3
+        joint = torch.eye(seen[0].shape[-1])
+        for block in seen:
+            joint = (block[i].detach().mean(0) + torch.eye(len(joint))) / 2 @ joint
+        cams.append(cam.clamp_min(0))
+        raws.append(raw)
+        rolls.append(joint[read, prefix:].mean(0))
+    for name, rows in (("gradcam_vit", cams), ("raw_attention", raws), ("rollout", rolls)):
+        grid = torch.stack(rows).view(3, 1, 4, 4)
+        expected = F.interpolate(grid, (32, 32), mode="bilinear", align_corners=False)
+        maps = attributors.create(name, clf).attribute(images, target)
+        assert torch.allclose(maps, expected, atol=1e-3 * expected.abs().max().item()), name
+    assert torch.stack(cams).max() > 0
+
+
+def test_dynamic_sizes():
+    torch.manual_seed(0)
+    module = timm.create_model(
+        "vit_tiny_patch16_224", img_size=32, patch_size=8, dynamic_img_size=True, **SMALL
+    )
+    clf = Classifier.wrap(module, input_size=(32, 32), num_classes=4)
+    images = torch.rand(2, 3, 40, 24)
+    for name in ATTENTION:
+        assert attributors.create(name, clf).attribute(images).shape == (2, 1, 40, 24)
+
+
+@pytest.mark.parametrize("name", ATTENTION)
+@pytest.mark.parametrize("architecture", ["convnext_atto", "resnet18", "cait_xxs24_224", "mixer_s32_224"])
+def test_other_architectures_are_refused_at_once(name, architecture):
+    options = {"depth": 1} if architecture.startswith("cait") else {}
+    with torch.device("meta"):
+        module = timm.create_model(architecture, **options)
+    clf = Classifier(module, (0.5,) * 3, (0.5,) * 3, (224, 224), 1000)
+    with pytest.raises(
+        ValueError, match=f"{name} reads attention and accepts timm vision transformers"
+    ) as error:
+        attributors.create(name, clf)
+    assert "\n" not in str(error.value)
+    assert type(module).__name__ in str(error.value)
+
+
+# ---- gradients
+
+
+def test_input_x_gradient_by_hand(models):
+    clf = models("vit")
+    images = pictures(clf).requires_grad_()
+    target = torch.tensor([0, 3, 1])
+    clf(images)[range(3), target].sum().backward()
+    expected = (images * images.grad).detach().sum(1, keepdim=True).abs()
+    maps = attributors.create("input_x_gradient", clf).attribute(images.detach(), target)
+    assert torch.allclose(maps, expected, rtol=1e-4, atol=1e-5)
+    smooth = attributors.create("input_x_gradient", clf, smooth=2.0).attribute(images.detach(), target)
+    assert smooth.std() < maps.std()
+    assert smooth.mean() == pytest.approx(maps.mean().item(), rel=0.1)
+    with pytest.raises(ValueError, match="smooth=-1"):
+        attributors.create("input_x_gradient", clf, smooth=-1)
+
+
+def test_integrated_gradients_are_complete(models):
+    clf = models("average")
+    images = pictures(clf)
+    maps = create("integrated_gradients", clf, n_steps=60).attribute(images, 2)
+    change = (clf(images) - clf(torch.zeros_like(images)))[:, 2]
+    assert torch.allclose(maps.sum(dim=(1, 2, 3)), change, rtol=0.02, atol=0.02 * change.abs().max())
+    with pytest.raises(ValueError, match="n_steps=0"):
+        create("integrated_gradients", clf, n_steps=0)
+
+
+def test_missing_captum_names_the_extra(models, monkeypatch):
+    monkeypatch.setitem(sys.modules, "captum", None)
+    monkeypatch.setitem(sys.modules, "captum.attr", None)
+    with pytest.raises(ImportError, match=r"aha-attribution\[captum\]"):
+        attributors.create("integrated_gradients", models("vit"))
+
+
+# ---- perturbation
+
+
+class Corner(nn.Module):
+    """Sees only the mean of the upper left quarter."""
+
+    def forward(self, pixels):
+        height, width = pixels.shape[2] // 2, pixels.shape[3] // 2
+        score = pixels[:, :, :height, :width].mean(dim=(1, 2, 3))
+        return torch.stack([4 * score, torch.zeros_like(score)], dim=1)
+
+
+def test_rise_by_hand():
+    clf = Classifier.wrap(Corner(), (0.2,) * 3, (0.5,) * 3, input_size=(20, 24), num_classes=2)
+    images = pictures(clf)
+    method = attributors.create("rise", clf, n_masks=50, cells=4, seed=3, internal_batch_size=7)
+    masks = torch.cat(list(method.masks(20, 24, chunk=50)))
+    assert masks.shape == (50, 20, 24)
+    assert 0 <= masks.min() < masks.max() <= 1
+    assert torch.equal(masks, torch.cat(list(method.masks(20, 24, chunk=3))))
+    expected = torch.zeros(3, 20, 24)
+    for mask in masks:
+        confidence = clf.forward_normalized(clf.normalize(images) * mask).softmax(dim=1)[:, 0]
+        expected += confidence[:, None, None] * mask
+    maps = method.attribute(images, 0)
+    assert torch.allclose(maps[:, 0], expected / masks.sum(0), atol=1e-5)
+
+
+def test_rise_finds_the_evidence_and_is_unbiased():
+    clf = Classifier.wrap(Corner(), input_size=(24, 24), num_classes=2)
+    images = torch.ones(1, 3, 24, 24)
+    method = attributors.create("rise", clf, n_masks=2000)
+    maps = method.attribute(images, 0)[0, 0]
+    assert maps[:12, :12].mean() > maps[12:, 12:].mean() + 0.01
+    # far from the evidence a mask says nothing about the confidence: there the map is its plain mean
+    masks = torch.cat(list(method.masks(24, 24, 500)))
+    assert masks.mean() == pytest.approx(0.5, abs=0.02)
+    mean = clf(images * masks[:, None]).softmax(1)[:, 0].mean()
+    assert torch.allclose(maps[18:, 18:], mean, atol=0.01)
+    # a classifier that does not look gives a constant map, whatever the masks happened to cover
+    blind = Classifier.wrap(Blind(), input_size=(24, 24), num_classes=2)
+    flat = attributors.create("rise", blind, n_masks=20).attribute(images, 0)
+    assert torch.allclose(flat, torch.full((), 0.5), atol=1e-5)
+
+
+class Blind(nn.Module):
+    def forward(self, pixels):
+        return pixels.new_zeros(len(pixels), 2)
+
+
+@pytest.mark.parametrize("name", ["random", "rise"])
+def test_seeds(models, name):
+    clf = models("vit")
+    images = pictures(clf)
+    one, same, other = (create(name, clf, seed=seed).attribute(images) for seed in (1, 1, 2))
+    assert torch.equal(one, same)
+    assert not torch.equal(one, other)
+    torch.manual_seed(7)
+    before = torch.get_rng_state()
+    create(name, clf).attribute(images)
+    assert torch.equal(torch.get_rng_state(), before)  # the caller's generator is left alone
+
+
+def test_random_maps_differ_between_images(models):
+    clf = models("vit")
+    maps = attributors.create("random", clf).attribute(pictures(clf))
+    assert 0 <= maps.min() < maps.max() < 1
+    correlation = torch.corrcoef(maps.flatten(1))
+    assert correlation[0, 1].abs() < 0.15
+
+
+def test_rise_refusals(models):
+    for options in ({"n_masks": 0}, {"cells": 0}, {"p": 1.0}):
+        with pytest.raises(ValueError, match=next(iter(options))):
+            attributors.create("rise", models("vit"), **options)
+
+
+# ---- registry
+
+
+def test_registry(models):
+    assert set(NAMES) <= set(attributors.available())
+    assert list(attributors.available()) == sorted(attributors.available())
+    for name, metadata in attributors.available().items():
+        assert isinstance(metadata, Metadata)
+        assert metadata.paper, name
+    with pytest.raises(
+        ValueError, match=r"'rolout' is not known \(did you mean 'rollout'\?\): choose one of"
+    ) as error:
+        attributors.create("rolout", models("vit"))
+    assert "\n" not in str(error.value)
+    with pytest.raises(ValueError, match="registered already"):
+        register("rise")(Attributor)
+
+
+def test_registering_a_method(models):
+    class Bright(Attributor):
+        metadata = Metadata("none", "none", "any", "ours")
+        class_specific = False
+
+        def _attribute(self, images, target):
+            return images.mean(dim=1, keepdim=True)
+
+    try:
+        register("bright")(Bright)
+        maps = attributors.create("bright", models("vit")).attribute(pictures(models("vit")))
+        assert maps.shape == (3, 1, 32, 32)
+        assert Bright.name == "bright"
+    finally:
+        _REGISTRY.pop("bright", None)

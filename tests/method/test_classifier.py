@@ -1,0 +1,114 @@
+"""The pixel contract and the checks at the door."""
+
+import pytest
+import torch
+
+import aha
+from aha.precision import uses_bf16
+
+from ..conftest import tiny_vit
+
+
+def test_it_owns_its_normalisation(classifier, images):
+    expected = tiny_vit().eval()((images - 0.5) / 0.5)
+    torch.testing.assert_close(classifier(images), expected)
+    torch.testing.assert_close(classifier.forward_normalized(classifier.normalize(images)), expected)
+    torch.testing.assert_close(classifier.probabilities(images).sum(1), torch.ones(3))
+
+
+def test_it_is_frozen_but_differentiable_in_the_image(classifier, images):
+    classifier.train()
+    assert not any(module.training for module in classifier.module.modules())
+    images.requires_grad_()
+    classifier(images).sum().backward()
+    assert images.grad.abs().max() > 0
+    assert all(p.grad is None for p in classifier.parameters())
+
+
+def test_targets(classifier, images):
+    assert torch.equal(classifier.resolve_target(images), classifier(images).argmax(1))
+    assert classifier.resolve_target(images, 2).tolist() == [2, 2, 2]
+    assert classifier.resolve_target(images, [0, 1, 4]).tolist() == [0, 1, 4]
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        ([0, 1], r"shape \(2,\): give one class per image, \(3,\)"),
+        (5, "target 5 is out of range: the classifier has classes 0 … 4"),
+        ([0, -1, 2], "target -1 is out of range"),
+        ([0.0, 1.0, 2.0], "integer class indices"),
+        (torch.zeros(3, 1, dtype=torch.int64), "one class per image"),
+    ],
+)
+def test_bad_targets(explainer, images, target, message):
+    for call in (explainer.attribute, lambda x, t: aha.refine(explainer, explainer.classifier, x, t)):
+        with pytest.raises(ValueError, match=message):
+            call(images, target)
+
+
+def broken(value):
+    images = torch.rand(2, 3, 32, 32)
+    images[1, 2, 3, 4] = value
+    return images
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (torch.rand(3, 32, 32), r"give \(B, 3, H, W\)"),
+        (torch.rand(2, 1, 32, 32), r"give \(B, 3, H, W\)"),
+        (torch.rand(0, 3, 32, 32), "batch is empty"),
+        (torch.zeros(2, 3, 32, 32, dtype=torch.uint8), "divide 8-bit images by 255"),
+        (broken(float("nan")), "NaN or infinite"),
+        (broken(float("inf")), "NaN or infinite"),
+        (broken(-2.0), "not normalised or 8-bit"),
+        (broken(255.0), "not normalised or 8-bit"),
+        ("photo.jpg", "images is a str"),
+    ],
+)
+def test_bad_images(explainer, images, message):
+    for call in (explainer.attribute, lambda x: aha.refine(explainer, explainer.classifier, x)):
+        with pytest.raises(ValueError, match=message) as caught:
+            call(images)
+        assert "\n" not in str(caught.value)
+
+
+def test_weights_files(tmp_path):
+    from safetensors.torch import save_file
+
+    options = {"img_size": 32, "num_classes": 4}
+    clf = aha.Classifier.from_timm("vit_tiny_patch16_224", pretrained=False, **options)
+    state = {key: value.half() for key, value in clf.module.state_dict().items()}
+    path = tmp_path / "weights.safetensors"
+    save_file(state, path, metadata={"mean": "0.1,0.2,0.3", "std": "[0.4, 0.5, 0.6]"})
+    loaded = aha.Classifier.from_timm("vit_tiny_patch16_224", weights=path, **options)
+    torch.testing.assert_close(loaded.mean, torch.tensor([0.1, 0.2, 0.3]))
+    torch.testing.assert_close(loaded.std, torch.tensor([0.4, 0.5, 0.6]))
+    assert next(loaded.module.parameters()).dtype == torch.float32
+    with pytest.raises(FileNotFoundError, match="no weights file"):
+        aha.Classifier.from_timm("vit_tiny_patch16_224", weights=tmp_path / "missing.pth")
+    with pytest.raises(ValueError, match="of another shape"):
+        aha.Classifier.from_timm("vit_tiny_patch16_224", weights=path, img_size=32, num_classes=7)
+    save_file({"a": torch.zeros(1)}, tmp_path / "foreign.safetensors")
+    with pytest.raises(ValueError, match="missing"):
+        aha.Classifier.from_timm("vit_tiny_patch16_224", weights=tmp_path / "foreign.safetensors", **options)
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(ValueError, match="truncated") as caught:
+        aha.Classifier.from_timm("vit_tiny_patch16_224", weights=path, **options)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(ValueError, match="timm has no model"):
+        aha.Classifier.from_timm("vit_of_nowhere")
+
+
+def test_class_names_are_counted():
+    with pytest.raises(ValueError, match="2 class names for 5 classes"):
+        aha.Classifier.wrap(tiny_vit(), input_size=(32, 32), class_names=["a", "b"])
+
+
+def test_precision():
+    assert uses_bf16("bf16", torch.device("cpu"))
+    assert not uses_bf16("fp32", torch.device("cpu"))
+    assert isinstance(uses_bf16("auto", torch.device("cpu")), bool)
+    with pytest.raises(ValueError, match="auto, bf16, fp32"):
+        uses_bf16("fp16", torch.device("cpu"))

@@ -1,0 +1,271 @@
+"""Training: it learns, resumes bit for bit, and meets bad input at the door."""
+
+import dataclasses
+import json
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import aha
+from aha.training import checkpoint
+from aha.training.schedule import learning_rate, temperature
+from aha.training.trainer import StepSampler, default_cells
+
+from ..conftest import TINY_DECODER, tiny_vit
+
+CONFIG = aha.TrainConfig(
+    steps=6, batch_size=4, accumulate=2, fractions=5, n_iters=5, save_every=0, log_every=2, precision="fp32"
+)
+
+
+class Images(torch.utils.data.Dataset):
+    """Random images, one of them bad on request."""
+
+    def __init__(self, size=10, bad=None):
+        self.size, self.bad = size, bad
+
+    def __len__(self):
+        return self.size
+
+    def __getitem__(self, index):
+        image = torch.rand(3, 32, 32, generator=torch.Generator().manual_seed(index))
+        if index == self.bad:
+            image[0, 0, 0] = float("nan")
+        return {"image": image, "label": index % 5}
+
+
+def fresh():
+    clf = aha.Classifier.wrap(tiny_vit(), (0.5,) * 3, (0.5,) * 3, (32, 32))
+    torch.manual_seed(3)
+    return aha.Explainer.build(clf, decoder=TINY_DECODER), clf
+
+
+def fit(config, data=None, **options):
+    explainer, clf = fresh()
+    aha.Trainer(explainer, clf, data or Images(), config).fit(progress=False, **options)
+    return explainer.decoder.state_dict()
+
+
+@pytest.mark.parametrize("scores", ["standardized", "free"])
+def test_resumed_is_uninterrupted_bit_for_bit(tmp_path, scores):
+    config = dataclasses.replace(CONFIG, scores=scores, output=str(tmp_path / "whole"), save_every=3)
+    whole = fit(config)
+    first = tmp_path / "whole" / "checkpoints" / "step_00000003"
+    resumed = fit(dataclasses.replace(config, output=str(tmp_path / "again")), resume=first)
+    assert all(torch.equal(value, resumed[key]) for key, value in whole.items())
+    # and the run did depend on the checkpoint: from the start of the data it would end elsewhere
+    other = fit(dataclasses.replace(config, output=None, seed=7))
+    assert any(not torch.equal(value, other[key]) for key, value in whole.items())
+
+
+def test_resume_finds_the_newest_and_a_killed_run_loses_nothing(tmp_path):
+    config = dataclasses.replace(CONFIG, output=str(tmp_path), save_every=2)
+    explainer, clf = fresh()
+    trainer = aha.Trainer(explainer, clf, Images(), config)
+    step = trainer._train_step
+
+    def interrupted(batch):
+        if trainer.step == 5:
+            raise KeyboardInterrupt
+        return step(batch)
+
+    trainer._train_step = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        trainer.fit(progress=False)
+    assert [path.name for path in checkpoint.available(tmp_path / "checkpoints")] == ["step_00000002", "step_00000004"]
+    resumed = fit(config, resume=True)
+    whole = fit(dataclasses.replace(config, output=None))
+    assert all(torch.equal(value, resumed[key]) for key, value in whole.items())
+
+
+def test_accumulation_is_the_mean_over_the_parts():
+    # the head's batch norm sees smaller parts, so only the objective's own averaging can be compared: freeze it
+    def run(accumulate):
+        explainer, clf = fresh()
+        for module in explainer.decoder.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                module.train = lambda mode=True: None
+                module.training = False
+        config = dataclasses.replace(CONFIG, steps=1, accumulate=accumulate, clip=1e9, lr=1e-3)
+        trainer = aha.Trainer(explainer, clf, Images(), config)
+        gradients = {}
+        original = trainer.optimizer.step
+        trainer.optimizer.step = lambda: (
+            gradients.update({n: p.grad.clone() for n, p in explainer.decoder.named_parameters()}),
+            original(),
+        )
+        trainer.fit(progress=False)
+        return gradients
+
+    whole, parts = run(1), run(4)
+    for name, gradient in whole.items():
+        if name in ("head.6.bias", "head.7.bias"):
+            continue  # they only shift the map, their gradient is rounding noise
+        assert (parts[name] - gradient).norm() <= 1e-3 * gradient.norm() + 1e-6, name
+
+
+def test_it_learns(tmp_path):
+    config = dataclasses.replace(
+        CONFIG, steps=60, accumulate=1, batch_size=8, lr=3e-3, output=str(tmp_path), log_every=1, cells=(4, 6)
+    )
+    fit(config, Images(16))
+    log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in log] == list(range(1, 61))
+    first, last = log[:15], log[-15:]
+    assert sum(r["loss"] for r in last) < sum(r["loss"] for r in first)
+    names = {"loss", "deletion", "insertion", "scores_std", "row_entropy", "images_per_second", "lr", "tau"}
+    assert names <= set(log[0])
+    assert all(0 <= record["row_entropy"] <= 1 for record in log)
+    assert log[-1]["row_entropy"] < log[0]["row_entropy"]
+
+
+def test_tensorboard_reads_the_log(tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    fit(dataclasses.replace(CONFIG, output=str(tmp_path)))
+    events = accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("loss")] == [2, 4, 6]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoints", "explainer", "log.jsonl", "tensorboard"]
+
+
+def test_the_trained_explainer_is_saved_with_its_settings(tmp_path):
+    explainer, clf = fresh()
+    config = dataclasses.replace(CONFIG, output=str(tmp_path), tau=(0.1, 0.02), cells=(4, 6))
+    aha.Trainer(explainer, clf, Images(), config).fit(progress=False)
+    loaded = aha.Explainer.from_pretrained(tmp_path / "explainer", clf)
+    assert (loaded.settings["temperature"], loaded.settings["cells"]) == (0.02, [4, 6])
+    image = Images()[0]["image"][None]
+    assert torch.equal(loaded.attribute(image), explainer.attribute(image))
+
+
+@pytest.mark.parametrize("options", [{"shared_map": True}, {"targets": 1}, {"noise": 0.5}, {"offset": False}])
+def test_options_run(options):
+    assert all(torch.isfinite(value).all() for value in fit(dataclasses.replace(CONFIG, **options)).values())
+
+
+def test_targets_are_the_prediction_and_the_label_or_runner_up():
+    explainer, clf = fresh()
+    images = torch.stack([Images()[i]["image"] for i in range(4)])
+    top = clf(images).topk(2).indices
+    trainer = aha.Trainer(explainer, clf, Images(), CONFIG)
+    assert torch.equal(trainer._targets(images, None), top)
+    assert torch.equal(trainer._targets(images, top[:, 0]), top)  # right: runner-up
+    wrong = (top[:, 0] + 1) % 5
+    assert torch.equal(trainer._targets(images, wrong)[:, 1], wrong)
+    assert torch.equal(trainer._targets(images, torch.full((4,), -1)), top)  # unknown label
+
+
+def test_schedules():
+    rates = [learning_rate(step, 100, 1.0) for step in range(100)]
+    assert math.isclose(rates[0], 1 / 25)
+    assert math.isclose(rates[6], 1.0)
+    assert math.isclose(rates[-1], 1 / 25e4)
+    assert rates[:7] == sorted(rates[:7])
+    assert rates[6:] == sorted(rates[6:], reverse=True)
+    assert [temperature(s, 3, 1.0, 0.3, "linear") for s in range(3)] == pytest.approx([1.0, 0.65, 0.3])
+    assert [temperature(s, 3, 0.05, 0.005, "geometric") for s in range(3)] == pytest.approx([0.05, 0.0158114, 0.005])
+
+
+def test_sampler_visits_every_item_once_per_epoch_in_any_division():
+    whole = [i for batch in StepSampler(12, 4, range(6), 0) for i in batch]
+    assert sorted(whole[:12]) == sorted(whole[12:]) == list(range(12))
+    assert whole[:12] != whole[12:]
+    later = [i for batch in StepSampler(12, 4, range(2, 6), 0) for i in batch]
+    assert later == whole[8:]
+    ranks = [list(StepSampler(12, 2, range(6), 0, rank, 2)) for rank in range(2)]
+    assert [i for pair in zip(*ranks, strict=True) for batch in pair for i in batch] == whole
+    virtual = [i for batch in StepSampler(12, 4, range(6), 0, virtual=True) for i in batch]
+    assert [i % 12 for i in virtual] == whole
+    assert sorted(virtual) == list(range(24))
+
+
+def test_default_cells():
+    assert default_cells(224, 224) == (7, 28)
+    assert default_cells(64, 64) == (7, 16)
+    assert default_cells(32, 48) == (7, 8)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_size": 0}, "batch_size=0"),
+        ({"batch_size": 5}, "multiple of accumulate"),
+        ({"steps": 0}, "steps=0"),
+        ({"targets": 3}, "give 1 .prediction. or 2"),
+        ({"scores": "raw"}, "choose one of"),
+        ({"references": ("white",)}, "choose one or more of black, mean, blur"),
+    ],
+)
+def test_bad_settings(options, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(CONFIG, **options)
+
+
+def test_bad_data(tmp_path):
+    explainer, clf = fresh()
+    with pytest.raises(ValueError, match="data set is empty"):
+        aha.Trainer(explainer, clf, Images(0), CONFIG)
+    with pytest.raises(ValueError, match="NaN"):
+        fit(CONFIG, Images(4, bad=2))
+
+
+def test_bad_checkpoints(tmp_path):
+    config = dataclasses.replace(CONFIG, output=str(tmp_path), save_every=3)
+    fit(config)
+    newest = checkpoint.available(tmp_path / "checkpoints")[-1]
+    with pytest.raises(ValueError, match=r"other settings \(lr\)"):
+        fit(dataclasses.replace(config, lr=1e-5), resume=True)
+    state = newest / "state.pt"
+    state.write_bytes(state.read_bytes()[: state.stat().st_size // 2])
+    with pytest.raises(ValueError, match="damaged") as caught:
+        fit(config, resume=True)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(FileNotFoundError, match="no checkpoint at"):
+        fit(config, resume=tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="needs an output folder"):
+        fit(dataclasses.replace(config, output=None), resume=True)
+
+
+def test_a_failed_checkpoint_leaves_the_old_ones(tmp_path, monkeypatch):
+    first = checkpoint.save(tmp_path, 1, {"a": torch.ones(2)}, {})
+    monkeypatch.setattr(checkpoint.torch, "save", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        checkpoint.save(tmp_path, 2, {"a": torch.ones(2)}, {})
+    assert checkpoint.available(tmp_path) == [first]
+    assert checkpoint.load(first)[0] == 1
+
+
+SCRIPT = """
+import sys, torch, aha
+from tests.method.test_training import CONFIG, Images, fresh
+explainer, clf = fresh()
+import dataclasses
+config = dataclasses.replace(CONFIG, batch_size=int(sys.argv[1]), accumulate=1, steps=2, clip=1e9)
+for module in explainer.decoder.modules():
+    if isinstance(module, torch.nn.BatchNorm2d):
+        module.train = lambda mode=True: None
+        module.training = False
+trainer = aha.Trainer(explainer, clf, Images(), config)
+trainer.fit(progress=False)
+if trainer.accelerator.is_main_process:
+    torch.save(explainer.decoder.state_dict(), sys.argv[2])
+"""
+
+
+def test_two_processes_train_as_one(tmp_path):
+    script = tmp_path / "train.py"
+    script.write_text(SCRIPT)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd(), "ACCELERATE_USE_CPU": "true"}
+    one, two = tmp_path / "one.pt", tmp_path / "two.pt"
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    subprocess.run([sys.executable, str(script), "4", str(one)], check=True, env=environment, capture_output=True)
+    command = [*launch, str(script), "2", str(two)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    first, second = torch.load(one), torch.load(two)
+    for name, value in first.items():
+        torch.testing.assert_close(second[name], value, rtol=1e-3, atol=1e-5, msg=name)

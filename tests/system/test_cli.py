@@ -1,0 +1,169 @@
+"""The command line as a person uses it, in processes of its own."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
+FAST = ["--steps", "2", "--batch-size", "2", "--fractions", "4", "--n-iters", "3", "--targets", "1"]
+NARROW = ["--embedding", "8", "--width", "8", "--head", "8"]
+
+
+def aha(*arguments):
+    command = [sys.executable, "-m", "aha.cli", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT)
+
+
+def fails(done, message):
+    """A clear line on stderr, no traceback, an exit code that says so."""
+    assert done.returncode != 0
+    assert "Traceback" not in done.stderr, done.stderr
+    assert message in " ".join(done.stderr.split()), done.stderr
+    return True
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    done = aha("train", "--output", folder, *FAST, *NARROW, "--limit", 8)
+    assert done.returncode == 0, done.stderr
+    return folder / "explainer"
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("photos")
+    random = np.random.default_rng(0)
+    for i in range(3):
+        Image.fromarray(random.integers(0, 256, (80, 90, 3), dtype=np.uint8)).save(folder / f"{i}.png")
+    return folder
+
+
+def test_help_and_version():
+    done = aha("--help")
+    assert done.returncode == 0
+    for name in ("demo", "train", "explain", "refine", "evaluate", "compare", "report", "list", "info"):
+        assert name in done.stdout
+    assert aha("--version").stdout.startswith("aha 0")
+    assert fails(aha("explode"), "no command 'explode': choose one of demo")
+    assert aha("explain", "--help").returncode == 0
+
+
+def test_list():
+    done = aha("list")
+    assert done.returncode == 0
+    for name in ("random", "integrated_gradients", "gradcam_vit", "rollout", "rise"):
+        assert name in done.stdout
+
+
+def test_train_writes_everything(trained):
+    run = trained.parent
+    assert {"explainer", "checkpoints", "log.jsonl", "tensorboard"} == {path.name for path in run.iterdir()}
+
+
+def test_resume_with_other_settings_is_refused(trained):
+    arguments = ["train", "--output", trained.parent, *FAST, *NARROW, "--limit", 8, "--resume", "--lr", "1e-5"]
+    assert fails(aha(*arguments), "made with other settings (lr)")
+
+
+def test_explain_and_refine(trained, photos, tmp_path):
+    done = aha("explain", photos, "--explainer", trained, "--output", tmp_path / "maps")
+    assert done.returncode == 0, done.stderr
+    assert "class" in done.stdout
+    assert np.load(tmp_path / "maps" / "0.npy").shape == (64, 64)
+    assert Image.open(tmp_path / "maps" / "0.png").size[1] >= 64
+    steps = ["--steps", 1, "--output", tmp_path / "steps"]
+    done = aha("refine", photos / "0.png", "--explainer", trained, *steps)
+    assert done.returncode == 0, done.stderr
+    assert np.load(tmp_path / "steps" / "0.npy").shape == (2, 64, 64)
+
+
+def test_one_bad_image_costs_only_itself(trained, photos, tmp_path):
+    good, bad = photos / "0.png", tmp_path / "bad.png"
+    bad.write_bytes(good.read_bytes()[:500])
+    done = aha("explain", good, bad, photos / "1.png", "--explainer", trained, "--output", tmp_path / "maps")
+    assert fails(done, "1 of 3 images failed")
+    assert "bad.png" in done.stderr
+    assert (tmp_path / "maps" / "0.npy").is_file()
+    assert (tmp_path / "maps" / "1.npy").is_file()
+    assert not (tmp_path / "maps" / "bad.npy").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--explainer", "nowhere"], "no folder nowhere"),
+        (["--target", "10"], "target 10 is out of range"),
+        (["missing.png"], "missing.png"),
+    ],
+)
+def test_explain_bad_input(trained, photos, tmp_path, change, message):
+    arguments = ["explain", photos / "0.png", "--explainer", trained, "--output", tmp_path / "maps"]
+    if change[0] == "--explainer":
+        arguments[3] = change[1]
+    elif change[0] == "--target":
+        arguments += change
+    else:
+        arguments[1] = change[0]
+    assert fails(aha(*arguments), message)
+    assert not (tmp_path / "maps").exists()
+
+
+def test_evaluate(trained, tmp_path):
+    steps = ["--steps", 0, 1, "--methods", "random", "raw_attention", "--limit", 6]
+    done = aha("evaluate", "--explainer", trained, "--output", tmp_path, *steps)
+    assert done.returncode == 0, done.stderr
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert set(summary["methods"]) == {"aha T=0", "aha T=1", "random", "raw_attention"}
+    assert "Ins−Del ↑" in done.stdout
+    assert (tmp_path / "per_image.csv").is_file()
+    assert (tmp_path / "report.html").is_file()
+
+
+def test_compare_on_photographs_with_a_local_classifier(photos, tmp_path):
+    import timm
+    import torch
+
+    torch.manual_seed(0)
+    weights = tmp_path / "weights.pth"
+    torch.save(timm.create_model("resnet10t").state_dict(), weights)
+    classifier = ["--classifier", "resnet10t", "--weights", weights, "--data", photos]
+    done = aha("compare", *classifier, "--methods", "random", "input_x_gradient", "--output", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["classifier"]["images"] == 3
+    assert fails(
+        aha("compare", *classifier, "--methods", "rollout", "--output", tmp_path / "no"), "rollout"
+    )
+    assert not (tmp_path / "no").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--data", "missing"], "missing"),
+        (["--classifier", "resnet_of_nowhere"], "timm has no model 'resnet_of_nowhere'"),
+        (["--weights", "missing.pth", "--classifier", "resnet10t"], "no weights file at missing.pth"),
+        (["--methods", "rolout"], "did you mean 'rollout'"),
+        (["--limit", "0"], "limit"),
+        (["--target", "best"], "predicted, true"),
+    ],
+)
+def test_compare_bad_input(arguments, message, tmp_path):
+    done = aha("compare", "--output", tmp_path / "out", *arguments)
+    assert fails(done, message)
+    assert not (tmp_path / "out").exists()
+
+
+def test_train_bad_input(photos, tmp_path):
+    train = ["train", "--output", tmp_path / "out", *FAST]
+    assert fails(aha(*train, "--data", "missing"), "missing")
+    assert fails(aha(*train, "--batch-size", "0"), "batch_size=0")
+    assert fails(aha(*train, "--encoder", "vit_of_nowhere"), "timm has no model")
+    assert fails(aha(*train, "--data", photos, "--holdout", "3"), "cannot hold out 3 of 3")
+    assert not (tmp_path / "out").exists()
