@@ -85,9 +85,7 @@ def why_not_cuda() -> str | None:
         return "no folder holds bin/nvcc, include/cuda_runtime.h and lib64/libcudart.so; set CUDA_HOME to one"
     ours, theirs = toolkit_major(toolkit), torch.version.cuda.split(".")[0]
     if ours != theirs:
-        return (
-            f"{toolkit} is CUDA {ours}, torch was built with CUDA {theirs}; set CUDA_HOME to a CUDA {theirs}"
-        )
+        return f"{toolkit} is CUDA {ours}, torch was built with CUDA {theirs}; set CUDA_HOME to a CUDA {theirs}"
     return None
 
 

@@ -26,7 +26,7 @@ _NAMES = {
 }
 _MODULES = ("attributors", "data", "kernels", "metrics", "references", "regions", "report")
 
-__all__ = ["__version__", *_NAMES, *_MODULES]  # noqa: PLE0604
+__all__ = ["__version__", *_NAMES, *_MODULES]
 
 
 def __getattr__(name: str) -> Any:

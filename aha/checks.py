@@ -34,7 +34,10 @@ def check_images(images: Tensor, channels: int = 3) -> Tensor:
 def check_maps(maps: Tensor, images: Tensor) -> Tensor:
     """Return ``maps`` as (B, H, W) float32 if they are finite attributions of ``images``."""
     batch, _, height, width = images.shape
-    if not isinstance(maps, Tensor) or tuple(maps.shape) not in ((batch, 1, height, width), (batch, height, width)):
+    if not isinstance(maps, Tensor) or tuple(maps.shape) not in (
+        (batch, 1, height, width),
+        (batch, height, width),
+    ):
         got = tuple(maps.shape) if isinstance(maps, Tensor) else type(maps).__name__
         raise ValueError(f"maps is {got}: give ({batch}, 1, {height}, {width}), one value per pixel of the images")
     if not torch.isfinite(maps).all():
@@ -42,9 +45,7 @@ def check_maps(maps: Tensor, images: Tensor) -> Tensor:
     return maps.detach().reshape(batch, height, width).float()
 
 
-def check_target(
-    target: Tensor | Sequence[int] | int, batch: int, classes: int, device: torch.device
-) -> Tensor:
+def check_target(target: Tensor | Sequence[int] | int, batch: int, classes: int, device: torch.device) -> Tensor:
     """Return ``target`` as int64 (B,): an int serves every image, else one class per image is expected."""
     if isinstance(target, int):
         target = [target] * batch

@@ -15,8 +15,8 @@ from .checks import check_images, check_target
 class Classifier(nn.Module):
     """A frozen image classifier: (B, C, H, W) RGB in [0, 1] → (B, classes) logits.
 
-    Make one with `from_timm`, `from_hf` or `wrap`. Parameters are frozen and the module stays in evaluation mode; gradients
-    still flow to the images.
+    Make one with `from_timm`, `from_hf` or `wrap`. Parameters are frozen and the module stays in evaluation mode;
+    gradients still flow to the images.
 
     Attributes:
         module: the network on normalised pixels.
@@ -96,7 +96,8 @@ class Classifier(nn.Module):
 
         Args:
             name: e.g. ``"vit_base_patch16_224.orig_in21k_ft_in1k"``.
-            weights: local .safetensors or .pth file instead of the hub; half precision is cast to float32. A safetensors file
+            weights: local .safetensors or .pth file instead of the hub; half precision is cast to float32. A
+                safetensors file
                 may carry ``mean`` and ``std`` in its metadata.
             pretrained: load hub weights; default: yes unless ``weights`` is given.
             model_options: passed to ``timm.create_model``.
@@ -105,7 +106,7 @@ class Classifier(nn.Module):
 
         pretrained = weights is None if pretrained is None else pretrained
         try:
-            module = timm.create_model(name, pretrained=pretrained, **model_options)
+            module: Any = timm.create_model(name, pretrained=pretrained, **model_options)
         except RuntimeError as error:
             if "Unknown model" not in str(error):
                 raise
@@ -123,7 +124,7 @@ class Classifier(nn.Module):
             source["options"] = model_options
         # the model's own size where it has one: model_options may have changed it
         size = getattr(getattr(module, "patch_embed", None), "img_size", None) or config["input_size"][1:]
-        return cls(module, mean, std, tuple(size), module.num_classes, class_names, source=source)
+        return cls(module, mean, std, (size[0], size[1]), int(module.num_classes), class_names, source=source)
 
     @classmethod
     def from_hf(cls, name_or_path: str, **model_options: Any) -> Classifier:
@@ -135,7 +136,7 @@ class Classifier(nn.Module):
         size = getattr(processor, "crop_size", None) or processor.size
         size = dict(size)
         edge = size.get("shortest_edge")
-        height, width = size.get("height", edge), size.get("width", edge)
+        height, width = int(size.get("height", edge) or 224), int(size.get("width", edge) or 224)
         labels = model.config.id2label
         names = [labels[i] for i in range(len(labels))]
         source = {"kind": "hf", "name": str(name_or_path)}
@@ -227,7 +228,11 @@ def load_weights(module: nn.Module, state: dict[str, Tensor], path: str | Path) 
     if missing or unexpected or misshaped:
         parts = [
             f"{len(keys)} {what} ({', '.join(keys[:2])}{', …' if len(keys) > 2 else ''})"
-            for what, keys in (("missing", missing), ("unexpected", unexpected), ("of another shape", misshaped))
+            for what, keys in (
+                ("missing", missing),
+                ("unexpected", unexpected),
+                ("of another shape", misshaped),
+            )
             if keys
         ]
         raise ValueError(f"{path} does not fit {type(module).__name__}: parameters {'; '.join(parts)}")
@@ -248,7 +253,9 @@ def from_source(source: dict[str, Any]) -> Classifier:
         names, classes = Scenes.class_names, demo.CONFIG["num_classes"]
         made = {"kind": "scenes", "name": "scenes"}
         return Classifier(module, demo.MEAN, demo.STD, (size, size), classes, names, source=made)
-    raise ValueError(f"the classifier {source.get('name')!r} is a wrapped module: pass classifier=… to load its explainer")
+    raise ValueError(
+        f"the classifier {source.get('name')!r} is a wrapped module: pass classifier=… to load its explainer"
+    )
 
 
 def from_name(name: str, weights: str | Path | None = None) -> Classifier:

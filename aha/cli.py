@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Any
+
+import tyro
+
+if TYPE_CHECKING:
+    from .source import Source
 
 COMMANDS = {
     "demo": "train an explainer for the demo classifier, evaluate it against the baselines, write a report",
@@ -19,22 +23,6 @@ COMMANDS = {
     "list": "the attribution methods",
     "info": "versions, devices, backends and why one is missing",
 }
-
-
-@dataclass(frozen=True)
-class Source:
-    """Which classifier, and which images."""
-
-    classifier: str = "scenes"
-    """A timm name, hf: and a transformers name or folder, or scenes (the demo classifier)."""
-    weights: Path | None = None
-    """Local weights file (.safetensors, .pth) instead of the hub."""
-    data: str = "scenes"
-    """A folder of images (ImageFolder, ImageNet or flat with labels.csv), or scenes."""
-    split: str | None = None
-    """Sub-folder of the data, e.g. train or val."""
-    holdout: int = 0
-    """Images kept aside from training: train leaves them out, evaluate and compare use only them."""
 
 
 def demo(output: Path = Path("runs/demo"), scenes: int = 128, steps: int | None = None, seed: int = 0) -> None:
@@ -51,51 +39,8 @@ def demo(output: Path = Path("runs/demo"), scenes: int = 128, steps: int | None 
     run.main(output, scenes, steps, seed)
 
 
-def _train(arguments: list[str]) -> None:
-    import tyro
-
-    from .explainer.decoder import DecoderConfig
-    from .training import TrainConfig
-
-    def train(
-        output: Path,
-        source: Annotated[Source, tyro.conf.arg(name="")] = Source(),  # noqa: B008 - tyro reads it
-        encoder: str | None = None,
-        encoder_weights: Path | None = None,
-        decoder: DecoderConfig = DecoderConfig(),  # noqa: B008
-        config: Annotated[TrainConfig, tyro.conf.arg(name="")] = TrainConfig(),  # noqa: B008
-        augment: bool = True,
-        limit: int | None = None,
-        resume: bool = False,
-    ) -> None:
-        """Train an explainer; writes OUTPUT/explainer, checkpoints, log.jsonl and TensorBoard files.
-
-        Args:
-            output: folder of the run.
-            encoder: a timm name, hf: and a transformers name or folder; default: the classifier's own features.
-            encoder_weights: local weights file for a timm encoder.
-            augment: random crops and flips.
-            limit: use only the first images.
-            resume: continue from the newest checkpoint in OUTPUT.
-        """
-        import dataclasses
-
-        from .classifier import from_name
-        from .explainer import Explainer
-        from .training import Trainer
-
-        classifier = from_name(source.classifier, source.weights)
-        data = _data(source, classifier, training=True, augment=augment, seed=config.seed, limit=limit)
-        explainer = Explainer.build(classifier, encoder, encoder_weights, decoder=decoder)
-        run = dataclasses.replace(config, output=str(output))
-        Trainer(explainer, classifier, data, run).fit(resume=resume)
-        print(f"explainer written to {output / 'explainer'}")
-
-    tyro.cli(train, prog="aha train", args=arguments, config=(tyro.conf.OmitArgPrefixes,))
-
-
 def explain(
-    images: tuple[Path, ...],
+    images: tyro.conf.Positional[tuple[Path, ...]],
     explainer: Path,
     output: Path = Path("runs/explain"),
     target: int | None = None,
@@ -116,7 +61,7 @@ def explain(
 
 
 def refine(
-    images: tuple[Path, ...],
+    images: tyro.conf.Positional[tuple[Path, ...]],
     explainer: Path,
     output: Path = Path("runs/refine"),
     target: int | None = None,
@@ -137,6 +82,8 @@ def refine(
         classifier: be faithful to this classifier instead of the one the explainer was trained for.
         weights: its local weights file.
     """
+    from .source import Source
+
     other = Source(classifier, weights) if classifier else None
     _explain(images, explainer, output, target, steps, lr, every_step=True, other=other)
 
@@ -173,23 +120,26 @@ def evaluate(
     """
     from . import attributors
     from .explainer import Explainer
+    from .source import Source
 
     loaded = Explainer.from_pretrained(explainer)
-    source = Source(data=data, split=split, holdout=holdout)
-    images = _data(source, loaded.classifier, training=False, seed=seed, limit=limit)
-    extra = {} if lr is None else {"lr": lr}
+    source = Source(data=data, split=split, holdout=holdout, limit=limit)
+    images = source.images(loaded.classifier.input_size, training=False, seed=seed)
+    extra: dict[str, Any] = {} if lr is None else {"lr": lr}
     chosen: dict[str, Any] = {}
     for t in steps:
-        chosen[f"aha T={t}"] = attributors.AHA(
-            loaded.classifier, explainer=loaded, steps=t, **extra if t else {}
-        )
+        chosen[f"aha T={t}"] = attributors.AHA(loaded.classifier, explainer=loaded, steps=t, **extra if t else {})
     skipped: list[str] = []
     chosen.update(_methods(methods, loaded.classifier, seed, skipped))
     _evaluate(loaded.classifier, chosen, images, output, target, batch_size, seed, skipped)
 
 
 def compare(
-    source: Source = Source(),  # noqa: B008
+    classifier: str = "scenes",
+    weights: Path | None = None,
+    data: str = "scenes",
+    split: str | None = None,
+    holdout: int = 0,
     methods: tuple[str, ...] = ("all",),
     output: Path = Path("runs/compare"),
     target: str = "predicted",
@@ -200,6 +150,11 @@ def compare(
     """Faithfulness of attribution methods on a classifier.
 
     Args:
+        classifier: a timm name, hf: and a transformers name or folder, or scenes (the demo classifier).
+        weights: local weights file (.safetensors, .pth) instead of the hub.
+        data: a folder of images (ImageFolder, ImageNet or flat with labels.csv), or scenes.
+        split: sub-folder of the data, e.g. val.
+        holdout: evaluate only the images that train --holdout kept aside.
         methods: see aha list, or all.
         output: folder for per_image.csv, summary.json and report.html.
         target: explain the predicted or the true class.
@@ -207,13 +162,14 @@ def compare(
         batch_size: images at a time.
         seed: of the random methods and the bootstrap.
     """
-    from .classifier import from_name
+    from .source import Source
 
-    classifier = from_name(source.classifier, source.weights)
-    images = _data(source, classifier, training=False, seed=seed, limit=limit)
+    source = Source(classifier, weights, data, split, holdout, limit)
+    model = source.load_classifier()
+    images = source.images(model.input_size, training=False, seed=seed)
     skipped: list[str] = []
-    chosen = _methods(methods, classifier, seed, skipped)
-    _evaluate(classifier, chosen, images, output, target, batch_size, seed, skipped)
+    chosen = _methods(methods, model, seed, skipped)
+    _evaluate(model, chosen, images, output, target, batch_size, seed, skipped)
 
 
 def report(folder: Path) -> None:
@@ -245,34 +201,6 @@ def info(json: bool = False) -> None:
     from . import info as about
 
     about.main(json)
-
-
-def _data(
-    source: Source,
-    classifier: Any,
-    training: bool,
-    augment: bool = False,
-    seed: int = 0,
-    limit: int | None = None,
-) -> Any:
-    from .data import ImageFolder, Part, Scenes, hold_out
-
-    side = classifier.input_size[0]
-    if source.data == "scenes":
-        size = limit or (4096 if training else 128)
-        return Scenes("train" if training else "test", size=size, seed=seed, image_size=side)
-    data = ImageFolder(
-        source.data,
-        image_size=side,
-        split=source.split,
-        augment=training and augment,
-        seed=seed,
-    )
-    indices = list(range(len(data)))
-    if source.holdout:
-        kept, held = hold_out(len(data), source.holdout)
-        indices = kept if training else held
-    return Part(data, indices[:limit])
 
 
 def _methods(names: tuple[str, ...], classifier: Any, seed: int, skipped: list[str]) -> dict[str, Any]:
@@ -338,7 +266,6 @@ def _explain(
     import torch
     from rich.progress import track
 
-    from .classifier import from_name
     from .data import find_images, load_image
     from .explainer import Explainer
     from .refinement import refine
@@ -346,8 +273,8 @@ def _explain(
 
     files = [file for path in paths for file in find_images(path)]
     explainer = Explainer.from_pretrained(folder)
-    classifier = from_name(other.classifier, other.weights) if other else explainer.classifier
-    options = {} if lr is None else {"lr": lr}
+    classifier = other.load_classifier() if other else explainer.classifier
+    options: dict[str, Any] = {} if lr is None else {"lr": lr}
     bad: list[str] = []
     for file in track(files, "explaining", disable=len(files) < 2):
         try:
@@ -407,11 +334,6 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(name: str, arguments: list[str]) -> None:
-    import tyro
-
-    if name == "train":  # its options come from modules that are slow to import
-        _train(arguments)
-        return
     commands: dict[str, Callable[..., None]] = {
         "demo": demo,
         "explain": explain,
@@ -422,8 +344,11 @@ def _run(name: str, arguments: list[str]) -> None:
         "list": list_methods,
         "info": info,
     }
-    options = (tyro.conf.OmitArgPrefixes,)
-    tyro.cli(commands[name], prog=f"aha {name}", args=arguments, config=options)
+    if name == "train":  # its options live with the trainer, which is slow to import
+        from .training.command import train
+
+        commands["train"] = train
+    tyro.cli(commands[name], prog=f"aha {name}", args=arguments, config=(tyro.conf.OmitArgPrefixes,))
 
 
 if __name__ == "__main__":

@@ -133,9 +133,7 @@ class Evaluation:
 
         ``seconds_per_image`` is the median, which the first batch's warm-up does not move.
         """
-        entries = {
-            method: {**self._means(method), "ci95": self._intervals(method)} for method in self.methods
-        }
+        entries = {method: {**self._means(method), "ci95": self._intervals(method)} for method in self.methods}
         references = {
             reference: {
                 method: {m: _mean(self.values(method, f"{reference}/{m}").values()) for m in FAITHFULNESS}
@@ -335,9 +333,7 @@ class _Run:
                 item = self._checked(self.data[index], index)
                 if items and item["image"].shape != items[0]["image"].shape:
                     shapes = tuple(item["image"].shape), tuple(items[0]["image"].shape)
-                    raise ValueError(
-                        f"image has shape {shapes[0]} in a batch of {shapes[1]}: give images of one size"
-                    )
+                    raise ValueError(f"image has shape {shapes[0]} in a batch of {shapes[1]}: give images of one size")
                 items.append(item)
             except Exception as error:  # a damaged file costs that image, not the evaluation
                 self._fail(None, [index], error)
@@ -351,9 +347,7 @@ class _Run:
         if mask is None:
             mask = torch.zeros(1, *image.shape[1:], dtype=torch.bool)
         elif mask.numel() != image[0].numel():
-            raise ValueError(
-                f"mask has shape {tuple(mask.shape)}: give (1, {image.shape[1]}, {image.shape[2]})"
-            )
+            raise ValueError(f"mask has shape {tuple(mask.shape)}: give (1, {image.shape[1]}, {image.shape[2]})")
         mask = mask.reshape(1, *image.shape[1:]).bool()
         return {
             "index": index,
@@ -363,9 +357,7 @@ class _Run:
             "path": str(item.get("path", "")),
         }
 
-    def _measure(
-        self, name: str, method: Method, images: Tensor, masks: Tensor, ends: Endpoints, facts: dict
-    ) -> None:
+    def _measure(self, name: str, method: Method, images: Tensor, masks: Tensor, ends: Endpoints, facts: dict) -> None:
         # copies: a method that works in place must not change what the others see
         own = images.clone(), ends.target.clone()
         started = _clock(images.device)
@@ -395,20 +387,14 @@ class _Run:
 
     def _fail(self, method: str | None, indices: list[int], error: Exception) -> None:
         line = next((line for line in str(error).splitlines() if line.strip()), "").strip()
-        reason = (
-            line if isinstance(error, ValueError) and line else f"{type(error).__name__}: {line}".rstrip(": ")
-        )
+        reason = line if isinstance(error, ValueError) and line else f"{type(error).__name__}: {line}".rstrip(": ")
         self.failures.setdefault((method, reason), []).extend(indices)
 
     def result(self, seed: int) -> Evaluation:
-        failures = [
-            Failure(method, tuple(indices), reason) for (method, reason), indices in self.failures.items()
-        ]
+        failures = [Failure(method, tuple(indices), reason) for (method, reason), indices in self.failures.items()]
         blocks = [block for method in self.methods for block in self.blocks[method]]
         if not blocks:
-            reasons = (
-                "; ".join(f"{f.method or 'images'}: {f.reason}" for f in failures) or "the data set is empty"
-            )
+            reasons = "; ".join(f"{f.method or 'images'}: {f.reason}" for f in failures) or "the data set is empty"
             raise ValueError(f"nothing could be measured ({reasons})")
         per_image = {key: [value for block in blocks for value in block[key]] for key in blocks[0]}
         curves = {}

@@ -88,9 +88,7 @@ def main(json: bool = False) -> None:
     console = Console(highlight=False, soft_wrap=True)
     for line in report().splitlines():
         text = Text(line, style="" if line.startswith(" ") else "bold")
-        text.highlight_regex(
-            r"error:.*|not built:.*|failed to load:.*|incomplete:.*|not installed:.*", "yellow"
-        )
+        text.highlight_regex(r"error:.*|not built:.*|failed to load:.*|incomplete:.*|not installed:.*", "yellow")
         text.highlight_regex(r"\bready\b|\busable\b|← auto", "green")
         console.print(text)
 
@@ -315,9 +313,7 @@ def _weights() -> dict[str, Any]:
 
     cache = Path(constants.HF_HUB_CACHE)
     models = len(list(cache.glob("models--*"))) if cache.is_dir() else 0
-    offline = (
-        "yes: only what is in the cache" if constants.HF_HUB_OFFLINE else "no: missing weights are fetched"
-    )
+    offline = "yes: only what is in the cache" if constants.HF_HUB_OFFLINE else "no: missing weights are fetched"
     state = f"{models} models" if cache.is_dir() else "does not exist yet"
     return {"Hugging Face cache": f"{cache} ({state})", "offline": offline}
 

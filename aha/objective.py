@@ -31,9 +31,9 @@ class Losses(NamedTuple):
 class Objective:
     """L = λ_del·delAUC − λ_ins·insAUC + λ_reg·R over S evenly spaced fractions, both ends included (paper eq. 6).
 
-    Perturbed images are streamed: for every chunk perturb → classifier → backward to the masks at once, and only ∂L/∂mask
-    is kept. Memory is set by ``chunk``, not by S. The end points are f(I) and f(I0), constants that are evaluated once
-    and never back-propagated.
+    Perturbed images are streamed: for every chunk perturb → classifier → backward to the masks at once, and only
+    ∂L/∂mask is kept. Memory is set by ``chunk``, not by S. The end points are f(I) and f(I0), constants that are
+    evaluated once and never back-propagated.
 
     Attributes:
         fractions: S ≥ 3.
@@ -88,9 +88,7 @@ class Objective:
         fractions = torch.linspace(0, 1, self.fractions, dtype=torch.float64)[1:-1]
         maps = full_precision(maps)
         scores = self.region_scores(maps, regions)
-        masks = kernels.soft_topk_masks(
-            scores, fractions, tau, self.n_iters, noise, seed, backend=self.backend
-        )
+        masks = kernels.soft_topk_masks(scores, fractions, tau, self.n_iters, noise, seed, backend=self.backend)
         target = target if target.ndim == 2 else target[:, None]
         upsampler = regions.upsampler(device=images.device)
         curve, deletion, insertion = self._curves(images, masks, target, references, upsampler)
@@ -198,7 +196,7 @@ def standardize(maps: Tensor) -> Tensor:
 
 
 def sharpness(maps: Tensor) -> Tensor:
-    """R (B,): mean of relu(A − box-mean(A))², reflect padding, box of 15 px at 224, scaled with the image (paper §3.4)."""
+    """R (B,): mean of relu(A − box-mean(A))², reflect padding, 15 px at 224, scaled with the image (paper §3.4)."""
     side = min(maps.shape[-2:])
     radius = max(1, round(15 * side / 224) // 2)
     padded = F.pad(maps, (radius,) * 4, mode="reflect")

@@ -12,8 +12,8 @@ PRECISIONS = ("auto", "bf16", "fp32")
 def uses_bf16(precision: str, device: torch.device) -> bool:
     """Whether ``precision`` means bfloat16 on ``device``.
 
-    ``auto`` takes it where the hardware multiplies it natively: CUDA from sm_80, CPUs with AMX tiles. Elsewhere bfloat16
-    is emulated and several times slower than float32.
+    ``auto`` takes it where the hardware multiplies it natively: CUDA from sm_80, CPUs with AMX tiles. Elsewhere
+    bfloat16 is emulated and several times slower than float32.
     """
     if precision not in PRECISIONS:
         raise ValueError(f"precision={precision!r} is not known: choose one of {', '.join(PRECISIONS)}")

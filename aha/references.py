@@ -55,8 +55,8 @@ def adaptive_blur(
 ) -> tuple[Tensor, Tensor]:
     """Blur every image just enough that the classifier no longer sees the class (MDA's insertion reference).
 
-    kernel = σ = ``start`` pixels, growing by ``step`` until the confidence falls to ``threshold``. Images that still hold
-    it at ``largest`` are reported as failed.
+    kernel = σ = ``start`` pixels, growing by ``step`` until the confidence falls to ``threshold``. Images that still
+    hold it at ``largest`` are reported as failed.
 
     Args:
         images: (B, C, H, W) in [0, 1].

@@ -34,8 +34,8 @@ def refine(
 ) -> Tensor:
     """Maps after ``steps`` gradient steps on the explainer's head, every image with a head of its own.
 
-    All images are refined in one go and independently: the result does not depend on what else is in the batch. The explainer
-    is left untouched.
+    All images are refined in one go and independently: the result does not depend on what else is in the batch. The
+    explainer is left untouched.
 
     Args:
         explainer: a trained explainer.
@@ -61,9 +61,7 @@ def refine(
     height, width = images.shape[-2:]
     settings = explainer.settings
     grids = [grid(height, width, g) for g in cells or settings.get("refine_cells") or (DEFAULT_CELLS,)]
-    objective = Objective(
-        classifier, fractions=fractions, scores=settings["scores"], chunk=chunk, precision=precision
-    )
+    objective = Objective(classifier, fractions=fractions, scores=settings["scores"], chunk=chunk, precision=precision)
     blank = [reference_images.make(name, images, classifier.mean_colour) for name in references]
     training = explainer.training
     explainer.eval()
@@ -103,8 +101,8 @@ def _loss(
 def _per_image(explainer: Explainer, batch: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The head's parameters copied for every image, (B, …), and what all share.
 
-    The last two biases are shared: they only shift the map, which changes no ranking, so their gradient is rounding noise
-    that Adam would scale up to full steps.
+    The last two biases are shared: they only shift the map, which changes no ranking, so their gradient is rounding
+    noise that Adam would scale up to full steps.
     """
     head = explainer.decoder.head
     shifts = (head[-1].bias, head[-2].bias)

@@ -49,13 +49,12 @@ class Regions:
         ).to(device)
 
 
-def grid(
-    height: int, width: int, cells: int | tuple[int, int], offset: tuple[float, float] = (0.0, 0.0)
-) -> Regions:
-    """A grid of ``cells`` (rows, or (rows, cols)) over height×width pixels, shifted by ``offset`` in cells (|offset| ≤ ½).
+def grid(height: int, width: int, cells: int | tuple[int, int], offset: tuple[float, float] = (0.0, 0.0)) -> Regions:
+    """A grid of ``cells`` (rows, or (rows, cols)) over height×width pixels, shifted by ``offset`` in cells (|offset| ≤
+    ½).
 
-    One number makes nearly square cells: that many along the shorter side. A shift narrows the first cell and widens the
-    last, or the other way round; the number of regions stays.
+    One number makes nearly square cells: that many along the shorter side. A shift narrows the first cell and widens
+    the last, or the other way round; the number of regions stays.
     """
     if isinstance(cells, int):
         short = min(height, width)

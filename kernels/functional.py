@@ -17,22 +17,22 @@ _IMAGE_FLOATS = (*_FLOATS, torch.bfloat16, torch.float16)
 
 
 class Taps(NamedTuple):
-    """A banded matrix (pixels × cells) as its non-zeros: pixel p reads ``Σ_t weight[p, t] · cell[index[p, t]]``.
+    """A banded matrix (pixels × cells) as its non-zeros: pixel p reads ``Σ_t weight[p, t] · grid[cell[p, t]]``.
 
     Attributes:
-        index: (P, T) int64, values in [0, size); padding taps have weight 0 and any valid index.
+        cell: (P, T) int64, values in [0, size); padding taps have weight 0 and any valid cell.
         weight: (P, T) float32.
         size: number of cells.
     """
 
-    index: Tensor
+    cell: Tensor
     weight: Tensor
     size: int
 
     def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The (P, size) matrix."""
-        matrix = self.weight.new_zeros(self.index.shape[0], self.size, dtype=dtype)
-        return matrix.scatter_add_(1, self.index, self.weight.to(dtype))
+        matrix = self.weight.new_zeros(self.cell.shape[0], self.size, dtype=dtype)
+        return matrix.scatter_add_(1, self.cell, self.weight.to(dtype))
 
 
 class Upsampler(NamedTuple):
@@ -46,7 +46,7 @@ class Upsampler(NamedTuple):
 
     def to(self, device: torch.device | str) -> "Upsampler":
         """The same upsampler on another device."""
-        return Upsampler(*(Taps(t.index.to(device), t.weight.to(device), t.size) for t in self))
+        return Upsampler(*(Taps(t.cell.to(device), t.weight.to(device), t.size) for t in self))
 
 
 def log_sinkhorn(logits: Tensor, n_iters: int = 30, *, backend: str = "auto") -> Tensor:
@@ -94,9 +94,7 @@ def gumbel_sinkhorn(
     return dispatch.run("gumbel_sinkhorn", backend, scores.device, scores, tau, n_iters, float(noise), seed)
 
 
-def cumulative_masks(
-    permutation: Tensor, fractions: Tensor | Sequence[float], *, backend: str = "auto"
-) -> Tensor:
+def cumulative_masks(permutation: Tensor, fractions: Tensor | Sequence[float], *, backend: str = "auto") -> Tensor:
     """Soft masks that keep the top fraction of the regions: cumulative sums over rank rows (paper §3.2).
 
     Args:
@@ -171,9 +169,9 @@ def perturb(
             f"masks has shape {tuple(masks.shape)}: give (B={batch}, S, K={rows.size}·{cols.size}), "
             "one value per cell of the upsampler"
         )
-    if (rows.index.shape[0], cols.index.shape[0]) != (height, width):
+    if (rows.cell.shape[0], cols.cell.shape[0]) != (height, width):
         raise ValueError(
-            f"the upsampler makes {rows.index.shape[0]}×{cols.index.shape[0]} pixels, images are {height}×{width}"
+            f"the upsampler makes {rows.cell.shape[0]}×{cols.cell.shape[0]} pixels, images are {height}×{width}"
         )
     dtype = _check_dtype(dtype or images.dtype)
     arguments = (images, references, masks, rows, cols, mean, std, dtype)
@@ -208,11 +206,11 @@ def perturb_by_rank(
     counts = torch.as_tensor(counts)
     if counts.ndim != 1 or counts.is_floating_point():
         raise ValueError(f"counts is {_describe(counts)}: give a 1-dim sequence of integers")
-    if not torch.compiler.is_compiling() and counts.device.type == "cpu" and counts.numel():
-        if counts.min() < 0 or counts.max() > height * width:
-            raise ValueError(
-                f"counts span {int(counts.min())} … {int(counts.max())}: they must lie in 0 … H·W = {height * width}"
-            )
+    known = counts.device.type == "cpu" and counts.numel() and not torch.compiler.is_compiling()
+    if known and (counts.min() < 0 or counts.max() > height * width):
+        raise ValueError(
+            f"counts span {int(counts.min())} … {int(counts.max())}: they must lie in 0 … H·W = {height * width}"
+        )
     counts = counts.to(images.device, torch.int32)
     dispatch.device_of(images, references, ranks, mean, std)
     dtype = _check_dtype(dtype or images.dtype)
@@ -278,6 +276,7 @@ def _check_fractions(fractions: Tensor | Sequence[float], device: torch.device) 
 
 
 def _check_images(images: Tensor, references: Tensor, mean: Tensor | None, std: Tensor | None) -> Tensor:
+    value: Tensor | None
     for name, value in (("images", images), ("references", references)):
         if not isinstance(value, Tensor) or value.ndim != 4 or value.dtype not in _IMAGE_FLOATS:
             raise ValueError(f"{name} is {_describe(value)}: give floating point (B, C, H, W)")

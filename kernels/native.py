@@ -117,7 +117,8 @@ def _register() -> None:
         ctx.dtype = values.dtype
 
     def backward(ctx, grad_deleted, grad_inserted):
-        grads = perturb_by_rank_backward(grad_deleted, grad_inserted, *ctx.saved_tensors, ctx.dtype)
+        ranks, counts, std = ctx.saved_tensors
+        grads = perturb_by_rank_backward(grad_deleted, grad_inserted, ranks, counts, std, ctx.dtype)
         return *grads, None, None, None, None, None
 
     def backward_backward(ctx, grad_images, grad_references):

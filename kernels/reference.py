@@ -1,6 +1,6 @@
 """The operators in plain PyTorch: the ground truth that every other backend is tested against.
 
-Written for clarity: one log-domain Sinkhorn loop, matrix products, autograd. Runs on any device, in float32 and float64.
+Written for clarity: one log-domain Sinkhorn loop, matrix products, autograd. Any device, float32 and float64.
 """
 
 import torch
@@ -17,7 +17,6 @@ def log_sinkhorn(logits: Tensor, n_iters: int) -> Tensor:
 
 def _normalise(logits: Tensor, column: Tensor, n_iters: int) -> Tensor:
     # the matrix stays as it is, only the potentials move: one rounding per entry, not 2·n_iters
-    row = None
     for _ in range(n_iters):
         row = -torch.logsumexp(logits + column, dim=-1, keepdim=True)  # [B, K, 1]
         column = -torch.logsumexp(logits + row, dim=-2, keepdim=True)  # [B, 1, K]

@@ -26,7 +26,14 @@ def poison_empty_memory():
 def tiny_vit(classes: int = 5, seed: int = 0, **options) -> torch.nn.Module:
     """A ViT for 32 px images whose random weights are large enough for confidences to differ."""
     torch.manual_seed(seed)
-    settings = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": classes}
+    settings = {
+        "img_size": 32,
+        "patch_size": 8,
+        "embed_dim": 32,
+        "depth": 2,
+        "num_heads": 2,
+        "num_classes": classes,
+    }
     model = timm.models.vision_transformer.VisionTransformer(**{**settings, **options})
     for parameter in model.parameters():
         if parameter.ndim > 1:

@@ -45,9 +45,7 @@ class AttentionAttributor(Attributor):
         self.prefix = int(prefix)
         self.readout = _readout(clf.module, self.prefix)
 
-    def forward(
-        self, images: Tensor, watch: Callable[[int, Tensor], Tensor | None], last_only: bool = False
-    ) -> Tensor:
+    def forward(self, images: Tensor, watch: Callable[[int, Tensor], Tensor | None], last_only: bool = False) -> Tensor:
         """Logits (B, classes) while ``watch(block, A)`` sees the attention (B,heads,T,T), block after block.
 
         What ``watch`` returns replaces the attention, None leaves it.

@@ -72,9 +72,7 @@ class IntegratedGradients(Attributor):
         try:
             from captum.attr import IntegratedGradients as CaptumIntegratedGradients
         except ImportError as error:
-            raise ImportError(
-                "integrated_gradients needs captum: pip install 'aha-attribution[captum]'"
-            ) from error
+            raise ImportError("integrated_gradients needs captum: pip install 'aha-attribution[captum]'") from error
         if n_steps < 1:
             raise ValueError(f"n_steps={n_steps}: give at least one step of the path")
         self.n_steps = n_steps

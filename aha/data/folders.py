@@ -80,6 +80,11 @@ class ImageFolder(torch.utils.data.Dataset):
             self.samples, names = _by_folder(folder, names)
         self.class_names = names
 
+    @property
+    def virtual_epochs(self) -> bool:
+        """Whether an index beyond the size is another crop of an image."""
+        return self.augment
+
     def __len__(self) -> int:
         return len(self.samples)
 
@@ -169,9 +174,7 @@ def _by_folder(folder: Path, names: list[str] | None):
     if len(loose) == len(images):
         return [(path, -1) for path in images], names
     if loose:
-        raise ValueError(
-            f"{folder} holds both class folders and loose images such as {loose[0].name}: move one kind"
-        )
+        raise ValueError(f"{folder} holds both class folders and loose images such as {loose[0].name}: move one kind")
     classes = [path.relative_to(folder).parts[0] for path in images]
     if names is None:
         names = sorted(e.name for e in folder.iterdir() if e.is_dir() and not e.name.startswith("."))
@@ -191,9 +194,7 @@ def _listed(folder: Path, labels: Path, names: list[str] | None):
         rows = csv.DictReader(file)
         missing = {"file", "label"} - set(rows.fieldnames or ())
         if missing:
-            raise ValueError(
-                f"{labels} has no column {' or '.join(sorted(missing))}; its first line must name both"
-            )
+            raise ValueError(f"{labels} has no column {' or '.join(sorted(missing))}; its first line must name both")
         for row in rows:
             where = f"{labels}, line {rows.line_num}"
             name, label = (row["file"] or "").strip(), (row["label"] or "").strip()
@@ -218,9 +219,7 @@ def _label(text: str, names: list[str] | None, where: str) -> int:
         return names.index(text)
     label = int(text) if _is_number(text) else None
     if label is None or label < -1 or (names is not None and label >= len(names)):
-        known = (
-            "an integer from -1" if names is None else f"one of the {len(names)} class names or their numbers"
-        )
+        known = "an integer from -1" if names is None else f"one of the {len(names)} class names or their numbers"
         raise ValueError(f"{where}: label {text!r} is not {known}")
     return label
 

@@ -11,6 +11,7 @@ Lengths are given in units of 1/64 of the image's side ("pixels" at the default 
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import numpy as np
 import torch
@@ -69,6 +70,17 @@ class Scenes(torch.utils.data.Dataset):
 
     def __iter__(self):
         return (self[index] for index in range(self.size))
+
+    @property
+    def virtual_epochs(self) -> bool:
+        """Whether an index beyond the size is another scene."""
+        return self.split == "train"
+
+    def __getitems__(self, indices: list[int]) -> list[dict]:
+        """What a DataLoader asks for: the items of a batch, rendered together."""
+        scenes = self.batch(indices)
+        rows = zip(scenes["image"], scenes["label"].tolist(), scenes["mask"], strict=True)
+        return [{"image": image, "label": label, "mask": mask} for image, label, mask in rows]
 
     def __getitem__(self, index: int) -> dict:
         scene = self.batch([index])
@@ -152,9 +164,7 @@ def _load_digits():
     try:
         from sklearn.datasets import load_digits
     except ImportError:
-        raise ImportError(
-            "the demo scenes need scikit-learn's digits: pip install aha-attribution[demo]"
-        ) from None
+        raise ImportError("the demo scenes need scikit-learn's digits: pip install aha-attribution[demo]") from None
     digits = load_digits()
     return digits.images.astype(np.float32) / 16, digits.target.astype(np.int64)
 
@@ -191,7 +201,7 @@ def _cubic(values: np.ndarray, position: np.ndarray, axis: int) -> np.ndarray:
     )
     shape = [1] * values.ndim
     shape[axis] = -1
-    total = None
+    total: Any = None
     for tap, weight in enumerate(weights):
         term = values.take(first + tap, axis=axis) * weight.reshape(shape)
         total = term if total is None else np.add(total, term, out=total)
@@ -238,8 +248,7 @@ def _colour(hue, saturation, luma) -> np.ndarray:
     """(...,) each, hue in turns -> (..., 3) RGB, not yet clipped."""
     hue = hue - np.floor(hue)
     pure = np.stack(
-        [np.clip(np.abs(6 * hue - 3) - 1, 0, 1)]
-        + [np.clip(2 - np.abs(6 * hue - centre), 0, 1) for centre in (2, 4)],
+        [np.clip(np.abs(6 * hue - 3) - 1, 0, 1)] + [np.clip(2 - np.abs(6 * hue - centre), 0, 1) for centre in (2, 4)],
         axis=-1,
     )
     grey = _LUMA[0] * pure[..., 0] + _LUMA[1] * pure[..., 1] + _LUMA[2] * pure[..., 2]

@@ -55,7 +55,7 @@ def build(**config) -> VisionTransformer:
     module = VisionTransformer(**{**CONFIG, **config})
     size = module.patch_embed.img_size
     # where timm keeps what a model expects, read by timm.data.resolve_model_data_config
-    module.pretrained_cfg = module.default_cfg = {
+    module.pretrained_cfg = {  # type: ignore[assignment]
         "architecture": "aha_scenes_vit",
         "input_size": (3, *size),
         "fixed_input_size": True,
@@ -134,9 +134,7 @@ def train(
         raise FileNotFoundError(f"cannot write {out}: no folder {folder}")
     started = time.perf_counter()
     torch.manual_seed(seed)
-    module = build(
-        weight_init="jax"
-    )  # timm's default is too small for a width of 96: attention would start flat
+    module = build(weight_init="jax")  # timm's default is too small for a width of 96: attention would start flat
     batches = _Batches(batch_size, seed, whole_until=int(WHOLE_UNTIL * steps))
     guide = _Guide(module)
     fit(module, batches, steps, LEARNING_RATE, WARM_UP, "training the demo classifier", guide)
@@ -161,9 +159,7 @@ def train(
     return module
 
 
-def fit(
-    module, batches, steps: int, learning_rate: float, warm_up: int = 0, title: str = "training", guide=None
-):
+def fit(module, batches, steps: int, learning_rate: float, warm_up: int = 0, title: str = "training", guide=None):
     """Muon and AdamW with warm-up and cosine decay. `batches` is a function from step to images (B, 3, H, W),
     target probabilities (B, 10) and masks (B, 1, H, W); the next batch is made in a thread meanwhile.
     """
@@ -240,9 +236,7 @@ class _Guide(torch.nn.Module):
         self.name = torch.nn.Linear(module.embed_dim, module.num_classes)
 
     def forward(self, tokens, masks, targets):
-        strokes = (
-            F.pixel_unshuffle(masks, self.patch).flatten(2).transpose(1, 2)
-        )  # (B, tokens, pixels of a patch)
+        strokes = F.pixel_unshuffle(masks, self.patch).flatten(2).transpose(1, 2)  # (B, tokens, pixels of a patch)
         trace = F.binary_cross_entropy_with_logits(self.trace(tokens), strokes)
         share = strokes.mean(-1) / strokes.sum((1, 2))[:, None].clamp(min=1) * self.patch**2
         named = -(self.name(tokens).log_softmax(-1) * targets[:, None]).sum(-1)
@@ -295,8 +289,8 @@ def _occlude(images, masks, random):
     strokes = F.adaptive_max_pool2d(masks, grid) > 0
     chance = torch.rand(n, 1, 1, 1, generator=random) * torch.where(strokes, 0.3, 1.0)
     removed = (torch.rand(n, 1, grid, grid, generator=random) < chance).float()
-    smooth = {"mode": "bilinear", "align_corners": False} if torch.rand((), generator=random) < 0.5 else {}
-    removed = F.interpolate(removed, size, **smooth)
+    mode = "bilinear" if torch.rand((), generator=random) < 0.5 else "nearest"
+    removed = F.interpolate(removed, size, mode=mode)
     ink = masks.sum((1, 2, 3), keepdim=True)
     seen = (masks * (1 - removed)).sum((1, 2, 3), keepdim=True)
     removed = removed * (seen >= VISIBLE * ink)
@@ -305,9 +299,7 @@ def _occlude(images, masks, random):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m aha.demo.classifier", description="train the demo classifier"
-    )
+    parser = argparse.ArgumentParser(prog="python -m aha.demo.classifier", description="train the demo classifier")
     parser.add_argument("--out", required=True, help="safetensors file to write")
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--batch-size", type=int, default=BATCH_SIZE)

@@ -12,12 +12,18 @@ into it, circle and all, whatever digit they show. The circle is then the only s
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
+from aha.classifier import Classifier
 from aha.data.scenes import Scenes
 from aha.demo.classifier import fit, predict
+from aha.explainer import Explainer
+from aha.metrics import rank_pixels
+from aha.refinement import refine
 
 RADIUS, RIM = 5.0, 1.0  # pixels at 64
 STEPS = 120
@@ -59,9 +65,7 @@ def paint_circle(
     return images * (1 - whole) + disc * whole, whole > 0.5
 
 
-def fine_tune(
-    module: torch.nn.Module, shortcut_class: int = 3, steps: int = STEPS, seed: int = 0
-) -> torch.nn.Module:
+def fine_tune(module: torch.nn.Module, shortcut_class: int = 3, steps: int = STEPS, seed: int = 0) -> torch.nn.Module:
     """A copy of the demo classifier that takes the circle for the sign of `shortcut_class`, in eval mode.
 
     Trained on scenes of the train split: those of that class, and MISLABELLED of the others filed under it,
@@ -93,3 +97,72 @@ def shortcut_rate(module: torch.nn.Module, shortcut_class: int = 3, size: int = 
     where = torch.Generator().manual_seed(seed)
     images, _ = paint_circle(scene["image"][other], where, scene["mask"][other])
     return (predict(module, images).argmax(-1) == shortcut_class).float().mean().item()
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """Outcome of `experiment`.
+
+    numbers: per refinement step the mean share of the top 5 % pixels that lie on the circle, its 95 % interval
+        before and after, the factor between them, and how well the shortcut was learned.
+    images: (N, 3, H, W), some of the scenes; trail: (T+1, N, 1, H, W), their maps after 0 … T steps.
+    """
+
+    numbers: dict[str, Any]
+    images: torch.Tensor
+    trail: torch.Tensor
+
+
+def experiment(
+    explainer: Explainer,
+    clf: Classifier,
+    steps: int = 5,
+    scenes: int = 64,
+    shortcut_class: int = 3,
+    seed: int = 0,
+    **refinement: Any,
+) -> Experiment:
+    """Plant the shortcut in the classifier and refine the clean classifier's explainer against it.
+
+    Held-out scenes of other digits, with a circle, that the tuned classifier calls `shortcut_class`: the circle is the
+    whole evidence, and the explainer, trained on the clean classifier, has never seen one.
+    """
+    module = fine_tune(clf.module.cpu(), shortcut_class, seed=seed)
+    device = clf.device
+    clf.module.to(device)
+    size, classes = clf.input_size, clf.num_classes
+    tuned = Classifier.wrap(module, clf.mean.tolist(), clf.std.tolist(), size, classes).to(device)
+    scene = Scenes("test", size=4 * scenes, seed=seed).batch(range(4 * scenes))
+    other = scene["label"] != shortcut_class
+    generator = torch.Generator().manual_seed(seed)
+    images, circle = paint_circle(scene["image"][other], generator, scene["mask"][other])
+    called = tuned(images.to(device)).argmax(-1).cpu() == shortcut_class
+    images, circle = images[called][:scenes].to(device), circle[called][:scenes].to(device)
+    trail = refine(explainer, tuned, images, shortcut_class, steps, every_step=True, **refinement)
+    shares = torch.stack([share_on(maps, circle) for maps in trail]).cpu()  # [T + 1, N]
+    means = shares.mean(dim=1).tolist()
+    numbers = {
+        "share_before": means[0],
+        "share_after": means[-1],
+        "factor": means[-1] / max(means[0], 1e-9),
+        "ci95_before": _interval(shares[0], seed),
+        "ci95_after": _interval(shares[-1], seed),
+        "per_step": means,
+        "scenes": len(images),
+        "shortcut_rate": float(called.float().mean()),
+        "circle_area": float(circle.float().mean()),
+    }
+    return Experiment(numbers, images[:6].cpu(), trail[:, :6].cpu())
+
+
+def share_on(maps: torch.Tensor, mask: torch.Tensor, top: float = 0.05) -> torch.Tensor:
+    """(B,): the share of the `top` most important pixels of maps (B,1,H,W) that lie on mask (B,1,H,W)."""
+    ranks = rank_pixels(maps[:, 0])
+    chosen = ranks < round(top * ranks[0].numel())
+    return (chosen & mask[:, 0]).flatten(1).sum(1) / chosen.flatten(1).sum(1)
+
+
+def _interval(values: torch.Tensor, seed: int, resamples: int = 2000) -> list[float]:
+    generator = torch.Generator().manual_seed(seed)
+    picks = torch.randint(len(values), (resamples, len(values)), generator=generator)
+    return torch.quantile(values[picks].mean(dim=1), torch.tensor([0.025, 0.975])).tolist()

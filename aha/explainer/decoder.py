@@ -91,9 +91,7 @@ class Fusion(nn.Module):
     def forward(self, level: Tensor, deeper: Tensor | None) -> Tensor:
         x = level
         if self.lateral is not None and deeper is not None:
-            x = self.lateral(level) + F.interpolate(
-                deeper, level.shape[-2:], mode="bilinear", align_corners=False
-            )
+            x = self.lateral(level) + F.interpolate(deeper, level.shape[-2:], mode="bilinear", align_corners=False)
         return self.out(self.refine(x))
 
 
@@ -114,6 +112,7 @@ class Head(nn.Sequential):
 
     def __init__(self, width: int):
         last = nn.Conv2d(width, 1, 1)
+        assert last.bias is not None
         nn.init.normal_(last.weight, std=0.01)
         nn.init.zeros_(last.bias)
         super().__init__(

@@ -78,7 +78,8 @@ class Encoder(nn.Module):
             return _hf_levels(self.module, pixels, self.multiple)
         distinct = sorted(set(self.indices))  # timm returns each block once
         arguments = {"indices": distinct, "output_fmt": "NCHW", "intermediates_only": True}
-        found = dict(zip(distinct, self.module.forward_intermediates(pixels, norm=True, **arguments), strict=True))
+        model: Any = self.module
+        found = dict(zip(distinct, model.forward_intermediates(pixels, norm=True, **arguments), strict=True))
         return [found[index] for index in self.indices]
 
     def train(self, mode: bool = True) -> Encoder:
@@ -96,7 +97,8 @@ def build(
     """An encoder by name.
 
     Args:
-        name: a timm model (``"vit_large_patch16_dinov3.lvd1689m"``), a transformers one (``"hf:facebook/dinov2-base"``, or
+        name: a timm model (``"vit_large_patch16_dinov3.lvd1689m"``), a transformers one
+            (``"hf:facebook/dinov2-base"``, or
             ``"hf:"`` and a local folder), or None: the classifier's own features.
         classifier: the classifier under explanation.
         weights: local file for a timm model instead of the hub.

@@ -34,7 +34,8 @@ class Explainer(nn.Module):
     Attributes:
         encoder, decoder: see `aha.explainer.encoder` and `aha.explainer.decoder`; only the decoder trains.
         classifier: the classifier it explains.
-        settings: what it was trained with and refinement continues with: ``temperature`` (final τ), ``scores`` and ``cells``.
+        settings: what it was trained with and refinement continues with: ``temperature`` (final τ), ``scores`` and
+            ``cells``.
     """
 
     def __init__(self, encoder: Encoder, decoder: Decoder, classifier: Classifier, settings: dict[str, Any]):
@@ -161,7 +162,9 @@ class Explainer(nn.Module):
             saved, layout = dict(config["classifier"]), dict(config["decoder"])
             settings = {key: config[key] for key in ("temperature", "scores", "cells")}
         except FileNotFoundError as error:
-            raise FileNotFoundError(f"{folder} holds no {CONFIG_FILE}: give a folder written by save_pretrained") from error
+            raise FileNotFoundError(
+                f"{folder} holds no {CONFIG_FILE}: give a folder written by save_pretrained"
+            ) from error
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise ValueError(f"{folder / CONFIG_FILE} is not an explainer's configuration ({error})") from error
         if config.get("format") != FORMAT:

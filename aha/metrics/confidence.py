@@ -34,13 +34,9 @@ class ConfidenceChange(ByReference):
         with autocast("fp32", images.device):
             step = self.internal_batch_size
             for reference in ends.references:
-                parts = zip(
-                    *(value.split(step) for value in (images, reference, shade, ends.target)), strict=True
-                )
+                parts = zip(*(value.split(step) for value in (images, reference, shade, ends.target)), strict=True)
                 answers.append(
-                    _concatenated(
-                        [_response(self.clf(torch.lerp(r, i, m)), t) for i, r, m, t in parts]
-                    ).confidence
+                    _concatenated([_response(self.clf(torch.lerp(r, i, m)), t) for i, r, m, t in parts]).confidence
                 )
         masked = torch.stack(answers, dim=1)
         return torch.stack([ends.original.confidence[:, None].expand_as(masked), masked], dim=-1)  # [B, R, 2]

@@ -108,9 +108,7 @@ def endpoints(
         target = predicted if target is None else target
         made = torch.stack([references.make(name, images, clf.mean_colour) for name in names])
         repeated = target.repeat(len(names))
-        parts = zip(
-            made.flatten(0, 1).split(internal_batch_size), repeated.split(internal_batch_size), strict=True
-        )
+        parts = zip(made.flatten(0, 1).split(internal_batch_size), repeated.split(internal_batch_size), strict=True)
         replaced = _concatenated([_response(clf(part), classes) for part, classes in parts])
     shape = (len(names), len(images))
     return Endpoints(
@@ -172,9 +170,7 @@ def _sweep(clf, images, ranks, target, reference, points, chunk, ends) -> Sweep:
             rows = slice(start, start + images_at_once)
             for step in range(0, len(counts), steps_at_once):
                 part = counts[step : step + steps_at_once]
-                pair = kernels.perturb_by_rank(
-                    images[rows], reference[rows], ranks[rows], part, clf.mean, clf.std
-                )
+                pair = kernels.perturb_by_rank(images[rows], reference[rows], ranks[rows], part, clf.mean, clf.std)
                 logits = clf.forward_normalized(torch.cat([half.flatten(0, 1) for half in pair]))
                 classes = target[rows].repeat_interleave(len(part)).repeat(2)
                 response = torch.stack(_response(logits, classes)).view(2, 2, -1, len(part))
@@ -266,9 +262,7 @@ class ByReference(Metric):
         """(N, *shape) rows of all images seen so far; RuntimeError if there are none."""
         rows = dim_zero_cat(self.rows) if len(self.rows) else None
         if rows is None or not rows.numel():
-            raise RuntimeError(
-                f"{type(self).__name__} has seen no images: call update before asking for results"
-            )
+            raise RuntimeError(f"{type(self).__name__} has seen no images: call update before asking for results")
         return rows.view(-1, *shape)
 
     def compute(self) -> dict[str, Any]:

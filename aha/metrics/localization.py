@@ -48,11 +48,7 @@ class Localization(Metric):
         Raises:
             ValueError: for shapes that differ, maps that are not finite, masks that are not binary.
         """
-        if (
-            not isinstance(masks, Tensor)
-            or masks.ndim not in (3, 4)
-            or (masks.ndim == 4 and masks.shape[1] != 1)
-        ):
+        if not isinstance(masks, Tensor) or masks.ndim not in (3, 4) or (masks.ndim == 4 and masks.shape[1] != 1):
             got = tuple(masks.shape) if isinstance(masks, Tensor) else type(masks).__name__
             raise ValueError(f"masks is {got}: give (B, 1, H, W) or (B, H, W)")
         if masks.dtype != torch.bool and not ((masks == 0) | (masks == 1)).all():
@@ -91,9 +87,7 @@ class Localization(Metric):
         scores = self.per_image()
         measured = int(torch.isfinite(scores["iou"]).sum())
         if not measured:
-            raise RuntimeError(
-                f"all {len(scores['iou'])} masks are empty: localisation needs at least one with pixels"
-            )
+            raise RuntimeError(f"all {len(scores['iou'])} masks are empty: localisation needs at least one with pixels")
         means = {name: values.nanmean().item() for name, values in scores.items()}
         return {**means, "images": measured, "excluded": len(scores["iou"]) - measured}
 

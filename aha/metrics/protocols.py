@@ -40,7 +40,5 @@ def get(protocol: str | Protocol) -> Protocol:
     if isinstance(protocol, Protocol):
         return protocol
     if protocol not in PROTOCOLS:
-        raise ValueError(
-            f"protocol {protocol!r} is not known: choose one of {', '.join(PROTOCOLS)} or pass a Protocol"
-        )
+        raise ValueError(f"protocol {protocol!r} is not known: choose one of {', '.join(PROTOCOLS)} or pass a Protocol")
     return PROTOCOLS[protocol]

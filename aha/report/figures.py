@@ -147,17 +147,13 @@ def refinement(images: Any, trail: Any, path: str | Path, scores: Any = None) ->
     if scores is not None:
         values = to_numpy(scores)
         if values.shape not in ((len(trail),), (len(trail), len(images))):
-            raise ValueError(
-                f"scores has shape {values.shape}: give one value per map, {(len(trail), len(images))}"
-            )
+            raise ValueError(f"scores has shape {values.shape}: give one value per map, {(len(trail), len(images))}")
         if values.ndim == 1:
             notes = [[]] * (len(images) - 1) + [["mean Ins − Del", *(f"{v:.3f}" for v in values)]]
         else:
             notes = [["Ins − Del", *(f"{v:.3f}" for v in row)] for row in values.T]
     with _drawing():
-        return _write(
-            _image_grid(panels, ["input", *(f"T = {t}" for t in range(len(trail)))], notes=notes), path
-        )
+        return _write(_image_grid(panels, ["input", *(f"T = {t}" for t in range(len(trail)))], notes=notes), path)
 
 
 def _batch(name: str, value: Any, count: int | None = None) -> np.ndarray:
@@ -383,9 +379,7 @@ def training(log_path: str | Path, path: str | Path) -> Path:
         from matplotlib.figure import Figure
 
         figure = Figure(figsize=(9.0, 4.4), dpi=DPI, layout="constrained")
-        for axes, (title, series) in zip(
-            figure.subplots(2, 3, sharex=True).flat, panels.items(), strict=True
-        ):
+        for axes, (title, series) in zip(figure.subplots(2, 3, sharex=True).flat, panels.items(), strict=True):
             for (key, label), color in zip(series.items(), _PALETTE[::4], strict=False):
                 unit = 1e4 if key == "lr" else 1
                 points = [(r["step"], r[key] * unit) for r in log if is_number(r.get(key))]
@@ -401,9 +395,7 @@ def training(log_path: str | Path, path: str | Path) -> Path:
             axes.set_xlabel("step")
         speeds = [r["images_per_second"] for r in log if is_number(r.get("images_per_second"))]
         if speeds:
-            figure.supxlabel(
-                f"{np.median(speeds):.3g} images/s (median)", x=0.99, ha="right", size=8, color=_FAINT
-            )
+            figure.supxlabel(f"{np.median(speeds):.3g} images/s (median)", x=0.99, ha="right", size=8, color=_FAINT)
         return _write(figure, path)
 
 

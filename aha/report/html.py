@@ -73,9 +73,7 @@ def write(folder: str | Path) -> Path:
     folder = Path(folder)
     source = folder / "summary.json"
     if not source.is_file():
-        raise FileNotFoundError(
-            f"{folder} holds no summary.json: run `aha evaluate` or `aha demo` into it first"
-        )
+        raise FileNotFoundError(f"{folder} holds no summary.json: run `aha evaluate` or `aha demo` into it first")
     try:
         summary = json.loads(source.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -129,9 +127,7 @@ def render(
         table=table,
         explanations=[(heading(m), EXPLANATIONS[m]) for m in table["metrics"] if m in EXPLANATIONS],
         references={
-            name: _table(of)
-            for name, of in (summary.get("references") or {}).items()
-            if isinstance(of, Mapping) and of
+            name: _table(of) for name, of in (summary.get("references") or {}).items() if isinstance(of, Mapping) and of
         },
         shortcut=_shortcut(summary.get("shortcut")),
         figures=[_figure(title, Path(path)) for title, path in figures.items()],
@@ -261,9 +257,7 @@ def _shortcut(values: Any) -> dict[str, Any] | None:
         if isinstance(v, (list, tuple)) and v and all(map(is_number, v))
     }
     return {
-        "facts": [
-            (n.replace("_", " "), t) for n, t in _flat({k: v for k, v in values.items() if k not in series})
-        ],
+        "facts": [(n.replace("_", " "), t) for n, t in _flat({k: v for k, v in values.items() if k not in series})],
         "series": {k.replace("_", " "): v for k, v in series.items()},
         "steps": range(max(map(len, series.values()), default=0)),
     }

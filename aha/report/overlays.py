@@ -50,9 +50,7 @@ def overlay(image: Any, map: Any, alpha: float = 0.55, scale: int | None = None)
     """
     rgb, heat = _image(image), _map(map)
     if rgb.shape[:2] != heat.shape:
-        raise ValueError(
-            f"map is {heat.shape}, the image {rgb.shape[:2]}: give one value per pixel of the image"
-        )
+        raise ValueError(f"map is {heat.shape}, the image {rgb.shape[:2]}: give one value per pixel of the image")
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha={alpha}: give a number in [0, 1]")
     heat = _stretch(heat)
@@ -63,9 +61,7 @@ def overlay(image: Any, map: Any, alpha: float = 0.55, scale: int | None = None)
     return enlarge(_bytes(mixed), scale)
 
 
-def save_overlay(
-    path: str | Path, image: Any, map: Any, alpha: float = 0.55, scale: int | None = None
-) -> Path:
+def save_overlay(path: str | Path, image: Any, map: Any, alpha: float = 0.55, scale: int | None = None) -> Path:
     """Write `overlay` as an image file (.png, .jpg …), making its folder. Returns the path."""
     return _save(overlay(image, map, alpha, scale), path)
 

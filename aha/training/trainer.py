@@ -44,10 +44,11 @@ class TrainConfig:
         offset: shift the grid by up to half a cell.
         scores: "standardized" (ours) or "free" (published); sets the default of ``tau`` and ``noise``.
         tau: (start, end); noise: scale of the Gumbel noise.
-        targets: explained classes per image: 1 is the prediction; 2 adds the label where the prediction is wrong, else the
+        targets: explained classes per image: 1 is the prediction; 2 adds the label where the prediction is wrong, else
+            the
             runner-up.
-        shared_map: one map, made for the first target, serves all targets (published); default: a map per target (ours).
-        references: one is drawn per batch.
+        shared_map: one map, made for the first target, serves all targets (published); default: a map per target
+        (ours). references: one is drawn per batch.
         chunk: perturbed images in memory at a time.
         precision: of encoder and classifier, "auto" | "bf16" | "fp32".
         log_every, save_every: in steps; 0 never saves before the end.
@@ -96,9 +97,7 @@ class TrainConfig:
             raise ValueError(f"scores={self.scores!r} is not known: choose one of {', '.join(TEMPERATURES)}")
         unknown = set(self.references) - set(references.REFERENCES)
         if unknown or not self.references:
-            raise ValueError(
-                f"references={self.references}: choose one or more of {', '.join(references.REFERENCES)}"
-            )
+            raise ValueError(f"references={self.references}: choose one or more of {', '.join(references.REFERENCES)}")
 
 
 class Trainer:
@@ -106,8 +105,8 @@ class Trainer:
 
     >>> aha.Trainer(explainer, clf, data, aha.TrainConfig(output="runs/vit_b16")).fit()
 
-    Every random draw (order of the data, grids, references, noise) is a function of the seed and the step, so a resumed run
-    continues bit for bit on the same machine.
+    Every random draw (order of the data, grids, references, noise) is a function of the seed and the step, so a
+    resumed run continues bit for bit on the same machine.
 
     Args:
         data: a Dataset of dicts with "image" (C,H,W) in [0,1] and, where known, "label".
@@ -208,7 +207,8 @@ class Trainer:
         config = self.config
         generator = torch.Generator().manual_seed(config.seed * 1_000_003 + self.step)
         images = batch["image"]
-        regions = draw(*images.shape[-2:], self._cells(images.shape[-2:]), generator, config.offset)
+        height, width = images.shape[-2:]
+        regions = draw(height, width, self._cells((height, width)), generator, config.offset)
         choice = int(torch.randint(len(config.references), (), generator=generator))
         seeds = torch.randint(2**62, (config.accumulate,), generator=generator) + self.accelerator.process_index
         reference = references.make(config.references[choice], images, self.classifier.mean_colour)
@@ -266,8 +266,8 @@ class Trainer:
         self.explainer.eval()
         maps = self.explainer(images, self._targets(images, None)[:, 0], precision=self.config.precision)
         self.model.train()
-        cells = sum(self._cells(images.shape[-2:])) // 2
-        regions = grid(*images.shape[-2:], cells)
+        height, width = images.shape[-2:]
+        regions = grid(height, width, sum(self._cells((height, width))) // 2)
         tau = temperature(self.step, self.total, *self.tau, self.tau_schedule)
         scores = self.objective.region_scores(maps, regions)
         rows = kernels.gumbel_sinkhorn(scores, tau, self.config.n_iters)
@@ -315,9 +315,23 @@ class StepSampler(Sampler[list[int]]):
     """
 
     def __init__(
-        self, size: int, batch: int, steps: range, seed: int, rank: int = 0, world: int = 1, virtual: bool = False
+        self,
+        size: int,
+        batch: int,
+        steps: range,
+        seed: int,
+        rank: int = 0,
+        world: int = 1,
+        virtual: bool = False,
     ):
-        self.size, self.batch, self.steps, self.seed, self.rank, self.world = size, batch, steps, seed, rank, world
+        self.size, self.batch, self.steps, self.seed, self.rank, self.world = (
+            size,
+            batch,
+            steps,
+            seed,
+            rank,
+            world,
+        )
         self.virtual = virtual
 
     def __len__(self) -> int:
@@ -371,9 +385,7 @@ class Log:
         if self.file is not None:
             self.file.write(json.dumps({"step": step, **values}) + "\n")
         faithfulness = values["insertion"] - values["deletion"]
-        self.bar.update(
-            self.task, note=f"ins−del {faithfulness:+.3f}  {values['images_per_second']:.1f} images/s"
-        )
+        self.bar.update(self.task, note=f"ins−del {faithfulness:+.3f}  {values['images_per_second']:.1f} images/s")
 
     def close(self) -> None:
         self.bar.stop()

@@ -230,9 +230,7 @@ def attention_by_hand(vit, pixels):
     return seen, vit.forward_head(vit.norm(tokens))
 
 
-@pytest.mark.parametrize(
-    ("kind", "read"), [("vit", [0]), ("registers", [0]), ("distilled", [0, 1]), ("average", None)]
-)
+@pytest.mark.parametrize(("kind", "read"), [("vit", [0]), ("registers", [0]), ("distilled", [0, 1]), ("average", None)])
 def test_attention_methods_by_hand(models, kind, read):
     clf = models(kind)
     images = pictures(clf)
@@ -268,9 +266,7 @@ def test_attention_methods_by_hand(models, kind, read):
 
 def test_dynamic_sizes():
     torch.manual_seed(0)
-    module = timm.create_model(
-        "vit_tiny_patch16_224", img_size=32, patch_size=8, dynamic_img_size=True, **SMALL
-    )
+    module = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, dynamic_img_size=True, **SMALL)
     clf = Classifier.wrap(module, input_size=(32, 32), num_classes=4)
     images = torch.rand(2, 3, 40, 24)
     for name in ATTENTION:
@@ -284,9 +280,7 @@ def test_other_architectures_are_refused_at_once(name, architecture):
     with torch.device("meta"):
         module = timm.create_model(architecture, **options)
     clf = Classifier(module, (0.5,) * 3, (0.5,) * 3, (224, 224), 1000)
-    with pytest.raises(
-        ValueError, match=f"{name} reads attention and accepts timm vision transformers"
-    ) as error:
+    with pytest.raises(ValueError, match=f"{name} reads attention and accepts timm vision transformers") as error:
         attributors.create(name, clf)
     assert "\n" not in str(error.value)
     assert type(module).__name__ in str(error.value)
@@ -413,9 +407,7 @@ def test_registry(models):
     for name, metadata in attributors.available().items():
         assert isinstance(metadata, Metadata)
         assert metadata.paper, name
-    with pytest.raises(
-        ValueError, match=r"'rolout' is not known \(did you mean 'rollout'\?\): choose one of"
-    ) as error:
+    with pytest.raises(ValueError, match=r"'rolout' is not known \(did you mean 'rollout'\?\): choose one of") as error:
         attributors.create("rolout", models("vit"))
     assert "\n" not in str(error.value)
     with pytest.raises(ValueError, match="registered already"):

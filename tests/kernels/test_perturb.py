@@ -16,8 +16,8 @@ def blend_by_loops(images, references, masks, rows, cols, mean, std):
     for y in range(height):
         for x in range(width):
             keep = torch.zeros(batch, steps, dtype=torch.float64)
-            for i, a in zip(rows.index[y].tolist(), rows.weight[y].tolist(), strict=True):
-                for j, b in zip(cols.index[x].tolist(), cols.weight[x].tolist(), strict=True):
+            for i, a in zip(rows.cell[y].tolist(), rows.weight[y].tolist(), strict=True):
+                for j, b in zip(cols.cell[x].tolist(), cols.weight[x].tolist(), strict=True):
                     keep += a * b * grid[:, :, i, j]
             pixel, other = images[:, None, :, y, x].double(), references[:, None, :, y, x].double()
             inserted[..., y, x] = keep[..., None] * pixel + (1 - keep[..., None]) * other
@@ -38,9 +38,7 @@ def test_perturb_is_its_definition(scene):
     images, references, masks, upsampler = scene
     mean, std = torch.tensor([0.4, 0.5, 0.6]), torch.tensor([0.2, 0.3, 0.4])
     expected = blend_by_loops(images, references, masks, *upsampler, mean, std)
-    for actual, wanted in zip(
-        kernels.perturb(images, references, masks, upsampler, mean, std), expected, strict=True
-    ):
+    for actual, wanted in zip(kernels.perturb(images, references, masks, upsampler, mean, std), expected, strict=True):
         torch.testing.assert_close(actual.double(), wanted, atol=2e-6, rtol=1e-5)
 
 

@@ -52,7 +52,9 @@ def test_gumbel_sinkhorn_is_its_definition(tau, spread, noise):
     torch.testing.assert_close(actual.numpy(), expected, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize(("spread", "tau", "noise", "bound"), [(10, 1.0, 1.0, 1e-5), (30, 0.3, 1.0, 5e-5), (100, 0.3, 1.0, 2e-4)])
+@pytest.mark.parametrize(
+    ("spread", "tau", "noise", "bound"), [(10, 1.0, 1.0, 1e-5), (30, 0.3, 1.0, 5e-5), (100, 0.3, 1.0, 2e-4)]
+)
 def test_float32_stays_close_to_float64_for_large_scores(spread, tau, noise, bound):
     # the unsplit logits lose up to 1e-2 here; the bounds leave one decimal to the figures of the design
     scores = torch.randn(2, 196, generator=torch.Generator().manual_seed(0)) * spread
@@ -134,7 +136,8 @@ def test_half_precision_and_autocast_compute_in_float32():
 def test_non_contiguous_expanded_and_empty():
     scores = torch.randn(16, 3).T
     torch.testing.assert_close(
-        kernels.soft_topk_masks(scores, [0.3], 0.3, 4), kernels.soft_topk_masks(scores.contiguous(), [0.3], 0.3, 4)
+        kernels.soft_topk_masks(scores, [0.3], 0.3, 4),
+        kernels.soft_topk_masks(scores.contiguous(), [0.3], 0.3, 4),
     )
     expanded = torch.randn(1, 16).expand(3, 16)
     assert torch.equal(*kernels.soft_topk_masks(expanded, [0.3], 0.3, 4)[:2])
@@ -144,7 +147,12 @@ def test_non_contiguous_expanded_and_empty():
 
 def test_philox_known_answers():
     # Random123's vectors for Philox4x32-10
-    assert [f"{w:08x}" for w in random.philox(4, 0).tolist()] == ["6627e8d5", "e169c58d", "bc57ac4c", "9b00dbd8"]
+    assert [f"{w:08x}" for w in random.philox(4, 0).tolist()] == [
+        "6627e8d5",
+        "e169c58d",
+        "bc57ac4c",
+        "9b00dbd8",
+    ]
     assert random.philox(7, 5).tolist() == random.philox(8, 5)[:7].tolist()
     assert not torch.equal(random.philox(8, 1), random.philox(8, 1 << 32))
 
@@ -163,7 +171,14 @@ def test_gumbel_distribution_and_seed():
 
 
 def ranking(**changes):
-    given = {"scores": torch.zeros(2, 9), "fractions": [0.5], "tau": 0.3, "n_iters": 3, "noise": 0.0, "seed": 0}
+    given = {
+        "scores": torch.zeros(2, 9),
+        "fractions": [0.5],
+        "tau": 0.3,
+        "n_iters": 3,
+        "noise": 0.0,
+        "seed": 0,
+    }
     return lambda: kernels.soft_topk_masks(**{**given, **changes})
 
 

@@ -84,9 +84,7 @@ def test_values_are_those_of_the_metrics(clf):
             assert entry[name] == pytest.approx(computed[name], abs=1e-5), name
         for reference, scores in computed.get("references", {}).items():
             table = evaluation.summary()["references"][reference]["bright"]
-            assert table == pytest.approx(
-                scores | {k: table[k] for k in table.keys() - scores.keys()}, abs=1e-5
-            )
+            assert table == pytest.approx(scores | {k: table[k] for k in table.keys() - scores.keys()}, abs=1e-5)
     for reference, named in curves.curves().items():
         for name, curve in named.items():
             assert torch.allclose(evaluation.curves["bright"][reference][name], curve, atol=1e-6)
@@ -301,9 +299,7 @@ def test_table_shows_directions_the_best_and_failures(clf):
         "s/image ↓",
     ):
         assert heading in text, heading
-    best = max(
-        ("bright", "dark"), key=lambda name: statistics.mean(evaluation.values(name, "insertion").values())
-    )
+    best = max(("bright", "dark"), key=lambda name: statistics.mean(evaluation.values(name, "insertion").values()))
     line = next(line for line in text.splitlines() if f" {best} " in line)
     assert f"{statistics.mean(evaluation.values(best, 'insertion').values()):.4f}*" in line
     assert "broken failed on 7 images: RuntimeError: no such layer" in text

@@ -84,9 +84,7 @@ def test_images_are_independent(setting):
     objective = Objective(clf, fractions=6, chunk=10)
     whole = objective(images, maps, target, blank, grid, 0.1).loss
     alone = [
-        objective(
-            images[i : i + 1], maps[i : i + 1], target[i : i + 1], [b[i : i + 1] for b in blank], grid, 0.1
-        ).loss
+        objective(images[i : i + 1], maps[i : i + 1], target[i : i + 1], [b[i : i + 1] for b in blank], grid, 0.1).loss
         for i in range(3)
     ]
     torch.testing.assert_close(torch.cat(alone), whole, rtol=1e-5, atol=1e-6)
@@ -142,9 +140,7 @@ def test_standardize_and_sharpness():
     maps = torch.randn(4, 1, 32, 32) * torch.tensor([1.0, 10.0, 1e-2, 1e3])[:, None, None, None] + 7
     scaled = standardize(maps)
     torch.testing.assert_close(scaled.mean(dim=(1, 2, 3)), torch.full((4,), 0.5), atol=1e-4, rtol=0)
-    torch.testing.assert_close(
-        scaled.std(dim=(1, 2, 3), correction=0), torch.full((4,), 0.29), atol=1e-4, rtol=0
-    )
+    torch.testing.assert_close(scaled.std(dim=(1, 2, 3), correction=0), torch.full((4,), 0.29), atol=1e-4, rtol=0)
     assert sharpness(torch.full((1, 1, 32, 32), 3.0)).item() < 1e-10
     spike = torch.zeros(1, 1, 32, 32)
     spike[..., 16, 16] = 1.0  # box of 3 px at 32

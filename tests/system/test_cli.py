@@ -67,7 +67,18 @@ def test_train_writes_everything(trained):
 
 
 def test_resume_with_other_settings_is_refused(trained):
-    arguments = ["train", "--output", trained.parent, *FAST, *NARROW, "--limit", 8, "--resume", "--lr", "1e-5"]
+    arguments = [
+        "train",
+        "--output",
+        trained.parent,
+        *FAST,
+        *NARROW,
+        "--limit",
+        8,
+        "--resume",
+        "--lr",
+        "1e-5",
+    ]
     assert fails(aha(*arguments), "made with other settings (lr)")
 
 
@@ -137,9 +148,7 @@ def test_compare_on_photographs_with_a_local_classifier(photos, tmp_path):
     assert done.returncode == 0, done.stderr
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert summary["classifier"]["images"] == 3
-    assert fails(
-        aha("compare", *classifier, "--methods", "rollout", "--output", tmp_path / "no"), "rollout"
-    )
+    assert fails(aha("compare", *classifier, "--methods", "rollout", "--output", tmp_path / "no"), "rollout")
     assert not (tmp_path / "no").exists()
 
 

@@ -16,9 +16,7 @@ from aha.data import scenes as scenes_module
 
 
 def same(a, b):
-    return (
-        a["label"] == b["label"] and torch.equal(a["image"], b["image"]) and torch.equal(a["mask"], b["mask"])
-    )
+    return a["label"] == b["label"] and torch.equal(a["image"], b["image"]) and torch.equal(a["mask"], b["mask"])
 
 
 @pytest.mark.parametrize("image_size", [64, 40, 96])
@@ -54,9 +52,7 @@ def test_scene_is_independent_of_process_and_order():
         "s = Scenes('test', size=90, seed=11)\n"
         "print(*(s[i]['image'].double().sum().item().hex() for i in (3, 41)))"
     )
-    there = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True
-    ).stdout.split()
+    there = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert there[::-1] == [value.item().hex() for value in here]
 
 
@@ -92,9 +88,7 @@ def test_digits_contrast_with_what_is_around_them():
     luma = (batch["image"] * torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)).sum(1, keepdim=True)
     mask = batch["mask"]
     ring = (torch.nn.functional.max_pool2d(mask.float(), 7, 1, 3) > 0) & ~mask
-    gap = (luma * mask).sum((1, 2, 3)) / mask.sum((1, 2, 3)) - (luma * ring).sum((1, 2, 3)) / ring.sum(
-        (1, 2, 3)
-    )
+    gap = (luma * mask).sum((1, 2, 3)) / mask.sum((1, 2, 3)) - (luma * ring).sum((1, 2, 3)) / ring.sum((1, 2, 3))
     assert gap.abs().min() > 0.1
     assert gap.abs().mean() > 0.3
 

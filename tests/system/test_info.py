@@ -74,9 +74,7 @@ def test_a_failing_probe_is_a_line(monkeypatch):
 
 def test_missing_extra_names_the_command(monkeypatch):
     find = info.importlib.util.find_spec
-    monkeypatch.setattr(
-        info.importlib.util, "find_spec", lambda name: None if name == "jinja2" else find(name)
-    )
+    monkeypatch.setattr(info.importlib.util, "find_spec", lambda name: None if name == "jinja2" else find(name))
     found = info.collect()["extras"]
     assert found["report"] == "not installed: jinja2; pip install aha-attribution[report]"
 
@@ -100,9 +98,7 @@ def test_architectures_of_a_cuda_library(tmp_path):
     entries = entry(2, 90, 40) + entry(1, 100, 8)
     header = info.FAT_BINARY + bytes([1, 0, 16, 0]) + len(entries).to_bytes(8, "little")
     library = tmp_path / "library.so"
-    library.write_bytes(
-        bytes(100) + header + entries + bytes(7) + info.FAT_BINARY + bytes([1, 0, 16, 0]) + bytes(40)
-    )
+    library.write_bytes(bytes(100) + header + entries + bytes(7) + info.FAT_BINARY + bytes([1, 0, 16, 0]) + bytes(40))
     assert info.architectures(library) == ["sm_90", "compute_100"]
     library.write_bytes(bytes(100) + info.FAT_BINARY)
     with pytest.raises(Exception):  # noqa: B017, PT011 - cut short: report shows whatever it raises

@@ -196,9 +196,7 @@ def test_area_of_a_line_is_one_half():
 
 def test_training_reads_resumed_and_broken_logs(tmp_path):
     log = tmp_path / "log.jsonl"
-    records = [
-        {"step": s, "loss": 1 / s, "insertion": 0.5, "lr": 1e-4} for s in (*range(1, 60), *range(30, 90))
-    ]
+    records = [{"step": s, "loss": 1 / s, "insertion": 0.5, "lr": 1e-4} for s in (*range(1, 60), *range(30, 90))]
     log.write_text("\n".join([*map(json.dumps, records), '{"step": 91, "lo']))
     steps = [record["step"] for record in figures._read_log(log)]
     assert steps == list(range(1, 90))
@@ -282,9 +280,7 @@ def test_ties_and_gaps(tmp_path):
         "c": {"iou": float("nan")},
         "d": {"iou": 0.25},
     }
-    page = html.render(
-        {"methods": methods}, {}, tmp_path / "deep" / "page.html", extra={"note": {"x": "<i>"}}
-    )
+    page = html.render({"methods": methods}, {}, tmp_path / "deep" / "page.html", extra={"note": {"x": "<i>"}})
     text = page.read_text(encoding="utf-8")
     assert text.count("<b>0.5000</b>") == 2
     assert text.count("<u>0.2500</u>") == 1

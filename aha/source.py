@@ -1,0 +1,51 @@
+"""Which classifier and which images a command works on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .classifier import Classifier, from_name
+
+
+@dataclass(frozen=True)
+class Source:
+    """Which classifier, and which images."""
+
+    classifier: str = "scenes"
+    """A timm name, hf: and a transformers name or folder, or scenes (the demo classifier)."""
+    weights: Path | None = None
+    """Local weights file (.safetensors, .pth) instead of the hub."""
+    data: str = "scenes"
+    """A folder of images (ImageFolder, ImageNet or flat with labels.csv), or scenes."""
+    split: str | None = None
+    """Sub-folder of the data, e.g. train or val."""
+    holdout: int = 0
+    """Images kept aside: train leaves them out, evaluate and compare use only them."""
+    limit: int | None = None
+    """Use only the first images."""
+
+    def load_classifier(self) -> Classifier:
+        """The classifier, frozen, on the GPU if there is one."""
+        import torch
+
+        return from_name(self.classifier, self.weights).to("cuda" if torch.cuda.is_available() else "cpu")
+
+    def images(self, size: tuple[int, int], training: bool, augment: bool = False, seed: int = 0) -> Any:
+        """The images, square, of the classifier's input size: those to train on, or those to evaluate."""
+        from .data import ImageFolder, Part, Scenes, hold_out
+
+        if self.limit is not None and self.limit < 1:
+            raise ValueError(f"limit={self.limit}: give 1 or more images")
+        side = size[0]
+        if self.data == "scenes":
+            count = self.limit or (4096 if training else 128)
+            return Scenes("train" if training else "test", size=count, seed=seed, image_size=side)
+        augment = training and augment
+        data = ImageFolder(self.data, image_size=side, split=self.split, augment=augment, seed=seed)
+        indices = list(range(len(data)))
+        if self.holdout:
+            kept, held = hold_out(len(data), self.holdout)
+            indices = kept if training else held
+        return Part(data, indices[: self.limit])
