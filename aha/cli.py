@@ -119,10 +119,9 @@ def evaluate(
         seed: of the random methods and the bootstrap.
     """
     from . import attributors
-    from .explainer import Explainer
     from .source import Source
 
-    loaded = Explainer.from_pretrained(explainer)
+    loaded = _load(explainer)
     source = Source(data=data, split=split, holdout=holdout, limit=limit)
     images = source.images(loaded.classifier.input_size, training=False, seed=seed)
     extra: dict[str, Any] = {} if lr is None else {"lr": lr}
@@ -252,6 +251,18 @@ def _evaluate(
         raise CommandError(f"part of the evaluation failed, the rest is written: {result.failures[0].reason}")
 
 
+def _load(folder: Path) -> Any:
+    """An explainer and its classifier, on the GPU if there is one."""
+    import torch
+
+    from .explainer import Explainer
+
+    explainer = Explainer.from_pretrained(folder)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    explainer.classifier.to(device)
+    return explainer.to(device)
+
+
 def _explain(
     paths: tuple[Path, ...],
     folder: Path,
@@ -267,29 +278,31 @@ def _explain(
     from rich.progress import track
 
     from .data import find_images, load_image
-    from .explainer import Explainer
     from .refinement import refine
     from .report import overlays
 
     files = [file for path in paths for file in find_images(path)]
-    explainer = Explainer.from_pretrained(folder)
+    explainer = _load(folder)
     classifier = other.load_classifier() if other else explainer.classifier
     options: dict[str, Any] = {} if lr is None else {"lr": lr}
     bad: list[str] = []
     for file in track(files, "explaining", disable=len(files) < 2):
         try:
-            image = load_image(file, image_size=classifier.input_size[0])[None]
+            image = load_image(file, image_size=classifier.input_size[0])[None].to(classifier.device)
         except ValueError as error:
             bad.append(str(error))
             continue
         classes = classifier.resolve_target(image, target)
         with torch.no_grad():
             probability = float(classifier.probabilities(image)[0, classes[0]])
-        trail = refine(explainer, classifier, image, classes, steps, every_step=True, **options)[:, 0]
+        trail = refine(explainer, classifier, image, classes, steps, every_step=True, **options)[:, 0].cpu()
         output.mkdir(parents=True, exist_ok=True)
-        np.save(output / f"{file.stem}.npy", trail[:, 0].numpy() if every_step else trail[-1, 0].numpy())
+        # two folders may hold files of one name
+        alone = sum(other_file.stem == file.stem for other_file in files) == 1
+        stem = file.stem if alone else "_".join([*file.parent.parts[-1:], file.name.replace(".", "_")])
+        np.save(output / f"{stem}.npy", trail[:, 0].numpy() if every_step else trail[-1, 0].numpy())
         shown = trail if every_step else trail[-1:]
-        overlays.save_strip(image[0], shown, output / f"{file.stem}.png")
+        overlays.save_strip(image[0].cpu(), shown, output / f"{stem}.png")
         names = classifier.class_names
         label = f"{int(classes)} {names[int(classes)]}" if names else f"{int(classes)}"
         print(f"{file.name}: class {label}, p = {probability:.3f}")

@@ -12,10 +12,7 @@ from . import references as reference_images
 from .classifier import Classifier
 from .explainer import Explainer
 from .objective import Objective
-from .regions import Regions, grid
-
-# cells along the shorter side of the grids that refinement ranks on, when the explainer does not say
-DEFAULT_CELLS = 14
+from .regions import Regions, default_cells, grid
 
 
 def refine(
@@ -24,7 +21,7 @@ def refine(
     images: Tensor,
     target: Tensor | Sequence[int] | int | None = None,
     steps: int = 3,
-    lr: float = 1e-4,
+    lr: float = 3e-3,
     references: Sequence[str] = reference_images.REFERENCES,
     cells: Sequence[int] | None = None,
     fractions: int = 16,
@@ -32,10 +29,11 @@ def refine(
     precision: str = "auto",
     every_step: bool = False,
 ) -> Tensor:
-    """Maps after ``steps`` gradient steps on the explainer's head, every image with a head of its own.
+    """Maps after up to ``steps`` gradient steps on the explainer's head, every image with a head of its own.
 
-    All images are refined in one go and independently: the result does not depend on what else is in the batch. The
-    explainer is left untouched.
+    All images are refined in one go and independently: the result does not depend on what else is in the batch. Of
+    the maps after 0 … T steps every image keeps the one with the lowest loss (the paper takes the last), so a step
+    that overshoots costs nothing. The explainer is left untouched.
 
     Args:
         explainer: a trained explainer.
@@ -45,11 +43,12 @@ def refine(
         steps: T ≥ 0; 0 returns ``explainer.attribute(images, target)``.
         lr: learning rate of AdamW (no decay).
         references: names of the reference images whose losses are averaged.
-        cells: grids to rank on, as cells along the shorter side; their losses are averaged.
+        cells: the grids to rank on, as cells along the shorter side; the references take them in turn, so that no
+            map fits one grid alone. Default: 3/4, 7/8 and all of the finest grid of the training.
         fractions: S, points on the curves.
         chunk: perturbed images in memory at a time.
         precision: of the classifier's passes, "auto" | "bf16" | "fp32".
-        every_step: return the maps after 0, 1, …, T steps, (T+1,B,1,H,W).
+        every_step: return the maps for T = 0, 1, …, ``steps``, (T+1,B,1,H,W).
 
     Returns:
         (B,1,H,W) float32 maps.
@@ -59,10 +58,14 @@ def refine(
     classifier.check(images)
     target = classifier.resolve_target(images, target)
     height, width = images.shape[-2:]
-    settings = explainer.settings
-    grids = [grid(height, width, g) for g in cells or settings.get("refine_cells") or (DEFAULT_CELLS,)]
-    objective = Objective(classifier, fractions=fractions, scores=settings["scores"], chunk=chunk, precision=precision)
+    finest = (explainer.settings.get("cells") or default_cells(height, width))[1]
+    grids = [grid(height, width, g) for g in cells or (round(3 / 4 * finest), round(7 / 8 * finest), finest)]
+    objective = Objective(
+        classifier, fractions=fractions, scores=explainer.settings["scores"], chunk=chunk, precision=precision
+    )
     blank = [reference_images.make(name, images, classifier.mean_colour) for name in references]
+    pairs = [(reference, grids[i % len(grids)]) for i, reference in enumerate(blank)]
+    tau = explainer.settings["temperature"]
     training = explainer.training
     explainer.eval()
     try:
@@ -70,32 +73,50 @@ def refine(
             dense = explainer.dense(images, target)
         heads, shared = _per_image(explainer, len(images))
         optimizer = torch.optim.AdamW(list(heads.values()), lr=lr, weight_decay=0.0)
+        best = Best(len(images), images.device)
         trail = []
-        for _ in range(steps):
-            maps = _maps(explainer, heads, shared, dense, (height, width))
-            trail.append(maps.detach())
-            optimizer.zero_grad()
-            _loss(objective, images, maps, target, blank, grids, settings["temperature"]).backward()
-            optimizer.step()
-        with torch.no_grad():
-            trail.append(_maps(explainer, heads, shared, dense, (height, width)))
+        for step in range(steps + 1):
+            with torch.set_grad_enabled(step < steps):
+                maps = _maps(explainer, heads, shared, dense, (height, width))
+                # with nothing to compare, T = 0 needs no pass through the classifier
+                losses = _losses(objective, images, maps, target, pairs, tau) if steps else maps.new_zeros(len(images))
+            trail.append(best.keep(maps.detach(), losses.detach()))
+            if step < steps:
+                optimizer.zero_grad()
+                # a sum, not a mean: an image's gradient must not depend on the size of the batch
+                losses.sum().backward()
+                optimizer.step()
     finally:
         explainer.train(training)
     return torch.stack(trail) if every_step else trail[-1]
 
 
-def _loss(
+def _losses(
     objective: Objective,
     images: Tensor,
     maps: Tensor,
     target: Tensor,
-    blank: Sequence[Tensor],
-    grids: Sequence[Regions],
+    pairs: Sequence[tuple[Tensor, Regions]],
     tau: float,
 ) -> Tensor:
-    # a sum, not a mean: an image's gradient must not depend on the size of the batch
-    losses = [objective(images, maps, target, blank, regions, tau).loss.sum() for regions in grids]
-    return torch.stack(losses).sum() / len(grids)
+    """(B,): the loss averaged over pairs of reference and grid."""
+    losses = [objective(images, maps, target, [blank], regions, tau).loss for blank, regions in pairs]
+    return torch.stack(losses).mean(dim=0)
+
+
+class Best:
+    """The map with the lowest loss so far, per image."""
+
+    def __init__(self, batch: int, device: torch.device):
+        self.losses = torch.full((batch,), float("inf"), device=device)
+        self.maps: Tensor | None = None
+
+    def keep(self, maps: Tensor, losses: Tensor) -> Tensor:
+        """Take (B,1,H,W) maps where their losses (B,) are lower; return the best."""
+        better = losses < self.losses
+        self.maps = maps if self.maps is None else torch.where(better[:, None, None, None], maps, self.maps)
+        self.losses = torch.where(better, losses, self.losses)
+        return self.maps
 
 
 def _per_image(explainer: Explainer, batch: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

@@ -81,6 +81,12 @@ def draw(
     return grid(height, width, rows, (float(shift[0]), float(shift[1])))
 
 
+def default_cells(height: int, width: int) -> tuple[int, int]:
+    """Cells of 32 to 8 px at 224, scaled with the image: 7…28 cells where the side allows cells of 2 px or more."""
+    short = min(height, width)
+    return min(7, max(2, short // 4)), max(2, min(28, short // 4))
+
+
 def _index(pixels: int, cells: int, offset: float) -> Tensor:
     position = (torch.arange(pixels, dtype=torch.float64) + 0.5) * cells / pixels + offset
     index = position.floor().long().clamp(0, cells - 1)

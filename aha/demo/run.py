@@ -27,7 +27,7 @@ from . import shortcut
 # an image of 64 px has 8×8 tokens: a finer and narrower decoder than the paper's for 224 px
 DECODER = DecoderConfig(embedding=64, width=48, head=32, strides=(2, 4, 8, 16))
 TRAINING = TrainConfig(
-    steps=500, batch_size=16, fractions=8, targets=1, lr=1e-3, cells=(7, 12), save_every=0, log_every=25
+    steps=400, batch_size=16, fractions=8, targets=1, lr=1e-3, cells=(7, 16), save_every=0, log_every=20
 )
 BASELINES = (
     "random",

@@ -21,7 +21,7 @@ from ..classifier import Classifier
 from ..explainer import Explainer
 from ..objective import Objective
 from ..precision import uses_bf16
-from ..regions import draw, grid
+from ..regions import default_cells, draw, grid
 from . import checkpoint
 from .schedule import learning_rate, temperature
 
@@ -393,9 +393,3 @@ class Log:
             self.writer.close()
         if self.file is not None:
             self.file.close()
-
-
-def default_cells(height: int, width: int) -> tuple[int, int]:
-    """Cells of 32 to 8 px at 224, scaled with the image: 7…28 cells where the side allows cells of 2 px or more."""
-    short = min(height, width)
-    return min(7, max(2, short // 4)), max(2, min(28, short // 4))

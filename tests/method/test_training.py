@@ -11,9 +11,10 @@ import pytest
 import torch
 
 import aha
+from aha.regions import default_cells
 from aha.training import checkpoint
 from aha.training.schedule import learning_rate, temperature
-from aha.training.trainer import StepSampler, default_cells
+from aha.training.trainer import StepSampler
 
 from ..conftest import TINY_DECODER, tiny_vit
 
