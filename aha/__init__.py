@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ._version import __version__
 
 if TYPE_CHECKING:
-    from . import attributors, data, kernels, metrics, references, regions, report
+    from . import attributors, data, evaluation, kernels, metrics, references, regions, report
     from .classifier import Classifier
     from .explainer import Explainer
     from .objective import Objective
@@ -24,7 +24,7 @@ _NAMES = {
     "Trainer": "training",
     "refine": "refinement",
 }
-_MODULES = ("attributors", "data", "kernels", "metrics", "references", "regions", "report")
+_MODULES = ("attributors", "data", "evaluation", "kernels", "metrics", "references", "regions", "report")
 
 __all__ = ["__version__", *_NAMES, *_MODULES]
 

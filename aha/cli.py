@@ -233,7 +233,7 @@ def _evaluate(
 
     result = evaluate(classifier, methods, data, target=target, batch_size=batch_size, seed=seed)
     result.write(output)
-    console = Console()
+    console = Console(width=None if Console().is_terminal else 160)
     console.print(result.table())
     try:
         from .report import figures, html

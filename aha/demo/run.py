@@ -53,7 +53,8 @@ def main(output: Path, scenes: int = 128, steps: int | None = None, seed: int = 
         steps: training steps; default as tuned on the validation scenes.
         seed: of training, scenes and bootstrap.
     """
-    console = Console()
+    # a pipe has no width of its own: give the table room
+    console = Console(width=None if Console().is_terminal else 160)
     seconds: dict[str, float] = {}
     clf = from_name("scenes").to("cuda" if torch.cuda.is_available() else "cpu")
     console.rule("1/4 training an explainer for the scenes classifier")
