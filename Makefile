@@ -17,7 +17,7 @@ demo: $(BUILT)
 	$(VENV)/bin/aha demo $(ARGS)
 
 test: $(BUILT)
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 $(ARGS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile $(ARGS)
 
 bench: $(BUILT)
 	@if ls bench/test_*.py >/dev/null 2>&1; then $(PY) -m pytest bench $(ARGS); \

@@ -139,7 +139,7 @@ def draw(
 ) -> None:
     """Map grid, refinement, curves, intervals, training and shortcut figures."""
     folder.mkdir(parents=True, exist_ok=True)
-    shown = data.batch(range(SHOWN))
+    shown = data.batch(range(min(SHOWN, len(data))))
     images = shown["image"].to(clf.device)
     maps = {name: method.attribute(images) for name, method in methods(clf, explainer, seed).items()}
     figures.map_grid(images, maps, folder / "maps.png", masks=shown["mask"])
