@@ -28,6 +28,7 @@ def refine(
     chunk: int = 128,
     precision: str = "auto",
     every_step: bool = False,
+    internal_batch_size: int = 32,
 ) -> Tensor:
     """Maps after up to ``steps`` gradient steps on the explainer's head, every image with a head of its own.
 
@@ -49,6 +50,7 @@ def refine(
         chunk: perturbed images in memory at a time.
         precision: of the classifier's passes, "auto" | "bf16" | "fp32".
         every_step: return the maps for T = 0, 1, …, ``steps``, (T+1,B,1,H,W).
+        internal_batch_size: images refined at a time; memory is set by it, results are not.
 
     Returns:
         (B,1,H,W) float32 maps.
@@ -57,6 +59,11 @@ def refine(
         raise ValueError(f"steps={steps}: give 0 or more")
     classifier.check(images)
     target = classifier.resolve_target(images, target)
+    if len(images) > internal_batch_size:
+        options = (steps, lr, references, cells, fractions, chunk, precision, every_step)
+        parts = zip(images.split(internal_batch_size), target.split(internal_batch_size), strict=True)
+        done = [refine(explainer, classifier, part, classes, *options) for part, classes in parts]
+        return torch.cat(done, dim=1 if every_step else 0)
     height, width = images.shape[-2:]
     finest = (explainer.settings.get("cells") or default_cells(height, width))[1]
     grids = [grid(height, width, g) for g in cells or (round(3 / 4 * finest), round(7 / 8 * finest), finest)]

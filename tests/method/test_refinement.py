@@ -42,8 +42,12 @@ def test_the_explainer_is_untouched(explainer, classifier, images):
 def test_images_do_not_see_each_other(explainer, classifier, images):
     together = aha.refine(explainer, classifier, images, steps=3, **OPTIONS)
     alone = torch.cat([aha.refine(explainer, classifier, image[None], steps=3, **OPTIONS) for image in images])
+    split = aha.refine(explainer, classifier, images, steps=3, internal_batch_size=2, **OPTIONS)
+    trail = aha.refine(explainer, classifier, images, steps=3, internal_batch_size=2, every_step=True, **OPTIONS)
     moved = (together - explainer.attribute(images)).abs().max()
     assert (together - alone).abs().max() < 1e-3 * moved
+    assert (together - split).abs().max() < 1e-3 * moved
+    assert torch.equal(trail[-1], split)
 
 
 def test_one_step_is_adamw_on_a_copy_of_the_head(explainer, classifier, images):
