@@ -294,6 +294,9 @@ def _examples(device: torch.device) -> dict[str, tuple[tuple, dict]]:
         "gumbel_sinkhorn": ((scores, 0.3), {}),
         "cumulative_masks": ((square, fractions), {}),
         "soft_topk_masks": ((scores, fractions, 0.3), {}),
+        "soft_sort": ((scores,), {}),
+        "soft_rank": ((scores,), {}),
+        "soft_topk": ((scores, cells), {}),
         "perturb": ((images, images, masks, Upsampler(taps, taps)), {}),
         "perturb_by_rank": ((images, images, ranks, [0, side * side]), {}),
     }

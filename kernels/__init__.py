@@ -15,6 +15,9 @@ from .functional import (
     log_sinkhorn,
     perturb,
     perturb_by_rank,
+    soft_rank,
+    soft_sort,
+    soft_topk,
     soft_topk_masks,
 )
 
@@ -29,5 +32,8 @@ __all__ = [
     "log_sinkhorn",
     "perturb",
     "perturb_by_rank",
+    "soft_rank",
+    "soft_sort",
+    "soft_topk",
     "soft_topk_masks",
 ]

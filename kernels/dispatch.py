@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import native, reference
+from . import native, reference, triton
 
 NAMES = ("auto", "cuda", "triton", "cpu", "reference")
 _EXPLAIN = "explain"  # what `explain` passes as backend to get the table instead of a result
@@ -36,41 +36,66 @@ class BackendError(RuntimeError):
     """The backend asked for by name cannot run this call."""
 
 
-def _always(*_: Any) -> None:
-    return None
+_FLOAT = (torch.float32,)
+_FLOATS = (torch.float32, torch.float64)
+_IMAGES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def _cpu_perturb_by_rank(images, references, ranks, counts, mean, std, dtype) -> str | None:
-    if images.device.type != "cpu":
-        return f"images are on {images.device}, this backend runs on the CPU"
-    if images.dtype not in (torch.float32, torch.float64):
-        return f"images are {images.dtype}; this backend takes float32 or float64"
-    if torch.float64 in (images.dtype, dtype) and dtype != images.dtype:
-        return f"images are {images.dtype}, outputs {dtype}; this backend does not mix in float64"
-    return native.load("_C")
+def _runs(device: str, load: Callable[[], str | None], dtypes: tuple[torch.dtype, ...]) -> Callable[..., str | None]:
+    """A ``why_not`` for operators whose first argument decides: its device, its dtype, then whether code is there."""
+
+    def why_not(first: Tensor, *_: Any) -> str | None:
+        if first.device.type != device:
+            return f"tensors are on {first.device}, this backend runs on {device}"
+        if first.dtype not in dtypes:
+            accepted = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+            return f"tensors are {str(first.dtype).removeprefix('torch.')}, this backend takes {accepted}"
+        return load()
+
+    return why_not
 
 
-def _cuda_perturb_by_rank(images, references, ranks, counts, mean, std, dtype) -> str | None:
-    if images.device.type != "cuda":
-        return f"images are on {images.device}, this backend runs on CUDA devices"
-    if images.dtype != torch.float32:
-        return f"images are {images.dtype}; this backend takes float32 images"
-    if dtype == torch.float64:
-        return "outputs are float64; this backend makes float32, bfloat16 and float16"
-    return native.load("_C_cuda")
+def _makes(why_not: Callable[..., str | None]) -> Callable[..., str | None]:
+    """The same for perturbation, whose last argument is the dtype of its outputs: float64 only from float64."""
+
+    def with_outputs(images: Tensor, *args: Any) -> str | None:
+        reason, dtype = why_not(images, *args), args[-1]
+        if reason is None and torch.float64 in (images.dtype, dtype) and dtype != images.dtype:
+            return f"images are {images.dtype}, outputs {dtype}; this backend does not mix in float64"
+        return reason
+
+    return with_outputs
 
 
+def _backends(operator: str, cuda: Any, cpu: Any, on_triton: Any) -> tuple[Backend, ...]:
+    return (
+        Backend("cuda", cuda, getattr(native.ops, operator)),
+        Backend("cpu", cpu, getattr(native.ops, operator)),
+        Backend("triton", on_triton, getattr(triton.ops, operator)),
+        Backend("reference", lambda *_: None, getattr(reference, operator)),
+    )
+
+
+_ranking = (
+    _runs("cuda", lambda: native.load("_C_cuda"), _FLOAT),
+    _runs("cpu", lambda: native.load("_C"), _FLOATS),
+    _runs(triton.DEVICE, triton.load, _FLOAT),
+)
+_perturbing = (
+    _makes(_runs("cuda", lambda: native.load("_C_cuda"), _IMAGES)),
+    _makes(_runs("cpu", lambda: native.load("_C"), (*_IMAGES, torch.float64))),
+    _makes(_runs(triton.DEVICE, triton.load, _IMAGES)),
+)
 BACKENDS: dict[str, tuple[Backend, ...]] = {
-    "log_sinkhorn": (Backend("reference", _always, reference.log_sinkhorn),),
-    "gumbel_sinkhorn": (Backend("reference", _always, reference.gumbel_sinkhorn),),
-    "cumulative_masks": (Backend("reference", _always, reference.cumulative_masks),),
-    "soft_topk_masks": (Backend("reference", _always, reference.soft_topk_masks),),
-    "perturb": (Backend("reference", _always, reference.perturb),),
-    "perturb_by_rank": (
-        Backend("cuda", _cuda_perturb_by_rank, native.perturb_by_rank),
-        Backend("cpu", _cpu_perturb_by_rank, native.perturb_by_rank),
-        Backend("reference", _always, reference.perturb_by_rank),
-    ),
+    "log_sinkhorn": _backends("log_sinkhorn", *_ranking),
+    "gumbel_sinkhorn": _backends("gumbel_sinkhorn", *_ranking),
+    "cumulative_masks": _backends("cumulative_masks", *_ranking),
+    "soft_topk_masks": _backends("soft_topk_masks", *_ranking),
+    "soft_sort": _backends("weigh_regions", *_ranking),
+    "soft_rank": _backends("weigh_ranks", *_ranking),
+    "soft_topk": _backends("weigh_ranks", *_ranking),
+    "perturb": (_backends("perturb", *_perturbing)[-1],),
+    "perturb_by_rank": _backends("perturb_by_rank", *_perturbing),
 }
 
 

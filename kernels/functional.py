@@ -71,7 +71,7 @@ def gumbel_sinkhorn(
     tau: float | Tensor,
     n_iters: int = 30,
     noise: float = 0.0,
-    seed: int | None = None,
+    seed: int | Tensor | None = None,
     *,
     backend: str = "auto",
 ) -> Tensor:
@@ -84,14 +84,15 @@ def gumbel_sinkhorn(
         tau: temperature > 0; a float or a 0-dim tensor, which receives a gradient.
         n_iters: Sinkhorn iterations ≥ 1.
         noise: scale of the Gumbel noise ≥ 0.
-        seed: of the noise, in [0, 2⁶⁴); None draws one from PyTorch's default generator.
+        seed: of the noise, in [0, 2⁶⁴), or a 0-dim int64 tensor; None draws one from PyTorch's default generator of
+            the device, also inside a captured CUDA graph.
 
     Returns:
         (B, K, K) P; row i is the soft indicator of the region at rank i (0 = most important), columns sum to 1.
     """
     scores = _check_scores(scores)
-    tau, seed = _check_ranking(scores, tau, n_iters, noise, seed)
-    return dispatch.run("gumbel_sinkhorn", backend, scores.device, scores, tau, n_iters, float(noise), seed)
+    ranking = _check_ranking(scores, tau, n_iters, noise, seed)
+    return dispatch.run("gumbel_sinkhorn", backend, scores.device, scores, *ranking)
 
 
 def cumulative_masks(permutation: Tensor, fractions: Tensor | Sequence[float], *, backend: str = "auto") -> Tensor:
@@ -107,8 +108,8 @@ def cumulative_masks(permutation: Tensor, fractions: Tensor | Sequence[float], *
     _check_float("permutation", permutation, 3)
     if permutation.shape[-1] != permutation.shape[-2]:
         raise ValueError(f"permutation has shape {tuple(permutation.shape)}: give square matrices (B, K, K)")
-    fractions = _check_fractions(fractions, permutation.device)
-    return dispatch.run("cumulative_masks", backend, permutation.device, permutation, fractions)
+    weights = _cumulative_weights(fractions, permutation)
+    return dispatch.run("cumulative_masks", backend, permutation.device, permutation, weights)
 
 
 def soft_topk_masks(
@@ -117,7 +118,7 @@ def soft_topk_masks(
     tau: float | Tensor,
     n_iters: int = 30,
     noise: float = 0.0,
-    seed: int | None = None,
+    seed: int | Tensor | None = None,
     *,
     backend: str = "auto",
 ) -> Tensor:
@@ -126,10 +127,65 @@ def soft_topk_masks(
     Arguments and ranges as in those two functions. A fused backend never stores P.
     """
     scores = _check_scores(scores)
-    fractions = _check_fractions(fractions, scores.device)
-    tau, seed = _check_ranking(scores, tau, n_iters, noise, seed)
-    arguments = (scores, fractions, tau, n_iters, float(noise), seed)
-    return dispatch.run("soft_topk_masks", backend, scores.device, *arguments)
+    weights = _cumulative_weights(fractions, scores)
+    ranking = _check_ranking(scores, tau, n_iters, noise, seed)
+    return dispatch.run("soft_topk_masks", backend, scores.device, scores, weights, *ranking)
+
+
+def soft_sort(
+    values: Tensor,
+    tau: float | Tensor = 0.01,
+    n_iters: int = 30,
+    noise: float = 0.0,
+    seed: int | Tensor | None = None,
+    *,
+    backend: str = "auto",
+) -> Tensor:
+    """Differentiable sort in descending order: (B, K) → (B, K), at every rank a soft choice among the values.
+
+    Values are standardised per row before they are ranked, so ``tau`` does not depend on their scale: 1 is close to
+    the mean everywhere, 1e-4 close to the sorted values. Other arguments as in `gumbel_sinkhorn`.
+    """
+    values = _check_scores(values)
+    ranking = _check_ranking(values, tau, n_iters, noise, seed)
+    return dispatch.run("soft_sort", backend, values.device, _standardize(values), values, *ranking)
+
+
+def soft_rank(
+    values: Tensor,
+    tau: float | Tensor = 0.01,
+    n_iters: int = 30,
+    noise: float = 0.0,
+    seed: int | Tensor | None = None,
+    *,
+    backend: str = "auto",
+) -> Tensor:
+    """Differentiable ranks, 0 for the largest value, K − 1 for the smallest: (B, K) → (B, K). See `soft_sort`."""
+    values = _check_scores(values)
+    weights = torch.arange(values.shape[1], dtype=values.dtype, device=values.device)
+    ranking = _check_ranking(values, tau, n_iters, noise, seed)
+    return dispatch.run("soft_rank", backend, values.device, _standardize(values), weights, *ranking)
+
+
+def soft_topk(
+    values: Tensor,
+    k: int,
+    tau: float | Tensor = 0.01,
+    n_iters: int = 30,
+    noise: float = 0.0,
+    seed: int | Tensor | None = None,
+    *,
+    backend: str = "auto",
+) -> Tensor:
+    """Differentiable indicator of the ``k`` largest values: (B, K) → (B, K) in [0, 1], rows sum to ``k`` where the
+    iterations converged. ``k`` in 0 … K; see `soft_sort`.
+    """
+    values = _check_scores(values)
+    if not isinstance(k, int) or not 0 <= k <= values.shape[1]:
+        raise ValueError(f"k={k!r}: give an integer in 0 … {values.shape[1]}, the number of values")
+    weights = (torch.arange(values.shape[1], device=values.device) < k).to(values.dtype)
+    ranking = _check_ranking(values, tau, n_iters, noise, seed)
+    return dispatch.run("soft_topk", backend, values.device, _standardize(values), weights, *ranking)
 
 
 def perturb(
@@ -206,7 +262,7 @@ def perturb_by_rank(
     counts = torch.as_tensor(counts)
     if counts.ndim != 1 or counts.is_floating_point():
         raise ValueError(f"counts is {_describe(counts)}: give a 1-dim sequence of integers")
-    known = counts.device.type == "cpu" and counts.numel() and not torch.compiler.is_compiling()
+    known = counts.device.type == "cpu" and counts.numel() and not _traced(counts)
     if known and (counts.min() < 0 or counts.max() > height * width):
         raise ValueError(
             f"counts span {int(counts.min())} … {int(counts.max())}: they must lie in 0 … H·W = {height * width}"
@@ -244,35 +300,60 @@ def _check_iterations(n_iters: int) -> None:
 
 
 def _check_ranking(
-    scores: Tensor, tau: float | Tensor, n_iters: int, noise: float, seed: int | None
-) -> tuple[float | Tensor, int]:
+    scores: Tensor, tau: float | Tensor, n_iters: int, noise: float, seed: int | Tensor | None
+) -> tuple[Tensor, int, float, Tensor]:
+    """The last arguments of every ranking operator: tau and seed as 0-dim tensors on the device of the scores."""
     _check_iterations(n_iters)
     if isinstance(tau, Tensor):
         if tau.ndim != 0:
             raise ValueError(f"tau is {_describe(tau)}: give a number or a 0-dim tensor")
+        # the value of a tensor on a device is not read: that would wait for the device
+        known = tau.device.type == "cpu" and not _traced(tau)
+        value = float(tau.detach()) if known else 1.0
         tau = tau.to(scores)
-    # the value of a tensor on a device is not read: that would wait for the device
-    known = not isinstance(tau, Tensor) or (tau.device.type == "cpu" and not torch.compiler.is_compiling())
-    if known and not 0 < (value := float(tau.detach() if isinstance(tau, Tensor) else tau)) < float("inf"):
+    else:
+        value = tau
+        tau = torch.full((), tau, dtype=scores.dtype, device=scores.device)
+    if not 0 < value < float("inf"):
         raise ValueError(f"tau={value}: the temperature must be finite and > 0")
     if not 0 <= noise < float("inf"):
         raise ValueError(f"noise={noise}: the scale of the Gumbel noise must be finite and ≥ 0")
     if seed is None:
-        seed = random.draw_seed() if noise else 0
+        seed = random.draw_seed(scores.device) if noise else 0
+    if isinstance(seed, Tensor):
+        if seed.ndim != 0 or seed.dtype != torch.int64:
+            raise ValueError(f"seed is {_describe(seed)}: give an integer or a 0-dim int64 tensor")
+        return tau, n_iters, float(noise), seed.to(scores.device)
     if not 0 <= seed < 2**64:
         raise ValueError(f"seed={seed}: give an integer in [0, 2⁶⁴)")
-    return tau, seed
+    return tau, n_iters, float(noise), random.as_seed(seed, scores.device)
 
 
-def _check_fractions(fractions: Tensor | Sequence[float], device: torch.device) -> Tensor:
+def _traced(value: Tensor) -> bool:
+    """Whether the values cannot be read: under torch.compile, torch.export or a functorch transform."""
+    return torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(value)
+
+
+def _cumulative_weights(fractions: Tensor | Sequence[float], like: Tensor) -> Tensor:
+    """(S, K): what share of each rank row belongs to the top fraction; linear between two ranks."""
     fractions = torch.as_tensor(fractions, dtype=None if isinstance(fractions, Tensor) else torch.float64)
     if fractions.ndim != 1 or not fractions.is_floating_point():
         raise ValueError(f"fractions is {_describe(fractions)}: give a 1-dim sequence of floats in [0, 1]")
-    if not torch.compiler.is_compiling() and fractions.numel():
+    known = fractions.device.type == "cpu" and not _traced(fractions)
+    if known and fractions.numel():
         inside = bool(((fractions >= 0) & (fractions <= 1)).all())
         if not inside or bool((fractions.diff() < 0).any()):
             raise ValueError(f"fractions are {fractions.tolist()}: give ascending values in [0, 1]")
-    return fractions.to(device)
+    k = like.shape[-1]
+    row = torch.arange(k, dtype=torch.float64, device=fractions.device)
+    return (fractions.double()[:, None] * k - row).clamp(0, 1).to(like)
+
+
+def _standardize(values: Tensor) -> Tensor:
+    """Each row with mean ½ and standard deviation 0.29, that of the rank targets; constant rows become ½."""
+    spread, mean = torch.var_mean(values, dim=1, keepdim=True, correction=0)
+    rounding = (8 * torch.finfo(values.dtype).eps * values.detach().abs().amax(dim=1, keepdim=True)).square()
+    return 0.5 + 0.29 * (values - mean) * torch.rsqrt(torch.where(spread > rounding, spread, 1.0))
 
 
 def _check_images(images: Tensor, references: Tensor, mean: Tensor | None, std: Tensor | None) -> Tensor:

@@ -1,4 +1,4 @@
-"""The compiled operators: loads aha._C (schemas, CPU) and aha._C_cuda and gives them fakes and gradients.
+"""The C++ and CUDA operators: loads aha._C (schemas, CPU) and aha._C_cuda.
 
 Nothing here raises on import. ``load`` says in one line why a library cannot be used, and keeps that reason.
 """
@@ -9,7 +9,8 @@ import os
 from pathlib import Path
 
 import torch
-from torch import Tensor
+
+from . import operators
 
 _NAMES = ("_C", "_C_cuda")
 _reasons: dict[str, str | None] = {}  # by name, once loading was tried
@@ -54,81 +55,14 @@ def _open(name: str) -> str | None:
     try:
         torch.ops.load_library(file)
         if name == "_C":
-            _register()
+            operators.register("aha")
     except Exception as error:  # another torch, a truncated file, a library of an older aha
         return f"failed to load: {' '.join(str(error.__cause__ or error).split())}"
     return None
 
 
-def perturb_by_rank(
-    images: Tensor,
-    references: Tensor,
-    ranks: Tensor,
-    counts: Tensor,
-    mean: Tensor | None = None,
-    std: Tensor | None = None,
-    dtype: torch.dtype | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Delete or insert the ``counts[s]`` most important pixels: -> deleted, inserted, both (B, S, C, H, W).
-
-    images, references: (B, C, H, W), float32, on the CPU also float64. ranks: (B, H, W) int32, 0 = most
-    important. counts: (S,) int32. mean, std: (C,), taken as constants. dtype: of the outputs, default that of
-    the images. Differentiable in images and references. RuntimeError if the arguments do not fit together.
-    """
-    mean, std = _constant(mean, images), _constant(std, images)
-    return torch.ops.aha.perturb_by_rank(images, references, ranks, counts, mean, std, dtype)
-
-
-def perturb_by_rank_backward(
-    grad_deleted: Tensor,
-    grad_inserted: Tensor,
-    ranks: Tensor,
-    counts: Tensor,
-    std: Tensor | None = None,
-    dtype: torch.dtype | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Gradients of the outputs (B, S, C, H, W) -> those of the inputs (B, C, H, W), summed in ``dtype``."""
-    return torch.ops.aha.perturb_by_rank_backward(grad_deleted, grad_inserted, ranks, counts, std, dtype)
-
-
-def _constant(values: Tensor | None, like: Tensor) -> Tensor | None:
-    return None if values is None else values.detach().to(like)
-
-
-def _register() -> None:
-    """Shapes for the compiler, gradients for autograd. The operator is linear: twice backward is forward."""
-    register_fake, register_autograd = torch.library.register_fake, torch.library.register_autograd
-
-    @register_fake("aha::perturb_by_rank")
-    def _(images, references, ranks, counts, mean=None, std=None, dtype=None):
-        batch, channels, height, width = images.shape
-        shape = (batch, counts.shape[0], channels, height, width)
-        return images.new_empty(shape, dtype=dtype), images.new_empty(shape, dtype=dtype)
-
-    @register_fake("aha::perturb_by_rank_backward")
-    def _(grad_deleted, grad_inserted, ranks, counts, std=None, dtype=None):
-        batch, _, channels, height, width = grad_deleted.shape
-        shape = (batch, channels, height, width)
-        return grad_deleted.new_empty(shape, dtype=dtype), grad_deleted.new_empty(shape, dtype=dtype)
-
-    def keep(ctx, inputs, output):
-        values, _, ranks, counts, *_, std, _ = inputs
-        ctx.save_for_backward(ranks, counts, std)
-        ctx.dtype = values.dtype
-
-    def backward(ctx, grad_deleted, grad_inserted):
-        ranks, counts, std = ctx.saved_tensors
-        grads = perturb_by_rank_backward(grad_deleted, grad_inserted, ranks, counts, std, ctx.dtype)
-        return *grads, None, None, None, None, None
-
-    def backward_backward(ctx, grad_images, grad_references):
-        ranks, counts, std = ctx.saved_tensors
-        grads = perturb_by_rank(grad_images, grad_references, ranks, counts, None, std, ctx.dtype)
-        return *grads, None, None, None, None
-
-    register_autograd("aha::perturb_by_rank", backward, setup_context=keep)
-    register_autograd("aha::perturb_by_rank_backward", backward_backward, setup_context=keep)
-
+# the public functions on aha._C and aha._C_cuda; usable once `load` has returned None
+ops = operators.Operators("aha")
 
 # tried now, so that a first call inside a compiled function only looks the answer up
 for _name in _NAMES:

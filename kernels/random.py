@@ -13,8 +13,11 @@ _WEYL = (0x9E3779B9, 0xBB67AE85)
 _LOW = 0xFFFFFFFF
 
 
-def philox(n: int, seed: int, device: torch.device | str = "cpu") -> Tensor:
-    """The first ``n`` 32-bit words of Philox4x32-10 for ``seed``, as int64 values in [0, 2³²), shape (n,)."""
+def philox(n: int, seed: int | Tensor, device: torch.device | str = "cpu") -> Tensor:
+    """The first ``n`` 32-bit words of Philox4x32-10 for ``seed``, as int64 values in [0, 2³²), shape (n,).
+
+    A tensor is a 0-dim int64 seed; negative numbers are the seeds above 2⁶³.
+    """
     block = torch.arange((n + 3) // 4, dtype=torch.int64, device=device)
     c0, c1 = block & _LOW, block >> 32
     c2, c3 = torch.zeros_like(block), torch.zeros_like(block)
@@ -28,7 +31,7 @@ def philox(n: int, seed: int, device: torch.device | str = "cpu") -> Tensor:
     return torch.stack([c0, c1, c2, c3], dim=-1).flatten()[:n]
 
 
-def gumbel(shape: tuple[int, ...], seed: int, device: torch.device | str = "cpu") -> Tensor:
+def gumbel(shape: tuple[int, ...], seed: int | Tensor, device: torch.device | str = "cpu") -> Tensor:
     """Standard Gumbel noise −log(−log u) of ``shape``, float32 correctly rounded from float64.
 
     ``u = (word >> 9 + ½)·2⁻²³`` lies strictly inside (0, 1), so the values are finite: −2.8 … 16.6.
@@ -40,6 +43,14 @@ def gumbel(shape: tuple[int, ...], seed: int, device: torch.device | str = "cpu"
     return (-torch.log(-torch.log(uniform))).float().view(shape)
 
 
-def draw_seed() -> int:
-    """A fresh 63-bit seed from PyTorch's default generator, so ``torch.manual_seed`` governs the noise."""
-    return int(torch.randint(0, 2**63 - 1, (), dtype=torch.int64))
+def draw_seed(device: torch.device | str = "cpu") -> Tensor:
+    """A fresh 63-bit seed, 0-dim int64, from PyTorch's default generator of ``device``: `torch.manual_seed` governs it.
+
+    Drawn where it is used: no transfer, and a captured CUDA graph draws anew at every replay.
+    """
+    return torch.randint(0, 2**63 - 1, (), dtype=torch.int64, device=device)
+
+
+def as_seed(seed: int, device: torch.device | str = "cpu") -> Tensor:
+    """An integer in [0, 2⁶⁴) as the 0-dim int64 tensor with the same bits."""
+    return torch.full((), seed - 2**64 if seed >= 2**63 else seed, dtype=torch.int64, device=device)

@@ -1,6 +1,7 @@
 """The operators in plain PyTorch: the ground truth that every other backend is tested against.
 
-Written for clarity: one log-domain Sinkhorn loop, matrix products, autograd. Any device, float32 and float64.
+Written for clarity: one log-domain Sinkhorn loop, matrix products, autograd. Any device; pixels in half precision are
+computed in float32.
 """
 
 import torch
@@ -23,7 +24,7 @@ def _normalise(logits: Tensor, column: Tensor, n_iters: int) -> Tensor:
     return logits + row + column
 
 
-def log_permutation(scores: Tensor, tau: float | Tensor, n_iters: int, noise: float, seed: int) -> Tensor:
+def log_permutation(scores: Tensor, tau: Tensor, n_iters: int, noise: float, seed: Tensor) -> Tensor:
     """(B,K) → (B,K,K) log P of L_ij = (−(a_j − p_i)² + noise·γ_ij)/τ.
 
     −(a−p)² is split into the product 2(a−½)(p−½), a column constant, which becomes the first column potential, and a
@@ -39,24 +40,33 @@ def log_permutation(scores: Tensor, tau: float | Tensor, n_iters: int, noise: fl
     return _normalise(logits / tau, column / tau, n_iters)
 
 
-def gumbel_sinkhorn(scores: Tensor, tau: float | Tensor, n_iters: int, noise: float, seed: int) -> Tensor:
+def gumbel_sinkhorn(scores: Tensor, tau: Tensor, n_iters: int, noise: float, seed: Tensor) -> Tensor:
     """(B,K) → (B,K,K) soft permutation; row i holds the region at rank i, every column sums to 1."""
     return log_permutation(scores, tau, n_iters, noise, seed).exp()
 
 
-def cumulative_masks(permutation: Tensor, fractions: Tensor) -> Tensor:
-    """(B,K,K), (S,) → (B,S,K): sum of the first ``fraction·K`` rank rows, linear between two rows."""
-    k = permutation.shape[-1]
-    row = torch.arange(k, dtype=permutation.dtype, device=permutation.device)
-    count = fractions.to(permutation)[:, None] * k
-    return (count - row).clamp(0, 1) @ permutation
+def cumulative_masks(permutation: Tensor, weights: Tensor) -> Tensor:
+    """(B,K,K), (S,K) → (B,S,K): sums of the rank rows with ``weights``."""
+    return weights @ permutation
 
 
-def soft_topk_masks(
-    scores: Tensor, fractions: Tensor, tau: float | Tensor, n_iters: int, noise: float, seed: int
-) -> Tensor:
-    """(B,K), (S,) → (B,S,K): the two operators above, one after the other."""
-    return cumulative_masks(gumbel_sinkhorn(scores, tau, n_iters, noise, seed), fractions)
+def soft_topk_masks(scores: Tensor, weights: Tensor, tau: Tensor, n_iters: int, noise: float, seed: Tensor) -> Tensor:
+    """(B,K), (S,K) → (B,S,K): the two operators above, one after the other."""
+    return cumulative_masks(gumbel_sinkhorn(scores, tau, n_iters, noise, seed), weights)
+
+
+def weigh_ranks(scores: Tensor, weights: Tensor, tau: Tensor, n_iters: int, noise: float, seed: Tensor) -> Tensor:
+    """(B,K), (K,) → (B,K): weights · P, for every region the soft choice of a rank's weight."""
+    return weights @ gumbel_sinkhorn(scores, tau, n_iters, noise, seed)
+
+
+def weigh_regions(scores: Tensor, values: Tensor, tau: Tensor, n_iters: int, noise: float, seed: Tensor) -> Tensor:
+    """(B,K), (B,K) → (B,K): P · values, at every rank the soft choice of a region's value."""
+    return (gumbel_sinkhorn(scores, tau, n_iters, noise, seed) @ values[..., None])[..., 0]
+
+
+def _precise(pixels: Tensor) -> Tensor:
+    return pixels if pixels.dtype == torch.float64 else pixels.float()
 
 
 def _normalised(pixels: Tensor, mean: Tensor | None, std: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -70,10 +80,10 @@ def _normalised(pixels: Tensor, mean: Tensor | None, std: Tensor | None, dtype: 
 def perturb(images, references, masks, rows, cols, mean, std, dtype) -> tuple[Tensor, Tensor]:
     """Upsample the masks with banded matrices, blend, normalise: → deleted, inserted (B,S,C,H,W)."""
     batch, steps, _ = masks.shape
-    vertical, horizontal = rows.dense(masks.dtype), cols.dense(masks.dtype)  # [H, G], [W, G']
-    grid = masks.view(batch, steps, rows.size, cols.size)
-    keep = (vertical @ grid @ horizontal.mT)[:, :, None].to(images.dtype)  # [B, S, 1, H, W]
-    images, references = images[:, None], references[:, None]
+    images, references = _precise(images)[:, None], _precise(references)[:, None]
+    vertical, horizontal = rows.dense(images.dtype), cols.dense(images.dtype)  # [H, G], [W, G']
+    grid = masks.to(images.dtype).reshape(batch, steps, rows.size, cols.size)
+    keep = (vertical @ grid @ horizontal.mT)[:, :, None]  # [B, S, 1, H, W]
     inserted = references + keep * (images - references)
     deleted = images + references - inserted
     return _normalised(deleted, mean, std, dtype), _normalised(inserted, mean, std, dtype)
@@ -82,6 +92,6 @@ def perturb(images, references, masks, rows, cols, mean, std, dtype) -> tuple[Te
 def perturb_by_rank(images, references, ranks, counts, mean, std, dtype) -> tuple[Tensor, Tensor]:
     """Hard masks: the pixels with ``rank < count`` are kept by insertion, replaced by deletion."""
     keep = (ranks[:, None] < counts[None, :, None, None])[:, :, None]  # [B, S, 1, H, W]
-    images, references = images[:, None], references[:, None]
+    images, references = _precise(images)[:, None], _precise(references)[:, None]
     deleted, inserted = torch.where(keep, references, images), torch.where(keep, images, references)
     return _normalised(deleted, mean, std, dtype), _normalised(inserted, mean, std, dtype)

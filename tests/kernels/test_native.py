@@ -52,7 +52,7 @@ def test_forward_is_the_formula_exactly(dtype, out):
     images, references, ranks, counts, mean, std = case(dtype=dtype)
     for shift, scale in ((None, None), (mean, std), (mean, None), (None, std)):
         args = (images, references, ranks, counts, shift, scale, out)
-        assert_same(native.perturb_by_rank(*args), formula(*args))
+        assert_same(native.ops.perturb_by_rank(*args), formula(*args))
 
 
 @needs_native
@@ -62,7 +62,7 @@ def test_extreme_ranks_and_counts():
     ranks[0] = 2**31 - 1  # never kept
     ranks[1] = 3  # ties stay together
     args = (images, references, ranks, counts)
-    assert_same(native.perturb_by_rank(*args), formula(*args))
+    assert_same(native.ops.perturb_by_rank(*args), formula(*args))
 
 
 @needs_native
@@ -71,7 +71,7 @@ def test_empty_inputs(sizes):
     images, references, ranks, counts, mean, std = case(**sizes)
     images, references = images.requires_grad_(), references.requires_grad_()
     args = (images, references, ranks, counts, mean, std)
-    outputs = native.perturb_by_rank(*args)
+    outputs = native.ops.perturb_by_rank(*args)
     assert_same(outputs, formula(*args))
     grads = torch.autograd.grad(outputs[0].sum() + outputs[1].sum(), (images, references))
     assert_same(grads, (torch.zeros_like(images), torch.zeros_like(references)))
@@ -87,7 +87,7 @@ def test_non_contiguous_and_expanded_inputs():
     mean, std = torch.stack([mean, std], dim=1).unbind(1)
     args = (images, references, ranks, counts, mean, std)
     assert not any(t.is_contiguous() for t in args)
-    assert_same(native.perturb_by_rank(*args), formula(*args))
+    assert_same(native.ops.perturb_by_rank(*args), formula(*args))
 
 
 @needs_native
@@ -95,7 +95,7 @@ def test_gradients():
     images, references, ranks, counts, mean, std = case(s=3, c=2, h=2, w=3, dtype=torch.float64)
 
     def run(x, r):
-        return native.perturb_by_rank(x, r, ranks, counts, mean, std)
+        return native.ops.perturb_by_rank(x, r, ranks, counts, mean, std)
 
     inputs = images.requires_grad_(), references.requires_grad_()
     assert torch.autograd.gradcheck(run, inputs)
@@ -109,7 +109,7 @@ def test_backward_matches_autograd_of_the_formula(out):
     images, references, ranks, counts, mean, std = case(s=5, h=50, w=50)
     inputs = images.requires_grad_(), references.requires_grad_()
     grads = []
-    for f in (native.perturb_by_rank, formula):
+    for f in (native.ops.perturb_by_rank, formula):
         deleted, inserted = f(*inputs, ranks, counts, mean, std, out)
         grads.append(torch.autograd.grad((deleted.float().sin() + inserted.float() ** 2).sum(), inputs))
     for got, expected in zip(*grads, strict=True):
@@ -136,7 +136,7 @@ def test_compiles_without_a_graph_break():
 
     def loss(x):
         assert native.load("_C") is None
-        deleted, inserted = native.perturb_by_rank(x, references, ranks, counts, mean, std)
+        deleted, inserted = native.ops.perturb_by_rank(x, references, ranks, counts, mean, std)
         return (deleted.sin() * inserted).sum()
 
     (expected,) = torch.autograd.grad(loss(images), images)
@@ -154,8 +154,8 @@ def test_repeats_bit_for_bit_over_thread_counts():
     try:
         for threads in (1, 2, 3, 1):
             torch.set_num_threads(threads)
-            forward = native.perturb_by_rank(images, references, ranks, counts, mean, std)
-            results.append((*forward, *native.perturb_by_rank_backward(*grads, ranks, counts, std)))
+            forward = native.ops.perturb_by_rank(images, references, ranks, counts, mean, std)
+            results.append((*forward, *torch.ops.aha.perturb_by_rank_backward(*grads, ranks, counts, std)))
     finally:
         torch.set_num_threads(before)
     for result in results[1:]:
@@ -173,7 +173,7 @@ def test_cuda_matches_the_formula(out):
     results = []
     torch.cuda.synchronize()
     with torch.cuda.stream(torch.cuda.Stream()):
-        for f in (native.perturb_by_rank, formula):
+        for f in (native.ops.perturb_by_rank, formula):
             deleted, inserted = f(*inputs, ranks, counts, mean, std, out)
             loss = (deleted.float().sin() + inserted.float() ** 2).sum()
             results.append((deleted, inserted, *torch.autograd.grad(loss, inputs)))
@@ -181,7 +181,7 @@ def test_cuda_matches_the_formula(out):
     for got, expected in zip(*results, strict=True):
         assert got.dtype == expected.dtype
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-4)
-    deleted, _ = native.perturb_by_rank(*(t[:0] for t in (images, references, ranks)), counts)
+    deleted, _ = native.ops.perturb_by_rank(*(t[:0] for t in (images, references, ranks)), counts)
     assert deleted.shape == (0, 5, 3, 50, 47)
 
 
@@ -203,7 +203,7 @@ def test_refuses_what_does_not_fit_in_one_line(change, message):
     arguments = dict(zip(names, case(), strict=True), dtype=None)
     arguments |= {name: f(arguments[name]) for name, f in change.items()}
     with pytest.raises(RuntimeError, match=message) as error:
-        native.perturb_by_rank(**arguments)
+        native.ops.perturb_by_rank(**arguments)
     assert "\n" not in str(error.value)
 
 

@@ -225,7 +225,7 @@ def test_explain_names_every_backend():
 def test_a_named_backend_says_why_it_cannot_run():
     image = torch.zeros(1, 3, 4, 4)
     ranks = torch.zeros(1, 4, 4, dtype=torch.int32)
-    with pytest.raises(kernels.BackendError, match="images are on cpu"):
+    with pytest.raises(kernels.BackendError, match="tensors are on cpu"):
         kernels.perturb_by_rank(image, image, ranks, [1], backend="cuda")
-    with pytest.raises(kernels.BackendError, match="has no log_sinkhorn"):
+    with pytest.raises(kernels.BackendError, match="log_sinkhorn here: tensors are on cpu"):
         kernels.log_sinkhorn(torch.zeros(1, 3, 3), backend="cuda")

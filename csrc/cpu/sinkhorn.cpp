@@ -1,0 +1,557 @@
+// Sinkhorn ranking on the CPU: one log-domain iteration makes X, all others are products with it.
+//   forward   u = 1 / (X v), v = 1 / (X' u), T times; P = u X v is only read out
+//   backward  exact, from the saved u and v: the same sweeps in reverse, then a sum of 2T outer products per entry
+// X of one matrix (K x K) is the only large memory. Each sweep reads X once, from the second-level cache for K < 700.
+// Threads share out matrices, or blocks of rows if matrices are few; sums over blocks are formed in one order either
+// way, so results repeat bit for bit for any number of threads.
+#include "sinkhorn.h"
+
+#include <torch/csrc/stable/library.h>
+
+#include <tuple>
+#include <vector>
+
+#include "sinkhorn_rows.h"
+
+namespace aha {
+namespace {
+
+constexpr int64_t BLOCK = 64;          // rows per task
+constexpr int64_t TILE = 128;          // columns per task where rows are added up
+constexpr float NEVER = -1e30f;        // logit of the padding
+
+// Rows of `left` (S,K) by rank: which outputs a rank row belongs to, zeros left out.
+template <typename T>
+struct Weights {
+  struct Entry {
+    int64_t s;
+    T weight;
+  };
+  std::vector<Entry> entries;
+  std::vector<size_t> first;  // of every rank, and the end
+
+  Weights(const T* left, int64_t rows, int64_t k) : first{0} {
+    for (int64_t i = 0; i < k; ++i) {
+      for (int64_t s = 0; s < rows; ++s)
+        if (left[s * k + i] != T{0}) entries.push_back({s, left[s * k + i]});
+      first.push_back(entries.size());
+    }
+  }
+  template <typename F>
+  void of(int64_t rank, const F& f) const {
+    for (size_t e = first[rank]; e < first[rank + 1]; ++e) f(entries[e].s, entries[e].weight);
+  }
+};
+
+// The matrices, all of them: scores with their noise, or logits as they are.
+template <typename T>
+struct Problem {
+  RankingShape shape;
+  const T *scores, *logits;
+  T tau, noise;
+  uint64_t seed;
+  int64_t k() const { return shape.k; }
+  T q(int64_t i) const { return shape.k == 1 ? T(0.5) : T(0.5) - static_cast<T>(i) / static_cast<T>(shape.k - 1); }
+};
+
+// One matrix X with its potentials: X = exp(M + F + G).
+template <typename T>
+class Matrix {
+ public:
+  const int64_t k, ld, blocks;
+  Buffer<T> X, F, G, h;
+
+  Matrix(const Problem<T>& problem, int64_t b)
+      : k(problem.k()), ld(padded<T>(k)), blocks((k + BLOCK - 1) / BLOCK), X(k * ld), F(ld), G(ld), h(ld),
+        problem_(problem), b_(b), c_(ld), partial_(blocks * ld) {
+    for (T* column : {h.get(), G.get(), c_.get()}) std::fill_n(column, ld, T{0});
+    for (int64_t j = 0; problem.scores && j < k; ++j) {
+      c_[j] = problem.scores[b * k + j] - T(0.5);
+      h[j] = -(c_[j] * c_[j]) / problem.tau;
+    }
+  }
+
+  // The first iteration, in the log domain: potentials and X; v is the first column scaling, the row scaling is 1.
+  void first(T* v) {
+    for_each_block([&](int64_t block, int64_t begin, int64_t end) {
+      T* largest = partial_ + block * ld;
+      std::fill_n(largest, ld, T(NEVER));
+      Noise noise(ld);
+      for (int64_t i = begin; i < end; ++i) {
+        logits(i, row(i), noise);
+        F[i] = first_row(row(i), h, ld, largest);
+      }
+    });
+    for (int64_t j = 0; j < k; ++j) {
+      T largest = partial_[j];
+      for (int64_t block = 1; block < blocks; ++block) largest = std::max(largest, partial_[block * ld + j]);
+      G[j] = -largest;
+    }
+    for_each_block([&](int64_t block, int64_t begin, int64_t end) {
+      std::fill_n(partial_ + block * ld, ld, T{0});
+      for (int64_t i = begin; i < end; ++i) {
+        exp_row(row(i), F[i], G, ld);
+        add_row(T{1}, row(i), ld, partial_ + block * ld);
+      }
+    });
+    std::fill_n(v, ld, T{0});
+    columns([&](int64_t j, T sum) { v[j] = T{1} / sum; });
+  }
+
+  // X from the potentials: the same operations as in the first iteration, so the same bits.
+  void make() {
+    for_each_block([&](int64_t, int64_t begin, int64_t end) {
+      Noise noise(ld);
+      for (int64_t i = begin; i < end; ++i) {
+        logits(i, row(i), noise);
+        exp_row(row(i), F[i], G, ld);
+      }
+    });
+  }
+
+  // Moves scalings into the potentials.
+  void absorb(const T* u, const T* v) {
+    for (int64_t i = 0; i < k; ++i) F[i] += std::log(u[i]), G[i] += std::log(v[i]);
+  }
+
+  void forward(T* u, T* v) {
+    for_each_block([&](int64_t block, int64_t begin, int64_t end) {
+      sweep_forward(row(begin), ld, end - begin, v, u + begin, partial_ + block * ld);
+    });
+    columns([&](int64_t j, T sum) { v[j] = T{1} / sum; });
+  }
+
+  // z from y, then the gradient of the column potential before this iteration
+  void backward(const T* y, const T* u, const T* r, const T* v_before, T* z, T* gradient) {
+    for_each_block([&](int64_t block, int64_t begin, int64_t end) {
+      sweep_backward(row(begin), ld, end - begin, y, u + begin, r ? r + begin : nullptr, z + begin,
+                     partial_ + block * ld);
+    });
+    columns([&](int64_t j, T sum) { gradient[j] = -v_before[j] * sum; });
+  }
+
+  T* row(int64_t i) const { return X + i * ld; }
+
+  template <typename Body>
+  void for_each_block(const Body& body) const {
+    for_each(blocks, [&](int64_t block) { body(block, block * BLOCK, std::min(k, (block + 1) * BLOCK)); });
+  }
+
+  // f(j, the sum of column j over the blocks)
+  template <typename Body>
+  void columns(const Body& f) const { add_blocks(partial_.get(), f); }
+  template <typename Body>
+  void add_blocks(const T* partial, const Body& f) const {
+    for (int64_t j = 0; j < k; ++j) {
+      T sum = partial[j];
+      for (int64_t block = 1; block < blocks; ++block) sum += partial[block * ld + j];
+      f(j, sum);
+    }
+  }
+
+  struct Noise {
+    Buffer<uint32_t> words;
+    Buffer<float> gamma;
+    explicit Noise(int64_t n) : words(n + 8), gamma(n) {}
+  };
+
+  // M of row i
+  void logits(int64_t i, T* row, const Noise& noise) const {
+    if (problem_.logits) {
+      std::copy_n(problem_.logits + (b_ * k + i) * k, k, row);
+    } else {
+      const bool noisy = problem_.noise != 0;
+      if (noisy) gumbel_row(problem_.seed, (static_cast<uint64_t>(b_) * k + i) * k, k, noise.words, noise.gamma);
+      logits_row(2 * problem_.q(i), c_, noisy ? noise.gamma.get() : nullptr, problem_.noise, problem_.tau, k, row);
+    }
+    std::fill(row + k, row + ld, T(NEVER));
+  }
+
+ private:
+  const Problem<T>& problem_;
+  const int64_t b_;
+  Buffer<T> c_, partial_;
+};
+
+template <typename T>
+bool large(const T* scaling, int64_t k) {
+  for (int64_t j = 0; j < k; ++j)
+    if (scaling[j] > T(LARGE_SCALING) || scaling[j] < 1 / T(LARGE_SCALING)) return true;
+  return false;
+}
+
+// f(b) for every matrix: shared out among threads if there are enough, else threads share out the blocks of each.
+template <typename F>
+void for_each_matrix(int64_t batch, const F& f) {
+  if (batch >= torch::stable::get_num_threads())
+    for_each(batch, f);
+  else
+    for (int64_t b = 0; b < batch; ++b) {
+      const FlushDenormals guard;
+      f(b);
+    }
+}
+
+// The output, whichever it is, and its gradient. Rows of outputs are not padded.
+template <typename T>
+struct Output {
+  Readout kind;
+  const Weights<T>* left;
+  int64_t steps;      // rows of left
+  const T* right;     // (B,K)
+  int64_t size(int64_t k) const {
+    return kind == Readout::weigh_regions ? k : (kind == Readout::weigh_ranks ? steps : k) * k;
+  }
+
+  void read(const Matrix<T>& matrix, const Problem<T>& problem, int64_t b, const T* u, const T* v, T* out) const {
+    const int64_t k = matrix.k, ld = matrix.ld;
+    out += b * size(k);
+    if (kind == Readout::weigh_ranks) return read_sums(matrix, u, v, out);
+    Buffer<T> column(ld);
+    Buffer<double> potential(ld);
+    std::fill_n(column.get(), ld, T{0});
+    for (int64_t j = 0; j < k; ++j) {
+      column[j] = kind == Readout::weigh_regions ? v[j] * right[b * k + j] : v[j];
+      potential[j] = matrix.G[j] + std::log(static_cast<double>(v[j]));
+    }
+    matrix.for_each_block([&](int64_t, int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const double f = matrix.F[i] + std::log(static_cast<double>(u[i]));
+        if (kind == Readout::logarithm)
+          sum_row(problem.logits + (b * k + i) * k, f, potential, k, out + i * k);
+        else if (kind == Readout::weigh_regions)
+          out[i] = u[i] * dot(matrix.row(i), column, ld);
+        else
+          scale_row(matrix.row(i), u[i], column, k, out + i * k);
+      }
+    });
+  }
+
+  // Threads share out columns here: sums over rows need no partial results.
+  void read_sums(const Matrix<T>& matrix, const T* u, const T* v, T* out) const {
+    const int64_t k = matrix.k;
+    for_each((matrix.ld + TILE - 1) / TILE, [&](int64_t tile) {
+      const int64_t from = tile * TILE, width = std::min(TILE, matrix.ld - from), seen = std::min(width, k - from);
+      Buffer<T> sums(steps * width);
+      std::fill_n(sums.get(), steps * width, T{0});
+      for (int64_t i = 0; i < k; ++i)
+        left->of(i, [&](int64_t s, T weight) {
+          add_row(weight * u[i], matrix.row(i) + from, width, sums + s * width);
+        });
+      for (int64_t s = 0; s < steps; ++s)
+        for (int64_t j = 0; j < seen; ++j) out[s * k + from + j] = v[from + j] * sums[s * width + j];
+    });
+  }
+
+  // Row i of the gradient of P (of log P for the logarithm), padded with zeros.
+  void grad_row(const T* grad, int64_t b, int64_t i, int64_t k, int64_t ld, T* row) const {
+    grad += b * size(k);
+    switch (kind) {
+      case Readout::weigh_ranks:
+        std::fill_n(row, ld, T{0});
+        left->of(i, [&](int64_t s, T weight) {
+          for (int64_t j = 0; j < k; ++j) row[j] += weight * grad[s * k + j];
+        });
+        return;
+      case Readout::weigh_regions:
+        for (int64_t j = 0; j < k; ++j) row[j] = grad[i] * right[b * k + j];
+        break;
+      default: std::copy_n(grad + i * k, k, row);
+    }
+    std::fill(row + k, row + ld, T{0});
+  }
+};
+
+// scalings (T+1,2,K) of one matrix
+template <typename T>
+struct State {
+  T* scalings;
+  int32_t* absorbed;
+  int64_t k;
+  T* row(int64_t t) const { return scalings + 2 * t * k; }
+  T* column(int64_t t) const { return row(t) + k; }
+};
+
+template <typename T>
+void run_forward(const Problem<T>& problem, const Output<T>& output, T* scalings, int32_t* absorbed, T* out) {
+  const auto [batch, k, iterations] = problem.shape;
+  for_each_matrix(batch, [&](int64_t b) {
+    Matrix<T> matrix(problem, b);
+    const State<T> state{scalings + b * (iterations + 1) * 2 * k, absorbed + b * iterations, k};
+    Buffer<T> u(matrix.ld), v(matrix.ld);
+    std::fill_n(u.get(), matrix.ld, T{1});
+    matrix.first(v);
+    std::copy_n(matrix.F.get(), k, state.row(0));
+    std::copy_n(matrix.G.get(), k, state.column(0));
+    std::fill_n(state.absorbed, iterations, 0);
+    for (int64_t t = 1;; ++t) {
+      std::copy_n(u.get(), k, state.row(t));
+      std::copy_n(v.get(), k, state.column(t));
+      if (t == iterations) break;
+      if (large<T>(u, k) || large<T>(v, k)) {
+        state.absorbed[t - 1] = 1;
+        matrix.absorb(u, v);
+        matrix.make();
+        std::fill_n(v.get(), k, T{1});
+      }
+      matrix.forward(u, v);
+    }
+    output.read(matrix, problem, b, u, v, out);
+  });
+}
+
+template <typename T>
+struct Gradients {
+  T *scores, *tau, *right, *logits;  // null where not asked for
+};
+
+// The gradients of one matrix, gathered block by block.
+template <typename T>
+void run_backward(const Problem<T>& problem, const Output<T>& output, T* scalings, int32_t* absorbed, const T* grad,
+                  const Gradients<T>& gradients) {
+  const auto [batch, k_, iterations_] = problem.shape;
+  const int64_t k = k_, iterations = iterations_;
+  for_each_matrix(batch, [&](int64_t b) {
+    Matrix<T> matrix(problem, b);
+    const int64_t ld = matrix.ld, blocks = matrix.blocks;
+    const State<T> state{scalings + b * (iterations + 1) * 2 * k, absorbed + b * iterations, k};
+    // the first iteration after which no scalings were absorbed before the end: where the last X begins
+    const auto segment_begin = [&](int64_t last) {
+      while (last > 1 && !state.absorbed[last - 2]) --last;
+      return last;
+    };
+    // X of the segment that begins with iteration `begin`
+    const auto make = [&](int64_t begin) {
+      std::copy_n(state.row(0), k, matrix.F.get());
+      std::copy_n(state.column(0), k, matrix.G.get());
+      for (int64_t t = 1; t < begin; ++t)
+        if (state.absorbed[t - 1]) matrix.absorb(state.row(t), state.column(t));
+      matrix.make();
+    };
+
+    Buffer<T> left(2 * iterations * ld), right(2 * iterations * ld), r(ld), g(ld), centre(ld), u(ld), v(ld);
+    Buffer<T> sums(3 * blocks * ld);  // columns of one thing each, per block: W, q L, L log P
+    for (T* column : {g.get(), centre.get(), v.get(), u.get()}) std::fill_n(column, ld, T{0});
+    std::copy_n(state.row(iterations), k, u.get());
+    std::copy_n(state.column(iterations), k, v.get());
+    const bool logarithm = output.kind == Readout::logarithm, want_tau = gradients.tau != nullptr;
+    // row i of W, centred by column; its sum, and its addition to a column sum
+    const auto weigh = [&](int64_t i, T* W, T* columns) {
+      output.grad_row(grad, b, i, k, ld, W);
+      return weigh_row(logarithm, u[i], matrix.row(i), v, centre, ld, W, columns);
+    };
+    const auto add_up = [&] {
+      matrix.for_each_block([&](int64_t block, int64_t from, int64_t to) {
+        Buffer<T> W(ld);
+        std::fill_n(sums + block * ld, ld, T{0});
+        for (int64_t i = from; i < to; ++i) r[i] = weigh(i, W, sums + block * ld);
+      });
+    };
+
+    int64_t last = iterations, begin = segment_begin(last);
+    make(begin);
+    // Columns of P sum to 1, so a constant may be taken from each column of its gradient. Their own mean is what the
+    // last column step would take away later, with the rounding of larger numbers.
+    add_up();
+    matrix.add_blocks(sums, [&](int64_t j, T sum) { centre[j] = sum; });
+    add_up();
+    matrix.add_blocks(sums, [&](int64_t j, T sum) { g[j] = sum; });
+    std::fill_n(sums.get(), 3 * blocks * ld, T{0});
+    if (gradients.right) {
+      matrix.for_each_block([&](int64_t block, int64_t from, int64_t to) {
+        for (int64_t i = from; i < to; ++i) add_row(grad[b * k + i] * u[i], matrix.row(i), ld, sums + block * ld);
+      });
+      matrix.add_blocks(sums, [&](int64_t j, T sum) { gradients.right[b * k + j] = v[j] * sum; });
+    }
+    // the potentials of log (K P), and what they leave of the logits
+    Buffer<double> f_last(ld), g_last(ld);
+    for (int64_t i = 0; i < k; ++i) {
+      f_last[i] = matrix.F[i] + std::log(static_cast<double>(u[i])) + std::log(static_cast<double>(k));
+      g_last[i] = matrix.G[i] + std::log(static_cast<double>(v[i]));
+    }
+
+    for (;;) {
+      const auto pair = [&](Buffer<T>& list, int64_t t, int64_t which) { return list + (2 * (t - begin) + which) * ld; };
+      for (int64_t t = last; t >= begin; --t) {
+        T *u_t = pair(left, t, 0), *z = pair(left, t, 1), *y = pair(right, t, 0), *v_before = pair(right, t, 1);
+        for (T* column : {u_t, z, y, v_before}) std::fill_n(column, ld, T{0});
+        std::copy_n(state.row(t), k, u_t);
+        for (int64_t j = 0; j < k; ++j) {
+          y[j] = state.column(t)[j] * g[j];
+          v_before[j] = t > begin ? state.column(t - 1)[j] : t > 1 ? T{1} : std::exp(matrix.h[j] - matrix.G[j]);
+        }
+        matrix.backward(y, u_t, t == iterations ? r.get() : nullptr, v_before, z, g);
+      }
+      // the gradient L of this segment's logits
+      const bool final = last == iterations;
+      matrix.for_each_block([&](int64_t block, int64_t from, int64_t to) {
+        Buffer<T> L((to - from) * ld);
+        T *moment = sums + (blocks + block) * ld, *entropy = sums + (2 * blocks + block) * ld;
+        typename Matrix<T>::Noise noise(ld);
+        Buffer<T> log_p(ld);
+        if (final)
+          for (int64_t i = from; i < to; ++i) weigh(i, L + (i - from) * ld, sums + block * ld);
+        else
+          std::fill_n(L.get(), (to - from) * ld, T{0});
+        subtract_products(matrix.row(from), ld, to - from, 2 * (last - begin + 1), left + from, right, L);
+        for (int64_t i = from; i < to; ++i) {
+          T* row = L + (i - from) * ld;
+          if (gradients.logits) {
+            T* into = gradients.logits + (b * k + i) * k;
+            for (int64_t j = 0; j < k; ++j) into[j] = final ? row[j] : into[j] + row[j];
+            continue;
+          }
+          add_row(problem.q(i), row, ld, moment);
+          if (!want_tau) continue;
+          matrix.logits(i, log_p, noise);
+          sum_row(log_p.get(), f_last[i], g_last, k, log_p.get());
+          for (int64_t j = 0; j < k; ++j) entropy[j] += row[j] * log_p[j];
+        }
+      });
+      if (begin == 1) break;
+      last = begin - 1;
+      begin = segment_begin(last);
+      make(begin);
+    }
+    if (gradients.logits) return;
+    // The logits depend on a_j as -2 (a_j - p_i) / tau = 2 (q_i - c_j) / tau. The sum of L over a column, which c_j
+    // multiplies, is the gradient of the first column potential, and more accurate in that form.
+    T* moment = r;
+    matrix.add_blocks(sums + blocks * ld, [&](int64_t j, T sum) { moment[j] = sum; });
+    // d / d tau is -L . logits / tau. Rows of L sum to 0, so the logits may be log (K P) - g_j: small where L is not 0.
+    double of_tau = 0;
+    for (int64_t j = 0; j < k; ++j) {
+      gradients.scores[b * k + j] = 2 * (moment[j] - (problem.scores[b * k + j] - T(0.5)) * g[j]) / problem.tau;
+      of_tau += g[j] * (matrix.h[j] - g_last[j]);
+    }
+    if (!want_tau) return;
+    matrix.add_blocks(sums + 2 * blocks * ld, [&](int64_t, T sum) { of_tau += sum; });
+    gradients.tau[b] = static_cast<T>(-of_tau / problem.tau);
+  });
+}
+
+// ---- the operators
+
+using Triple = std::tuple<Tensor, Tensor, Tensor>;
+
+template <typename F>
+void with_type(const Tensor& tensor, const char* name, const F& f) {
+  const ScalarType type = tensor.scalar_type();
+  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::Double, name, " on the CPU: the input is ",
+                  torch::headeronly::toString(type), "; use float32 or float64");
+  type == ScalarType::Float ? f(float{}) : f(double{});
+}
+
+template <typename T>
+T* data(const Tensor& tensor) {
+  return static_cast<T*>(tensor.mutable_data_ptr());
+}
+
+std::tuple<Tensor, Tensor> new_state(const RankingShape& shape, const Tensor& like) {
+  const auto [batch, k, iterations] = shape;
+  return {torch::stable::new_empty(like, {batch, iterations + 1, 2, k}),
+          torch::stable::new_empty(like, {batch, iterations}, ScalarType::Int)};
+}
+
+template <typename T>
+Problem<T> ranking(const RankingShape& shape, const Tensor& scores, const Tensor& tau, const Tensor& seed, double noise) {
+  return {shape, data<T>(scores), nullptr, *data<T>(tau), static_cast<T>(noise),
+          static_cast<uint64_t>(*data<int64_t>(seed))};
+}
+
+// Calls f with the output that left and right ask for.
+template <typename T, typename F>
+void with_output(const std::optional<Tensor>& left, const std::optional<Tensor>& right, int64_t k, const F& f) {
+  const std::optional<Tensor> rows = left ? std::optional(torch::stable::contiguous(*left)) : std::nullopt;
+  const std::optional<Tensor> values = right ? std::optional(torch::stable::contiguous(*right)) : std::nullopt;
+  const int64_t steps = rows ? rows->size(0) : 0;
+  const Weights<T> weights(rows ? data<T>(*rows) : nullptr, steps, k);
+  f(Output<T>{readout(left, right), &weights, steps, values ? data<T>(*values) : nullptr});
+}
+
+Triple gumbel_sinkhorn(const Tensor& scores, const Tensor& tau, const Tensor& seed, const std::optional<Tensor>& left,
+                       const std::optional<Tensor>& right, int64_t n_iters, double noise) {
+  const RankingShape shape = check_ranking(scores, tau, seed, left, right, n_iters);
+  const Tensor values = torch::stable::contiguous(scores);
+  auto [scalings, absorbed] = new_state(shape, values);
+  std::vector<int64_t> sizes{shape.batch, shape.k};
+  if (!right) sizes.insert(sizes.begin() + 1, left ? left->size(0) : shape.k);
+  Tensor out = torch::stable::new_empty(values, sizes);
+  with_type(values, "gumbel_sinkhorn", [&](auto type) {
+    using T = decltype(type);
+    with_output<T>(left, right, shape.k, [&](const Output<T>& output) {
+      run_forward(ranking<T>(shape, values, tau, seed, noise), output, data<T>(scalings), data<int32_t>(absorbed),
+                  data<T>(out));
+    });
+  });
+  return {out, scalings, absorbed};
+}
+
+Triple gumbel_sinkhorn_backward(const Tensor& grad, const Tensor& scores, const Tensor& tau, const Tensor& seed,
+                                const std::optional<Tensor>& left, const std::optional<Tensor>& right,
+                                const Tensor& scalings, const Tensor& absorbed, double noise, bool need_tau) {
+  const RankingShape shape = check_ranking(scores, tau, seed, left, right, absorbed.dim() == 2 ? absorbed.size(1) : 0);
+  check_state(shape, scalings, absorbed, scores);
+  if (right)
+    check_grad(grad, scores, {shape.batch, shape.k});
+  else
+    check_grad(grad, scores, {shape.batch, left ? left->size(0) : shape.k, shape.k});
+  const Tensor values = torch::stable::contiguous(scores), above = torch::stable::contiguous(grad);
+  const Tensor state = torch::stable::contiguous(scalings), moved = torch::stable::contiguous(absorbed);
+  Tensor grad_scores = torch::stable::new_empty(values, {shape.batch, shape.k});
+  Tensor grad_tau = torch::stable::new_empty(values, {need_tau ? shape.batch : 0});
+  Tensor grad_right =
+      torch::stable::new_empty(values, right ? std::vector{shape.batch, shape.k} : std::vector<int64_t>{0});
+  with_type(values, "gumbel_sinkhorn_backward", [&](auto type) {
+    using T = decltype(type);
+    with_output<T>(left, right, shape.k, [&](const Output<T>& output) {
+      const Gradients<T> gradients{data<T>(grad_scores), need_tau ? data<T>(grad_tau) : nullptr,
+                                   right ? data<T>(grad_right) : nullptr, nullptr};
+      run_backward(ranking<T>(shape, values, tau, seed, noise), output, data<T>(state), data<int32_t>(moved),
+                   data<T>(above), gradients);
+    });
+  });
+  return {grad_scores, grad_tau, grad_right};
+}
+
+Triple log_sinkhorn(const Tensor& logits, int64_t n_iters) {
+  const RankingShape shape = check_logits(logits, n_iters);
+  const Tensor values = torch::stable::contiguous(logits);
+  auto [scalings, absorbed] = new_state(shape, values);
+  Tensor out = torch::stable::new_empty(values, {shape.batch, shape.k, shape.k});
+  with_type(values, "log_sinkhorn", [&](auto type) {
+    using T = decltype(type);
+    const Problem<T> problem{shape, nullptr, data<T>(values), T{1}, T{0}, 0};
+    const Output<T> output{Readout::logarithm, nullptr, 0, nullptr};
+    run_forward(problem, output, data<T>(scalings), data<int32_t>(absorbed), data<T>(out));
+  });
+  return {out, scalings, absorbed};
+}
+
+Tensor log_sinkhorn_backward(const Tensor& grad, const Tensor& logits, const Tensor& scalings, const Tensor& absorbed) {
+  const RankingShape shape = check_logits(logits, absorbed.dim() == 2 ? absorbed.size(1) : 0);
+  check_state(shape, scalings, absorbed, logits);
+  check_grad(grad, logits, {shape.batch, shape.k, shape.k});
+  const Tensor values = torch::stable::contiguous(logits), above = torch::stable::contiguous(grad);
+  const Tensor state = torch::stable::contiguous(scalings), moved = torch::stable::contiguous(absorbed);
+  Tensor grad_logits = torch::stable::new_empty(values, {shape.batch, shape.k, shape.k});
+  with_type(values, "log_sinkhorn_backward", [&](auto type) {
+    using T = decltype(type);
+    const Problem<T> problem{shape, nullptr, data<T>(values), T{1}, T{0}, 0};
+    const Output<T> output{Readout::logarithm, nullptr, 0, nullptr};
+    run_backward(problem, output, data<T>(state), data<int32_t>(moved), data<T>(above),
+                 {nullptr, nullptr, nullptr, data<T>(grad_logits)});
+  });
+  return grad_logits;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(aha, CPU, m) {
+  m.impl("gumbel_sinkhorn", TORCH_BOX(&gumbel_sinkhorn));
+  m.impl("gumbel_sinkhorn_backward", TORCH_BOX(&gumbel_sinkhorn_backward));
+  m.impl("log_sinkhorn", TORCH_BOX(&log_sinkhorn));
+  m.impl("log_sinkhorn_backward", TORCH_BOX(&log_sinkhorn_backward));
+}
+
+}  // namespace aha

@@ -1,0 +1,83 @@
+// Cumulative masks on the CPU: weights P for weights that are mostly zero, so P is read about once.
+// Threads share out columns (forward) or rows (backward), never sums: results repeat bit for bit.
+#include <torch/csrc/stable/library.h>
+
+#include <algorithm>
+
+#include "lanes.h"
+#include "sinkhorn.h"
+
+namespace aha {
+namespace {
+
+constexpr int64_t TILE = 256;  // columns per task
+constexpr int64_t ROWS = 16;   // rows per task
+
+#define AHA_ADD(T)                                                                                   \
+  AHA_CLONES void add(T weight, const T* row, int64_t n, T* out) {                                   \
+    for (int64_t j = 0; j < n; ++j) out[j] += weight * row[j];                                       \
+  }
+AHA_ADD(float)
+AHA_ADD(double)
+#undef AHA_ADD
+
+template <typename F>
+void with_type(const Tensor& tensor, const F& f) {
+  const ScalarType type = tensor.scalar_type();
+  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::Double, "cumulative_masks on the CPU: the input is ",
+                  torch::headeronly::toString(type), "; use float32 or float64");
+  type == ScalarType::Float ? f(float{}) : f(double{});
+}
+
+Tensor cumulative_masks(const Tensor& permutation, const Tensor& weights) {
+  const auto [batch, k, _] = check_logits(permutation, 1);
+  STD_TORCH_CHECK(weights.dim() == 2 && weights.size(1) == k, "cumulative_masks: weights must be (S,K) with K = ", k);
+  check_like(weights, "cumulative_masks: weights", permutation);
+  const int64_t steps = weights.size(0), size = k, tiles = (k + TILE - 1) / TILE;
+  const Tensor P = torch::stable::contiguous(permutation), w = torch::stable::contiguous(weights);
+  Tensor out = torch::stable::new_zeros(P, {batch, steps, size});
+  with_type(P, [&](auto type) {
+    using T = decltype(type);
+    const T *p = static_cast<const T*>(P.const_data_ptr()), *weight = static_cast<const T*>(w.const_data_ptr());
+    T* to = static_cast<T*>(out.mutable_data_ptr());
+    for_each(batch * tiles, [&](int64_t task) {
+      const int64_t b = task / tiles, from = task % tiles * TILE, width = std::min(TILE, size - from);
+      for (int64_t i = 0; i < size; ++i)
+        for (int64_t s = 0; s < steps; ++s)
+          if (weight[s * size + i] != T{0})
+            add(weight[s * size + i], p + (b * size + i) * size + from, width, to + (b * steps + s) * size + from);
+    });
+  });
+  return out;
+}
+
+Tensor cumulative_masks_backward(const Tensor& grad, const Tensor& weights) {
+  STD_TORCH_CHECK(grad.dim() == 3 && weights.dim() == 2 && grad.size(1) == weights.size(0) &&
+                      grad.size(2) == weights.size(1),
+                  "cumulative_masks_backward: grad (B,S,K) and weights (S,K) must match");
+  check_like(weights, "cumulative_masks_backward: weights", grad);
+  const int64_t batch = grad.size(0), steps = grad.size(1), k = grad.size(2), tasks = (k + ROWS - 1) / ROWS;
+  const Tensor g = torch::stable::contiguous(grad), w = torch::stable::contiguous(weights);
+  Tensor out = torch::stable::new_zeros(g, {batch, k, k});
+  with_type(g, [&](auto type) {
+    using T = decltype(type);
+    const T *from = static_cast<const T*>(g.const_data_ptr()), *weight = static_cast<const T*>(w.const_data_ptr());
+    T* to = static_cast<T*>(out.mutable_data_ptr());
+    for_each(batch * tasks, [&](int64_t task) {
+      const int64_t b = task / tasks, first = task % tasks * ROWS;
+      for (int64_t i = first; i < std::min(k, first + ROWS); ++i)
+        for (int64_t s = 0; s < steps; ++s)
+          if (weight[s * k + i] != T{0}) add(weight[s * k + i], from + (b * steps + s) * k, k, to + (b * k + i) * k);
+    });
+  });
+  return out;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(aha, CPU, m) {
+  m.impl("cumulative_masks", TORCH_BOX(&cumulative_masks));
+  m.impl("cumulative_masks_backward", TORCH_BOX(&cumulative_masks_backward));
+}
+
+}  // namespace aha

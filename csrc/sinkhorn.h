@@ -1,0 +1,83 @@
+// Sinkhorn ranking: what its CPU and CUDA rooms share, the checks at the door and the shapes behind it.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <optional>
+
+namespace aha {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// After an iteration whose scalings leave [2^-32, 2^32] they move into the potentials and X is made again: two of
+// them, and what one more iteration adds (a factor K at most), then stay far from overflow, and no entry of X that
+// could matter, u X v > 2^-38, is below the smallest normal float.
+constexpr float LARGE_SCALING = 0x1p32f;
+
+struct RankingShape {
+  int64_t batch, k, iterations;
+};
+
+// What is read out of P = u X v, and so what the gradient of P is made of.
+enum class Readout { matrix, weigh_ranks, weigh_regions, logarithm };
+
+inline Readout readout(const std::optional<Tensor>& left, const std::optional<Tensor>& right) {
+  STD_TORCH_CHECK(!left || !right, "gumbel_sinkhorn: give left or right, not both");
+  return left ? Readout::weigh_ranks : right ? Readout::weigh_regions : Readout::matrix;
+}
+
+inline void check_like(const Tensor& value, const char* name, const Tensor& like) {
+  STD_TORCH_CHECK(value.scalar_type() == like.scalar_type() && value.device() == like.device(), name,
+                  " must have the type and the device of the scores; convert it with .to()");
+}
+
+inline RankingShape check_ranking(const Tensor& scores, const Tensor& tau, const Tensor& seed,
+                                  const std::optional<Tensor>& left, const std::optional<Tensor>& right,
+                                  int64_t iterations) {
+  STD_TORCH_CHECK(scores.dim() == 2 && scores.size(1) > 0, "gumbel_sinkhorn: scores must be (B,K) with K >= 1");
+  STD_TORCH_CHECK(iterations >= 1, "gumbel_sinkhorn: n_iters is ", iterations, "; it must be at least 1");
+  STD_TORCH_CHECK(tau.dim() == 0 && seed.dim() == 0, "gumbel_sinkhorn: tau and seed must have no dimension");
+  STD_TORCH_CHECK(seed.scalar_type() == ScalarType::Long && seed.device() == scores.device(),
+                  "gumbel_sinkhorn: seed must be int64 on the device of the scores");
+  check_like(tau, "gumbel_sinkhorn: tau", scores);
+  const RankingShape shape{scores.size(0), scores.size(1), iterations};
+  if (left) {
+    check_like(*left, "gumbel_sinkhorn: left", scores);
+    STD_TORCH_CHECK(left->dim() == 2 && left->size(1) == shape.k, "gumbel_sinkhorn: left must be (S,K), K = ", shape.k);
+  }
+  if (right) {
+    check_like(*right, "gumbel_sinkhorn: right", scores);
+    STD_TORCH_CHECK(right->dim() == 2 && right->size(0) == shape.batch && right->size(1) == shape.k,
+                    "gumbel_sinkhorn: right must be (B,K) as the scores");
+  }
+  return shape;
+}
+
+inline RankingShape check_logits(const Tensor& logits, int64_t iterations) {
+  STD_TORCH_CHECK(logits.dim() == 3 && logits.size(1) == logits.size(2) && logits.size(1) > 0,
+                  "log_sinkhorn: logits must be square matrices (B,K,K) with K >= 1");
+  STD_TORCH_CHECK(iterations >= 1, "log_sinkhorn: n_iters is ", iterations, "; it must be at least 1");
+  return {logits.size(0), logits.size(1), iterations};
+}
+
+inline void check_state(const RankingShape& shape, const Tensor& scalings, const Tensor& absorbed, const Tensor& like) {
+  check_like(scalings, "sinkhorn backward: scalings", like);
+  STD_TORCH_CHECK(scalings.dim() == 4 && scalings.size(0) == shape.batch && scalings.size(1) == shape.iterations + 1 &&
+                      scalings.size(2) == 2 && scalings.size(3) == shape.k && absorbed.dim() == 2 &&
+                      absorbed.size(0) == shape.batch && absorbed.size(1) == shape.iterations &&
+                      absorbed.scalar_type() == ScalarType::Int && absorbed.device() == like.device(),
+                  "sinkhorn backward: scalings (B,T+1,2,K) and absorbed (B,T) are those that the forward pass returned");
+}
+
+inline void check_grad(const Tensor& grad, const Tensor& like, std::initializer_list<int64_t> sizes) {
+  check_like(grad, "sinkhorn backward: grad", like);
+  bool fits = grad.dim() == static_cast<int64_t>(sizes.size());
+  int64_t d = 0;
+  for (const int64_t size : sizes) fits = fits && grad.size(d++) == size;
+  STD_TORCH_CHECK(fits, "sinkhorn backward: grad must have the sizes of the output");
+}
+
+}  // namespace aha
