@@ -11,7 +11,7 @@ INSTALLED := $(VENV)/.installed
 BUILT := $(VENV)/.built-$(AHA_BUILD)
 export AHA_BUILD
 
-.PHONY: demo test bench wheel lint clean
+.PHONY: demo test bench sanitize wheel lint clean
 
 demo: $(BUILT)
 	$(VENV)/bin/aha demo $(ARGS)
@@ -22,6 +22,16 @@ test: $(BUILT)
 bench: $(BUILT)
 	@if ls bench/test_*.py >/dev/null 2>&1; then $(PY) -m pytest bench $(ARGS); \
 	else echo "there are no benchmarks yet: the suite comes with bench/"; fi
+
+# the operator tests on a build that reports reads and writes out of bounds and undefined behaviour
+sanitize: $(INSTALLED)
+	rm -rf build/sanitize && mkdir -p build/sanitize
+	cp -r aha csrc kernels tests setup.py pyproject.toml LICENSE README.md build/sanitize && rm -f build/sanitize/aha/*.so
+	ln -s ../kernels build/sanitize/aha/kernels
+	cd build/sanitize && AHA_BUILD=cpu AHA_SANITIZE=1 ../../$(PY) setup.py -q build_ext --inplace
+	cd build/sanitize && PYTHONPATH=. OMP_NUM_THREADS=2 ASAN_OPTIONS=detect_leaks=0 \
+	LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libubsan.so)" \
+	../../$(PY) -m pytest tests/kernels -m "not slow and not gpu" $(ARGS)
 
 # build/lib is never cleaned by setuptools: what a module left there would be shipped
 wheel: $(INSTALLED)

@@ -133,6 +133,12 @@ def extension(name: str) -> Extension:
         # assertions record __FILE__: keep the building machine out of the binary
         *(f"-ffile-prefix-map={path}={name}" for path, name in ((ROOT, "aha"), (include_dirs[1], "torch"))),
     ]
+    sanitize = os.environ.get("AHA_SANITIZE")
+    if sanitize:  # make sanitize; without clones, which the loader chooses before a sanitizer is ready
+        flags += ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-O1", "-g", "-DAHA_NO_CLONES"]
+    link_args = ["-Wl,--as-needed", "-Wl,--strip-all"] if sys.platform == "linux" else []
+    if sanitize:
+        link_args = ["-fsanitize=address,undefined"]
     compile_args = {"cxx": [define, "-O3", "-std=c++20", *flags]}
     if name == "_C":
         sources, libraries = [ROOT / "csrc/ops.cpp", *ROOT.glob("csrc/cpu/*.cpp")], ["torch_cpu"]
@@ -151,7 +157,7 @@ def extension(name: str) -> Extension:
         library_dirs=[str(folder) for folder in library_dirs],
         libraries=libraries,
         extra_compile_args=compile_args,
-        extra_link_args=["-Wl,--as-needed", "-Wl,--strip-all"] if sys.platform == "linux" else [],
+        extra_link_args=link_args,
         py_limited_api=True,
         language="c++",
     )
