@@ -227,13 +227,12 @@ def _evaluate(
     seed: int,
     skipped: list[str],
 ) -> None:
-    from rich.console import Console
-
+    from . import terminal
     from .evaluation import evaluate
 
     result = evaluate(classifier, methods, data, target=target, batch_size=batch_size, seed=seed)
     result.write(output)
-    console = Console(width=None if Console().is_terminal else 160)
+    console = terminal.console()
     console.print(result.table())
     try:
         from .report import figures, html

@@ -466,6 +466,11 @@ def _resampled(values: Tensor, seed: int) -> Tensor:
     return torch.cat(means)
 
 
+def mean_interval(values: Tensor, seed: int) -> list[float]:
+    """Bootstrap 95 % interval of the mean of ``values`` (N,)."""
+    return _percentiles(_resampled(values.double()[:, None], seed))[0]
+
+
 def _percentiles(means: Tensor) -> list[list[float]]:
     """(R, M) → the 95 % interval of each column."""
     return means.quantile(means.new_tensor([0.025, 0.975]), dim=0).T.tolist()

@@ -34,16 +34,21 @@ def autocast(precision: str, device: torch.device) -> contextlib.AbstractContext
 
 
 @contextlib.contextmanager
-def stepwise_attention(module: nn.Module, on: bool = True) -> Iterator[None]:
+def switched_off(module: nn.Module, *names: str) -> Iterator[None]:
+    """Boolean attributes ``names`` of all submodules are False inside, and as before on exit."""
+    before = [(m, name, getattr(m, name)) for m in module.modules() for name in names if hasattr(m, name)]
+    try:
+        for m, name, _ in before:
+            setattr(m, name, False)
+        yield
+    finally:
+        for m, name, value in before:
+            setattr(m, name, value)
+
+
+def stepwise_attention(module: nn.Module, on: bool = True) -> contextlib.AbstractContextManager:
     """timm attention in separate steps instead of the fused kernel, put back on exit.
 
     The backward pass of the fused kernel in bfloat16 on CPUs is several times slower than its parts.
     """
-    fused = [m for m in module.modules() if getattr(m, "fused_attn", False)] if on else []
-    try:
-        for m in fused:
-            m.fused_attn = False  # type: ignore[assignment]
-        yield
-    finally:
-        for m in fused:
-            m.fused_attn = True  # type: ignore[assignment]
+    return switched_off(module, "fused_attn") if on else contextlib.nullcontext()

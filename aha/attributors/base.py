@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..classifier import Classifier
-from ..precision import autocast
+from ..precision import autocast, switched_off
 
 
 @dataclass(frozen=True)
@@ -114,8 +114,8 @@ def undisturbed(
     modules = list(module.modules())
     training = [(m, m.training) for m in modules]
     requiring = [(p, p.requires_grad) for p in module.parameters()]
-    switched = [(m, name, getattr(m, name)) for m in modules for name in switches if hasattr(m, name)]
     with ExitStack() as stack:
+        stack.enter_context(switched_off(module, *switches))
         try:
             for submodule, hook in hooks:
                 stack.callback(submodule.register_forward_hook(hook).remove)
@@ -123,8 +123,6 @@ def undisturbed(
                 m.training = False
             for p, _ in requiring:
                 p.requires_grad_(False)
-            for m, name, _ in switched:
-                setattr(m, name, False)
             with torch.inference_mode(False), torch.enable_grad():
                 yield
         finally:
@@ -132,8 +130,6 @@ def undisturbed(
                 m.training = mode
             for p, flag in requiring:
                 p.requires_grad_(flag)
-            for m, name, value in switched:
-                setattr(m, name, value)
 
 
 # ---- registry

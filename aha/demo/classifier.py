@@ -30,6 +30,7 @@ from safetensors import safe_open
 from timm.models.vision_transformer import VisionTransformer
 
 from aha.data.scenes import Scenes
+from aha.precision import autocast, stepwise_attention, uses_bf16
 
 CONFIG = {"img_size": 64, "patch_size": 8, "embed_dim": 96, "depth": 6, "num_heads": 3, "num_classes": 10}
 MEAN = STD = (0.5, 0.5, 0.5)
@@ -180,12 +181,7 @@ def fit(module, batches, steps: int, learning_rate: float, warm_up: int = 0, tit
         return rising * 0.5 * (1 + math.cos(math.pi * step / steps))
 
     schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, rate) for optimizer in optimizers]
-    # bfloat16 pays off only where the CPU has tiles for it, and only without the fused attention, whose
-    # bfloat16 backward is slower there than everything else together
-    tiles = torch.cpu._is_amx_tile_supported()
-    fused = [block.attn.fused_attn for block in module.blocks]
-    for block in module.blocks:
-        block.attn.fused_attn = not tiles and block.attn.fused_attn
+    cpu = torch.device("cpu")
     module.train()
     columns = (
         TextColumn("{task.description}"),
@@ -193,36 +189,33 @@ def fit(module, batches, steps: int, learning_rate: float, warm_up: int = 0, tit
         TextColumn("{task.fields[note]}"),
         TimeRemainingColumn(),
     )
-    try:
-        with Progress(*columns) as progress, ThreadPoolExecutor(1) as thread:
-            task = progress.add_task(title, total=steps, note="")
-            loss_mean, right_mean = 0.0, 0.0
-            coming = thread.submit(batches, 0)
-            for step in range(steps):
-                images, targets, masks = coming.result()
-                coming = thread.submit(batches, step + 1)
-                with torch.autocast("cpu", torch.bfloat16, enabled=tiles):
-                    tokens = module.forward_features(normalise(images))
-                    logits = module.forward_head(tokens).float()
-                loss = F.cross_entropy(logits, targets)
-                weight = max(0.0, 1 - step / (GUIDED_UNTIL * steps)) if guide else 0.0
-                total = loss + weight * guide(tokens[:, 1:].float(), masks, targets) if weight else loss
-                total.backward()
-                torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-                for optimizer, schedule in zip(optimizers, schedules, strict=True):
-                    optimizer.step()
-                    optimizer.zero_grad()
-                    schedule.step()
-                keep = min(0.98, step / (step + 1))
-                loss_mean = keep * loss_mean + (1 - keep) * loss.item()
-                right = (logits.argmax(-1) == targets.argmax(-1))[targets.amax(-1) > 0.5]
-                right_mean = keep * right_mean + (1 - keep) * right.float().mean().item()
-                progress.update(task, advance=1, note=f"loss {loss_mean:.3f}  right {right_mean:.3f}")
-                if not progress.console.is_terminal and (step + 1) % 250 == 0:
-                    progress.console.print(f"step {step + 1}: loss {loss_mean:.4f} right {right_mean:.4f}")
-    finally:
-        for block, value in zip(module.blocks, fused, strict=True):
-            block.attn.fused_attn = value
+    attention = stepwise_attention(module, uses_bf16("auto", cpu))
+    with attention, Progress(*columns) as progress, ThreadPoolExecutor(1) as thread:
+        task = progress.add_task(title, total=steps, note="")
+        loss_mean, right_mean = 0.0, 0.0
+        coming = thread.submit(batches, 0)
+        for step in range(steps):
+            images, targets, masks = coming.result()
+            coming = thread.submit(batches, step + 1)
+            with autocast("auto", cpu):
+                tokens = module.forward_features(normalise(images))
+                logits = module.forward_head(tokens).float()
+            loss = F.cross_entropy(logits, targets)
+            weight = max(0.0, 1 - step / (GUIDED_UNTIL * steps)) if guide else 0.0
+            total = loss + weight * guide(tokens[:, 1:].float(), masks, targets) if weight else loss
+            total.backward()
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            for optimizer, schedule in zip(optimizers, schedules, strict=True):
+                optimizer.step()
+                optimizer.zero_grad()
+                schedule.step()
+            keep = min(0.98, step / (step + 1))
+            loss_mean = keep * loss_mean + (1 - keep) * loss.item()
+            right = (logits.argmax(-1) == targets.argmax(-1))[targets.amax(-1) > 0.5]
+            right_mean = keep * right_mean + (1 - keep) * right.float().mean().item()
+            progress.update(task, advance=1, note=f"loss {loss_mean:.3f}  right {right_mean:.3f}")
+            if not progress.console.is_terminal and (step + 1) % 250 == 0:
+                progress.console.print(f"step {step + 1}: loss {loss_mean:.4f} right {right_mean:.4f}")
     module.eval()
 
 

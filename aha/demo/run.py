@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 
-from .. import attributors
+from .. import attributors, terminal
 from ..classifier import Classifier, from_name
 from ..data import Scenes
 from ..evaluation import Evaluation, evaluate
@@ -53,8 +52,7 @@ def main(output: Path, scenes: int = 128, steps: int | None = None, seed: int = 
         steps: training steps; default as tuned on the validation scenes.
         seed: of training, scenes and bootstrap.
     """
-    # a pipe has no width of its own: give the table room
-    console = Console(width=None if Console().is_terminal else 160)
+    console = terminal.console()
     seconds: dict[str, float] = {}
     clf = from_name("scenes").to("cuda" if torch.cuda.is_available() else "cpu")
     console.rule("1/4 training an explainer for the scenes classifier")

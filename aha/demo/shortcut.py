@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from aha.classifier import Classifier
 from aha.data.scenes import Scenes
 from aha.demo.classifier import fit, predict
+from aha.evaluation import mean_interval
 from aha.explainer import Explainer
 from aha.metrics import rank_pixels
 from aha.refinement import refine
@@ -149,8 +150,8 @@ def experiment(
         "share_after": means[-1],
         # at least one pixel in all scenes together, so that a clean explainer without any gives a finite lower bound
         "factor": means[-1] / max(means[0], 1 / (len(images) * round(0.05 * size[0] * size[1]))),
-        "ci95_before": _interval(shares[0], seed),
-        "ci95_after": _interval(shares[-1], seed),
+        "ci95_before": mean_interval(shares[0], seed),
+        "ci95_after": mean_interval(shares[-1], seed),
         "per_step": means,
         "scenes": len(images),
         "shortcut_rate": float(called.float().mean()),
@@ -164,9 +165,3 @@ def share_on(maps: torch.Tensor, mask: torch.Tensor, top: float = 0.05) -> torch
     ranks = rank_pixels(maps[:, 0])
     chosen = ranks < round(top * ranks[0].numel())
     return (chosen & mask[:, 0]).flatten(1).sum(1) / chosen.flatten(1).sum(1)
-
-
-def _interval(values: torch.Tensor, seed: int, resamples: int = 2000) -> list[float]:
-    generator = torch.Generator().manual_seed(seed)
-    picks = torch.randint(len(values), (resamples, len(values)), generator=generator)
-    return torch.quantile(values[picks].mean(dim=1), torch.tensor([0.025, 0.975])).tolist()
