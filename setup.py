@@ -152,7 +152,7 @@ def extension(name: str) -> Extension:
     return Extension(
         f"aha.{name}",
         sources=sorted(str(source.relative_to(ROOT)) for source in sources),
-        depends=sorted(str(header.relative_to(ROOT)) for header in ROOT.glob("csrc/**/*.h")),
+        depends=sorted(str(header.relative_to(ROOT)) for header in ROOT.glob("csrc/**/*.*h")),
         include_dirs=[str(folder) for folder in include_dirs],
         library_dirs=[str(folder) for folder in library_dirs],
         libraries=libraries,

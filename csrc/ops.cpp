@@ -45,7 +45,8 @@ STABLE_TORCH_LIBRARY(aha, m) {
   m.def(
       "perturb_by_rank(Tensor images, Tensor references, Tensor ranks, Tensor counts, Tensor? mean=None, "
       "Tensor? std=None, ScalarType? dtype=None) -> (Tensor deleted, Tensor inserted)");
-  // gradients of the above (B,S,C,H,W) -> gradients of images and references (B,C,H,W), summed and returned in dtype
+  // gradients of the above (B,S,C,H,W) -> gradients of images and references (B,C,H,W) in dtype,
+  // summed in float32, or in float64 if that is the dtype
   m.def(
       "perturb_by_rank_backward(Tensor grad_deleted, Tensor grad_inserted, Tensor ranks, Tensor counts, "
       "Tensor? std=None, ScalarType? dtype=None) -> (Tensor grad_images, Tensor grad_references)");

@@ -94,7 +94,7 @@ BACKENDS: dict[str, tuple[Backend, ...]] = {
     "soft_sort": _backends("weigh_regions", *_ranking),
     "soft_rank": _backends("weigh_ranks", *_ranking),
     "soft_topk": _backends("weigh_ranks", *_ranking),
-    "perturb": (_backends("perturb", *_perturbing)[-1],),
+    "perturb": _backends("perturb", *_perturbing),
     "perturb_by_rank": _backends("perturb_by_rank", *_perturbing),
 }
 
