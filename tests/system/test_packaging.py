@@ -1,6 +1,7 @@
 """What a build decides, what its wheels hold, and that they import where nothing can be compiled."""
 
 import importlib.util
+import json
 import os
 import re
 import shutil
@@ -100,6 +101,15 @@ def check_library(library):
     assert needed <= {"libtorch_cpu", "libtorch_cuda", "libcudart", "libstdc++", "libgcc_s", "libm", "libc"}
 
 
+def check_platform(wheel):
+    """Beside libtorch, which torch brings, it asks only for libraries that every Linux of some age has."""
+    if importlib.util.find_spec("auditwheel") is None:
+        pytest.skip("needs auditwheel")
+    shown = json.loads(run([sys.executable, "-m", "auditwheel", "show", "--json", wheel]).stdout)
+    assert shown["sym_tag"].startswith("manylinux_2_")
+    assert set(shown["external_libs"]) == {"libtorch_cpu.so"}
+
+
 def test_mangled_symbols_are_recognised():
     for symbol in ("_ZN3c104HalfC1Ef", "_ZN2at6Tensor3addE", "_ZNK5torch7LibraryE", "_ZTIN3c105ErrorE"):
         assert MANGLED.search(f"                 U {symbol}\n")
@@ -135,6 +145,7 @@ def test_cpu_wheel(setup, checkout, tmp_path):
     code = "native = aha.kernels.native; print(native.load('_C'), native.path('_C'))"
     assert python(site, code) == f"None {library}"
     check_library(library)
+    check_platform(wheel)
 
 
 @pytest.mark.slow
