@@ -1,7 +1,7 @@
 # Every target sets up what it needs; the second call finds it ready.
 #   make test PYTHON=python3.12    another Python, 3.10 or newer
 #   make test AHA_BUILD=cuda       what to compile: auto, cpu, cuda or none (see setup.py)
-#   make test ARGS="-k native"     passed on to pytest, or to aha demo
+#   make test ARGS="-k native"     passed on to pytest, to aha demo, or to bench.report (--help lists its options)
 PYTHON ?= python3
 AHA_BUILD ?= $(if $(shell nvidia-smi -L 2>/dev/null),auto,cpu)
 ARGS ?=
@@ -20,8 +20,7 @@ test: $(BUILT)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile $(ARGS)
 
 bench: $(BUILT)
-	@if ls bench/test_*.py >/dev/null 2>&1; then $(PY) -m pytest bench $(ARGS); \
-	else echo "there are no benchmarks yet: the suite comes with bench/"; fi
+	$(PY) -m bench.report $(ARGS)
 
 # the operator tests on a build that reports reads and writes out of bounds and undefined behaviour
 sanitize: $(INSTALLED)

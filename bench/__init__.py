@@ -1,0 +1,1 @@
+"""Benchmarks: every public operator, every backend, its rivals; `python -m bench.report` runs all of it."""

@@ -1,0 +1,102 @@
+"""Clocks: rounds interleaved between the implementations, so that a busy machine slows all of them alike."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Mapping
+from functools import lru_cache
+from statistics import quantiles
+from typing import NamedTuple
+
+import torch
+
+MIN_ROUNDS, MAX_ROUNDS = 5, 200
+
+
+class Times(NamedTuple):
+    """Median and the 20th and 80th percentiles; the names are columns of the results."""
+
+    median_ms: float
+    p20_ms: float
+    p80_ms: float
+
+
+def interleaved(
+    calls: Mapping[str, Callable[[], object]],
+    device: torch.device | str,
+    seconds: float = 2.0,
+    rounds: int = MIN_ROUNDS,
+) -> dict[str, Times]:
+    """Time every call once per round, for ``rounds`` rounds and then until ``seconds`` have passed.
+
+    Every call runs once untimed. On CUDA, events around the call, with the L2 cache flushed before it: what a call
+    finds in a training step.
+    """
+    clock = _cuda_ms if torch.device(device).type == "cuda" else _cpu_ms
+    names = list(calls)
+    if not names:
+        return {}
+    for name in names:
+        clock(calls[name])
+    taken: dict[str, list[float]] = {name: [] for name in names}
+    end = time.perf_counter() + seconds
+    for number in range(MAX_ROUNDS):
+        if number >= rounds and time.perf_counter() >= end:
+            break
+        # another one goes first in every round
+        for name in names[number % len(names) :] + names[: number % len(names)]:
+            taken[name].append(clock(calls[name]))
+    return {name: summary(values) for name, values in taken.items()}
+
+
+def summary(milliseconds: list[float]) -> Times:
+    """Median, p20 and p80 of at least two values."""
+    fifths = quantiles(milliseconds, n=10, method="inclusive")
+    return Times(fifths[4], fifths[1], fifths[7])
+
+
+def _cpu_ms(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    call()
+    return 1e3 * (time.perf_counter() - start)
+
+
+def _cuda_ms(call: Callable[[], object]) -> float:
+    _flush().zero_()
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end)
+
+
+@lru_cache(maxsize=1)
+def _flush() -> torch.Tensor:
+    """Twice the L2 cache; writing it evicts everything else."""
+    return torch.empty(2 * torch.cuda.get_device_properties().L2_cache_size, dtype=torch.uint8, device="cuda")
+
+
+def finished(call: Callable[[], object], device: torch.device | str) -> Callable[[], object]:
+    """``call`` that returns when the device is done, for clocks that know no devices."""
+    if torch.device(device).type != "cuda":
+        return call
+
+    def run() -> None:
+        call()
+        torch.cuda.synchronize()
+
+    return run
+
+
+def copy_bandwidth(device: torch.device | str, mib: int = 256) -> float:
+    """GB/s read plus written by a copy of ``mib`` MiB: the bound of every operator that only moves pixels."""
+    source = torch.zeros(mib << 20, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    times = interleaved({"copy": lambda: target.copy_(source)}, device, seconds=0.5)
+    return 2 * source.numel() / (times["copy"].median_ms * 1e6)
+
+
+if __name__ == "__main__":
+    print(f"copy: {copy_bandwidth(sys.argv[1]):.1f} GB/s read and written")

@@ -1,0 +1,279 @@
+"""The benchmark suite: complete, honest about what it did not measure, and right about what it did."""
+
+import csv
+import importlib.metadata
+import json
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+
+from aha import kernels
+from aha.kernels import dispatch
+from bench import cases, memory, operators, peers, report, rows, step, table, timing
+from bench.cases import CASES, TINY
+
+
+def measured(operator, size=TINY, only=("eager", "checkpoint"), **options):
+    case = CASES[operator]
+    competitors = rows.rows(case, case.inputs(size), compiled=False)
+    return list(
+        operators.measure(case, size, "cpu", {name: competitors[name] for name in only}, seconds=0.0, **options)
+    )
+
+
+def test_every_public_operator_has_a_case():
+    assert set(CASES) == set(dispatch.BACKENDS)
+    public = {name for name in kernels.__all__ if name.islower() and name != "explain"}
+    assert set(CASES) == public
+
+
+@pytest.mark.parametrize("operator", list(CASES))
+def test_a_case_calls_its_operator_and_the_checkpointed_reference_is_the_same(operator):
+    case = CASES[operator]
+    inputs = case.inputs(TINY)
+    assert {choice.backend for choice in case.explain(inputs)} == {"cuda", "triton", "cpu", "reference"}
+    true = operators.truth(case, inputs, TINY)
+    competitors = rows.rows(case, inputs, compiled=False)
+    for name in ("eager", "checkpoint"):
+        assert true.check(*case.gradients(competitors[name], inputs, true.cotangents)) <= 2 * true.error + 1e-6
+    assert true.error < 1e-5
+
+
+@pytest.mark.parametrize("operator", ["soft_topk_masks", "perturb", "perturb_by_rank"])
+def test_the_first_images_do_not_depend_on_the_others(operator):
+    size = replace(TINY, B=3, noise=1.0)
+    case = CASES[operator]
+    inputs = case.inputs(size)
+    whole = case.call(inputs, "reference")
+    for all_images, first in zip(whole, case.call(case.first(inputs, 2), "reference"), strict=True):
+        assert torch.equal(all_images[:2], first)
+
+
+def test_sizes_are_different_and_grow_with_the_sweep():
+    for operator, case in CASES.items():
+        for device in ("cpu", "cuda"):
+            counts = []
+            for sweep in cases.SWEEPS:
+                found = cases.sizes(operator, device, sweep)
+                keys = {tuple(getattr(size, field) for field in case.fields) for size in found}
+                assert len(keys) == len(found)
+                counts.append(len(found))
+            assert counts == sorted(counts) and counts[0] == 1
+    grid = {(s.K, s.B, s.tau, s.noise) for s in cases.sizes("soft_topk_masks", "cuda", "all")}
+    assert len(grid) == 8 * 4 * 4 * 2
+    with pytest.raises(ValueError, match="choose one of"):
+        cases.sizes("perturb", "cpu", "everything")
+
+
+def test_a_wrong_row_is_refused_and_not_timed():
+    case = CASES["perturb_by_rank"]
+
+    def wrong(inputs):
+        return tuple(1.001 * out for out in case.call(inputs, "reference"))
+
+    def broken(inputs):
+        raise RuntimeError("no such kernel\nand more")
+
+    found = list(
+        operators.measure(case, TINY, "cpu", {"off": wrong, "broken": broken, "absent": "not written"}, seconds=0.0)
+    )
+    notes = {row["row"]: row["note"] for row in found}
+    assert notes["off"].startswith("wrong: error 0.001")
+    assert notes["broken"] == "failed: RuntimeError: no such kernel"
+    assert notes["absent"] == "not written"
+    assert not any(row["median_ms"] for row in found)
+    assert len(operators.failures(found)) == 4  # two phases each; what cannot run here is no failure
+
+
+def test_what_does_not_fit_has_a_reason(monkeypatch):
+    case = CASES["soft_topk_masks"]
+    one_image = case.reference_bytes(TINY, 8) / TINY.B
+    monkeypatch.setattr(operators, "_memory", lambda device: one_image - 1)
+    assert {row["note"] for row in measured("soft_topk_masks")} == {"does not fit: no float64 reference"}
+    # the truth of one image in float64 fits, the unrolled float32 of four images does not
+    large = replace(TINY, B=4)
+    monkeypatch.setattr(operators, "_memory", lambda device: one_image)
+    found = measured("soft_topk_masks", large)
+    assert {row["note"] for row in table.select(found, row="eager")} == {"does not fit"}
+    assert all(row["median_ms"] for row in table.select(found, row="checkpoint"))
+    assert not operators.failures(found)
+
+
+def test_nan_is_an_error():
+    exact = torch.ones(3, dtype=torch.float64)
+    assert not operators.deviation([torch.tensor([1.0, float("nan"), 1.0])], [exact]) <= 1.0
+    assert operators.deviation([torch.tensor([1.0, 1.5, 1.0])], [exact]) == 0.5
+
+
+def test_times_are_interleaved():
+    order = []
+    calls = {name: (lambda name=name: order.append(name)) for name in "ab"}
+    times = timing.interleaved(calls, "cpu", seconds=0.0, rounds=5)
+    assert order == ["a", "b", *"ab", *"ba", *"ab", *"ba", *"ab"]  # untimed, then five rounds
+    assert all(t.p20_ms <= t.median_ms <= t.p80_ms for t in times.values())
+    assert timing.summary([1.0, 2.0, 3.0, 4.0, 5.0, 6.0]) == (3.5, 2.0, 5.0)
+
+
+def test_from_a_measurement_to_the_pages(tmp_path, monkeypatch):
+    path = tmp_path / table.CSV
+    sizes = [replace(TINY, name="the"), replace(TINY, name="sweep", K=16)]
+    for size in sizes:
+        table.upsert(path, measured("soft_topk_masks", size))
+    table.upsert(path, measured("perturb_by_rank", replace(TINY, name="the"), ("eager",)))
+    with path.open() as file:
+        assert tuple(next(csv.reader(file))) == table.COLUMNS
+    found = table.read(path)
+    assert len(found) == 10
+    for row in found:
+        assert float(row["p20_ms"]) <= float(row["median_ms"]) <= float(row["p80_ms"])
+        assert float(row["error"]) <= 2 * float(row["error_reference"]) + 1e-6
+        assert row["torch"] == torch.__version__
+    assert {row["K"] for row in found if row["operator"] == "perturb_by_rank"} == {""}
+    report.pages(tmp_path)
+    page = (tmp_path / "cpu.md").read_text()
+    eager = table.select(found, operator="soft_topk_masks", case="the", row="eager", phase="forward+backward")[0]
+    assert f"{eager['median_ms']} ({eager['p20_ms']} to {eager['p80_ms']}) | 1.00 |" in page
+    assert "| perturb | cpu | not measured | not measured |" in page
+    assert "not measured" in (tmp_path / "cuda.md").read_text()
+    assert (tmp_path / "cpu.png").read_bytes().startswith(b"\x89PNG")
+    assert not (tmp_path / "cuda.png").exists()
+
+
+def test_a_rerun_replaces_its_rows_and_keeps_the_others(tmp_path):
+    path = tmp_path / table.CSV
+    case = CASES["soft_topk_masks"]
+    line = [table.record(case, TINY, "eager", "cpu", phase, median_ms=1.0) for phase in table.PHASES]
+    other = table.record(case, replace(TINY, tau=0.1), "eager", "cpu", "forward", median_ms=5.0)
+    table.upsert(path, [*line, other])
+    again = table.record(case, TINY, "eager", "cpu", "forward", median_ms=2.0)
+    table.upsert(path, [again])
+    found = table.read(path)
+    assert [row["median_ms"] for row in found] == ["2", "1", "5"]
+    with pytest.raises(ValueError, match="no column"):
+        table.record(case, TINY, "eager", "cpu", "forward", mean_ms=1.0)
+
+
+def test_ratios_compare_one_size_only():
+    case = CASES["soft_topk_masks"]
+
+    def line(row, size, ms):
+        return table.record(case, size, row, "cpu", "forward+backward", median_ms=ms)
+
+    large = replace(TINY, name="large", K=16)
+    found = [line("eager", TINY, 6.0), line("cpu", TINY, 2.0), line("cpu", large, 1.0)]
+    assert table.ratios(found) == {table.place(found[0]): 1, table.place(found[1]): 3}
+
+
+@pytest.mark.skipif(not memory.CLEAR.exists(), reason="needs /proc")
+def test_peak_memory_is_that_of_the_tensors():
+    # the reference keeps two (B,K,K) matrices an iteration, checkpoints keep none of them
+    case, size = CASES["soft_topk_masks"], replace(TINY, B=2, K=400, T=20)
+    matrix = size.B * size.K**2 * 4 / 2**20
+    eager, checkpoint = (memory.peak_mib(case, size, row, "cpu") for row in ("eager", "checkpoint"))
+    assert 2 * size.T * matrix < eager < 5 * size.T * matrix
+    assert matrix < checkpoint < eager / 2
+    with pytest.raises(RuntimeError):
+        memory.peak_mib(case, size, "no such row", "cpu")
+
+
+def test_a_missing_peer_is_a_row(monkeypatch, tmp_path):
+    def absent(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", absent)
+    assert peers.main("cpu", tmp_path) == 0
+    found = json.loads((tmp_path / "peers_cpu.json").read_text())
+    assert {facts["peer"]: facts["status"] for facts in found} == dict.fromkeys(peers.PEERS, "not installed")
+    assert peers.section(found).count("not installed") == len(peers.PEERS)
+    assert not (tmp_path / table.CSV).exists()
+
+
+def test_another_operator_is_in_no_table_of_ours():
+    case = CASES["soft_rank"]
+    lines = [table.record(case, TINY, "eager", "cpu", "forward+backward", median_ms=1.0)]
+    lines.append(table.record(case, TINY, "torchsort", "cpu", "forward+backward", median_ms=0.1, note=table.ANOTHER))
+    page = table.markdown(lines, "cpu")
+    assert "| eager | not measured | 1 ( to ) |" in page and "torchsort" not in page
+
+
+def test_a_peer_that_cannot_be_imported_says_why(monkeypatch):
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "1.0")
+    monkeypatch.setitem(sys.modules, "torchsort", None)
+    assert peers.PEERS["torchsort"].why_not("cpu").startswith("cannot run: ModuleNotFoundError")
+
+
+def test_a_peer_is_held_to_the_operator():
+    case = CASES["soft_topk_masks"]
+    right = replace(peers.PEERS["POT"], run=lambda inputs: case.call(inputs, "reference"))
+    assert right.verify("cpu") < 1e-12
+    fewer = replace(right, run=lambda inputs: case.call({**inputs, "n_iters": inputs["n_iters"] - 1}, "reference"))
+    with pytest.raises(AssertionError, match="not the same operator"):
+        fewer.verify("cpu")
+
+
+@pytest.mark.parametrize("name", [name for name, peer in peers.PEERS.items() if not peer.gpu])
+def test_installed_peers_run(name):
+    peer = peers.PEERS[name]
+    if name == "KeOps":
+        pytest.skip("compiles for a minute: checked by bench.peers")
+    if reason := peer.why_not("cpu"):
+        pytest.skip(reason)
+    case = CASES[peer.operator]
+    inputs = case.inputs(TINY)
+    (out,) = peer.run(inputs)
+    assert out.shape == case.call(inputs, "reference")[0].shape
+    if peer.same:
+        assert peer.verify("cpu") < 1e-10
+
+
+def test_recorded_calls_replay():
+    images = torch.rand(2, 9).requires_grad_()
+    with step.recorded() as calls:
+        masks = kernels.soft_topk_masks(images * 2, [0.5], 0.3, 4, backend="reference")
+    assert kernels.soft_topk_masks is step.kernels.soft_topk_masks and not hasattr(kernels.soft_topk_masks, "calls")
+    (call,) = calls
+    assert call.operator == "soft_topk_masks" and torch.equal(call.outputs[0], masks)
+    assert call.args[0].is_leaf and call.args[0].requires_grad  # cut off from what made it
+    call.replay()
+    assert images.grad is None
+
+
+def test_the_classifier_alone_sees_the_images_of_the_objective():
+    made, data = step.trainer("test_vit.r160_in1k", batch=2, fractions=4, device="cpu", backend="reference")
+    seen = []
+    forward = made.classifier.forward_normalized
+    with step.recorded() as calls:
+        made._train_step(data)
+    assert [call.operator for call in calls] == ["soft_topk_masks", "perturb"]
+    passes = step._Passes(made, data, calls)
+    made.classifier.forward_normalized = lambda pixels: seen.append(len(pixels)) or forward(pixels)
+    passes.objective()
+    of_objective = sorted(seen)
+    seen.clear()
+    passes.classifier()
+    assert sorted(seen) == of_objective == [2, 2, 8]
+
+
+def test_a_failed_stage_is_recorded_and_the_next_one_runs(tmp_path, monkeypatch):
+    commands = {
+        "bad": [sys.executable, "-c", f"print('in {report.ROOT}'); raise SystemExit(4)"],
+        "late": [sys.executable, "-c", "import time; time.sleep(60)"],
+        "gone": [str(tmp_path / "no such program")],
+        "good": [sys.executable, "-c", "print('fine')"],
+    }
+    monkeypatch.setattr(report, "stages", lambda *_: commands)
+    assert report.main("cpu", tmp_path, timeout=5.0) == 1
+    found = json.loads((tmp_path / "report_cpu.json").read_text())["stages"]
+    assert [stage["status"].partition(":")[0] for stage in found] == ["failed", "failed", "failed", "ok"]
+    assert found[0]["status"].endswith("exit status 4") and found[0]["output"] == ["in …"]
+    assert found[3]["output"] == ["fine"]
+
+
+def test_stages_of_a_gpu_begin_with_the_build(tmp_path):
+    names = list(report.stages("cuda", tmp_path, "all", 0.3))
+    assert names[:4] == ["build", "tests", "memcheck", "racecheck"]
+    assert set(CASES) < set(names) and not {"build", "memcheck"} & set(report.stages("cpu", tmp_path, "the", 1.0))
+    with pytest.raises(SystemExit, match="no such stage"):
+        report.stages("cpu", tmp_path, "the", 1.0, ["everything"])
