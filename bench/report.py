@@ -23,6 +23,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from aha import terminal
 from aha.files import write_atomically
 
 from . import peers, step, table
@@ -163,7 +164,7 @@ def main(
     """
     out = out.absolute()
     gpu = device == "cuda"
-    console = Console()
+    console = terminal.console()
     sweep = sweep or ("all" if gpu else "selection")
     seconds = seconds if seconds is not None else (0.3 if gpu else 1.0)
     path = out / f"report_{device}.json"

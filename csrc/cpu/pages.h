@@ -1,4 +1,4 @@
-// Outputs of tens of megabytes are fresh memory, and half of the time to fill them goes into page faults.
+// Outputs of tens of megabytes are fresh memory, and most of the time to fill them goes into page faults.
 #pragma once
 
 #include <cstddef>

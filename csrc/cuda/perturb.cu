@@ -14,7 +14,7 @@
 
 #include "perturb_checks.h"
 
-namespace aha {
+namespace aha::pixels {
 namespace {
 
 using torch::headeronly::BFloat16;
@@ -163,7 +163,8 @@ void launch_sum_gradients(const char* op, const PerturbSizes& size, const Mask& 
       using Grad = decltype(grad);
       using Out = decltype(out);
       if (images.numel() == 0) return;  // an empty grid is a launch error
-      with_vector<Grad>(mask_aligned && aligned(deleted, inserted, images, references), size.width, [&](auto v) {
+      // four pixels in every type: the masks of eight and their sums do not fit the registers
+      with_vector<float>(mask_aligned && aligned(deleted, inserted, images, references), size.width, [&](auto v) {
         constexpr int V = decltype(v)::value;
         const dim3 shape = grid(blocks(size.pixels() / V), size.channels, size.batch);
         sum_gradients<V><<<shape, THREADS, 0, current_stream(images)>>>(
@@ -264,4 +265,4 @@ STABLE_TORCH_LIBRARY_IMPL(aha, CUDA, m) {
   m.impl("perturb_by_rank_backward", TORCH_BOX(&perturb_by_rank_backward));
 }
 
-}  // namespace aha
+}  // namespace aha::pixels

@@ -20,7 +20,12 @@
 #define AHA_ROLLED
 #endif
 
-namespace aha {
+// an array shared by the block, unless an emulation of CUDA has its own
+#ifndef AHA_SHARED
+#define AHA_SHARED(T, name, count) alignas(16) __shared__ T name[count]
+#endif
+
+namespace aha::pixels {
 
 // Blocks per multiprocessor are part of every __launch_bounds__: left to choose, ptxas buys more of them with spills.
 constexpr int THREADS = 256;
@@ -194,7 +199,7 @@ __global__ void __launch_bounds__(THREADS, 2)
 // grid: x over pixels, y over channels, z over images
 
 template <int V, typename Mask, typename Grad, typename Out>
-__global__ void __launch_bounds__(THREADS, 1)
+__global__ void __launch_bounds__(THREADS, 2)
     sum_gradients(PerturbSizes size, Mask mask, const Grad* __restrict__ deleted, const Grad* __restrict__ inserted,
                   const float* __restrict__ std, Out* __restrict__ images, Out* __restrict__ references) {
   const int64_t first = (static_cast<int64_t>(blockIdx.x) * THREADS + threadIdx.x) * V;
@@ -284,7 +289,7 @@ __global__ void __launch_bounds__(THREADS, 2)
     reduce_columns(PerturbSizes size, Band cols, Range range, Images<In> images, Images<In> references,
                    const float* __restrict__ std, const Grad* __restrict__ deleted,
                    const Grad* __restrict__ inserted, float* __restrict__ partial) {
-  alignas(16) __shared__ float sums[STEPS * TILE];
+  AHA_SHARED(float, sums, STEPS * TILE);
   const Tiling tiling(size);
   const int strip = static_cast<int>(blockIdx.x % tiling.strips);
   const int row = static_cast<int>(blockIdx.x / tiling.strips) * tiling.rows, col = strip * tiling.width;
@@ -363,4 +368,4 @@ static __global__ void __launch_bounds__(THREADS, 2)
   }
 }
 
-}  // namespace aha
+}  // namespace aha::pixels
