@@ -1,0 +1,233 @@
+// Pieces of the ranking kernels that do not depend on where the matrix lies: noise, logits, potentials, the gradient
+// that arrives, column sums over the warps of a CTA, the rank-2T pass of the backward.
+//
+// Rows i are ranks, columns j regions; k of each. A CTA holds a band of consecutive rows of
+//   X_ij = exp(M_ij + F_i + G_j),  M_ij = (2 q_i c_j + noise gamma_ij) / tau,  c_j = a_j - 1/2,  q_i = p_i - 1/2,
+// and the initial column potential is h_j = -c_j^2 / tau; log_sinkhorn: M are the logits given, h = 0.
+// F and G change only where scalings have been absorbed, between two segments of iterations.
+#pragma once
+
+#include "cuda/device.cuh"
+
+namespace aha {
+
+enum class Readout { matrix, log_matrix, steps, regions };  // P, log P, left P, P right
+
+// The arguments of an operator, for all images. tau and seed are read on the device.
+struct Ranking {
+  const float *scores, *logits, *tau;  // scores or logits
+  const int64_t* seed;
+  const float *left, *right;
+  Readout readout;
+  float noise;
+  int k, steps, iterations;
+};
+
+// The logits of one image.
+struct Logits {
+  const float *scores, *given;
+  float tau, noise;
+  uint64_t seed, first;  // first: element of the noise at (0, 0)
+  int k;
+
+  __device__ Logits(const Ranking& p, int64_t image)
+      : scores(p.logits ? nullptr : p.scores + image * p.k),
+        given(p.logits ? p.logits + image * p.k * p.k : nullptr),
+        tau(p.logits ? 1.0f : *p.tau),
+        noise(p.noise),
+        seed(p.logits ? 0 : static_cast<uint64_t>(*p.seed)),
+        first(static_cast<uint64_t>(image) * p.k * p.k),
+        k(p.k) {}
+
+  __device__ float rank(int i) const { return k > 1 ? 0.5f - static_cast<float>(i) / static_cast<float>(k - 1) : 0.5f; }
+  __device__ float centred(int j) const { return scores[j] - 0.5f; }
+  __device__ float initial(int j) const { return given ? 0.0f : -(centred(j) * centred(j)) / tau; }
+};
+
+// The scalings of one image, as saved for the backward.
+struct State {
+  const float* scalings;
+  const int32_t* absorbed;
+  int k;
+
+  __device__ State(const Ranking& p, const float* scalings, const int32_t* absorbed, int64_t image)
+      : scalings(scalings + image * (p.iterations + 1) * 2 * p.k), absorbed(absorbed + image * p.iterations), k(p.k) {}
+
+  __device__ const float* rows(int t) const { return scalings + static_cast<int64_t>(2 * t) * k; }
+  __device__ const float* columns(int t) const { return rows(t) + k; }
+  // Whether iteration t starts from new potentials, with scalings of 1.
+  __device__ bool fresh(int t) const { return t == 1 || absorbed[t - 2]; }
+  // The potential of iteration t: that of the first, and what was absorbed since, in the order it was.
+  __device__ float potential(int side, int index, int t) const {
+    float sum = scalings[side * k + index];
+    for (int s = 2; s <= t; ++s)
+      if (absorbed[s - 2]) sum += logf(rows(s - 1)[side * k + index]);
+    return sum;
+  }
+  // The first iteration with the potentials of iteration t if nothing was absorbed in between, else t; a whole warp.
+  __device__ int origin(int t) const {
+    bool any = false;
+    for (int s = lane(); s < t - 1; s += 32) any |= absorbed[s] != 0;
+    return __any_sync(WARP, any) ? t : 1;
+  }
+};
+
+// Consecutive rows of X, in shared or global memory.
+struct Band {
+  float* x;
+  int first, rows, k;
+  __device__ float* row(int r) const { return x + static_cast<int64_t>(r) * k; }
+};
+
+// Scalings within 2^-32 ... 2^32 stay as they are.
+__device__ __forceinline__ bool outside(float scaling) { return !(scaling >= 0x1p-32f && scaling <= 0x1p32f); }
+
+// The noise of row i, columns from ... to - 1, into `row`; one warp. A lane draws whole Philox blocks of four words.
+__device__ inline void write_noise(const Logits& l, int i, int from, int to, float* row) {
+  const uint64_t start = l.first + static_cast<uint64_t>(i) * l.k;
+  __syncwarp();
+  for (uint64_t quad = (start + from) / 4 + lane(); quad < (start + to + 3) / 4; quad += 32) {
+    const Words words = random_words(l.seed, quad);
+#pragma unroll
+    for (int w = 0; w < 4; ++w) {
+      const int64_t j = static_cast<int64_t>(4 * quad + w - start);
+      if (j >= from && j < to) row[j] = gumbel(words.w[w]);
+    }
+  }
+  __syncwarp();
+}
+
+// M_i into `row`; one warp. Explicit fma: forward and backward must round alike.
+__device__ inline void write_logits(const Logits& l, int i, float* row) {
+  if (l.given) {
+    for (int j = lane(); j < l.k; j += 32) row[j] = l.given[static_cast<int64_t>(i) * l.k + j];
+    return;
+  }
+  if (l.noise != 0.0f) write_noise(l, i, 0, l.k, row);
+  const float twice = 2.0f * l.rank(i);
+  for (int j = lane(); j < l.k; j += 32)
+    row[j] = fmaf(twice, l.centred(j), l.noise != 0.0f ? l.noise * row[j] : 0.0f) / l.tau;
+}
+
+// M_ij + F_i into the band, with F_i = -logsumexp_j(M_ij + h_j), which is also saved.
+__device__ inline void start_rows(const Logits& l, const Band& band, float* potentials) {
+  for (int r = warp(); r < band.rows; r += warps()) {
+    float* row = band.row(r);
+    write_logits(l, band.first + r, row);
+    float top = -INFINITY, sum = 0.0f;
+    for (int j = lane(); j < l.k; j += 32) top = fmaxf(top, row[j] + l.initial(j));
+    top = warp_max(top);
+    for (int j = lane(); j < l.k; j += 32) sum += expf(row[j] + l.initial(j) - top);
+    const float potential = -(top + logf(warp_sum(sum)));
+    for (int j = lane(); j < l.k; j += 32) row[j] += potential;
+    if (lane() == 0) potentials[band.first + r] = potential;
+  }
+}
+
+// M_ij + F_i into the band, with the potentials of iteration t.
+__device__ inline void restart_rows(const Logits& l, const State& state, int t, const Band& band) {
+  t = state.origin(t);
+  for (int r = warp(); r < band.rows; r += warps()) {
+    float* row = band.row(r);
+    write_logits(l, band.first + r, row);
+    const float potential = state.potential(0, band.first + r, t);
+    for (int j = lane(); j < l.k; j += 32) row[j] += potential;
+  }
+}
+
+// X from M_ij + F_i, with the potentials of iteration t. A thread reads the entries it has written itself.
+__device__ inline void exponentiate(const State& state, int t, const Band& band) {
+  t = state.origin(t);
+  for (int j = lane(); j < band.k; j += 32) {
+    const float potential = state.potential(1, j, t);
+    for (int r = warp(); r < band.rows; r += warps()) band.row(r)[j] = expf(band.row(r)[j] + potential);
+  }
+  __syncthreads();
+}
+
+// Passes over tiles of columns: lane l of every warp holds the columns l, l + 32, ... of the tile.
+constexpr int TILE_COLUMNS = 4, TILE = 32 * TILE_COLUMNS;
+using Tile = float[TILE_COLUMNS];
+
+// Sums a tile over the warps in their order, then finish(column, sum) for its first `width` columns.
+template <typename Finish>
+__device__ __forceinline__ void add_warps(const Tile& part, int width, float* buffer, const Finish& finish) {
+  __syncthreads();
+#pragma unroll
+  for (int c = 0; c < TILE_COLUMNS; ++c) buffer[warp() * TILE + lane() + 32 * c] = part[c];
+  __syncthreads();
+  for (int j = threadIdx.x; j < width; j += blockDim.x) {
+    float sum = 0.0f;
+    for (int w = 0; w < warps(); ++w) sum += buffer[w * TILE + j];
+    finish(j, sum);
+  }
+}
+
+// sum_i weights_i row(i) over a tile of columns j0 ... j1 - 1, most weights being 0; all warps. scale (k,) or null.
+template <typename Row, typename Finish>
+__device__ void weigh_rows(const float* weights, const float* scale, int k, const Row& row, int j0, int j1,
+                           float* buffer, const Finish& finish) {
+  Tile part = {};
+  for (int i0 = 32 * warp(); i0 < k; i0 += 32 * warps()) {
+    float weight = i0 + lane() < k ? weights[i0 + lane()] : 0.0f;
+    if (scale && weight != 0.0f) weight *= scale[i0 + lane()];
+    for (unsigned left = __ballot_sync(WARP, weight != 0.0f); left; left &= left - 1) {
+      const int i = __ffs(left) - 1;
+      const float w = __shfl_sync(WARP, weight, i);
+      const float* from = row(i0 + i);
+#pragma unroll
+      for (int c = 0; c < TILE_COLUMNS; ++c) {
+        const int j = j0 + lane() + 32 * c;
+        if (j < j1) part[c] = fmaf(w, from[j], part[c]);
+      }
+    }
+  }
+  add_warps(part, j1 - j0, buffer, [&](int j, float sum) { finish(j0 + j, sum); });
+}
+
+// sum_s left_si grad_sj over a tile of columns, most of left being 0; one warp.
+__device__ inline void weigh_steps(const float* left, const float* grad, int steps, int k, int i, int j0, Tile& sum) {
+#pragma unroll
+  for (int c = 0; c < TILE_COLUMNS; ++c) sum[c] = 0.0f;
+  for (int s0 = 0; s0 < steps; s0 += 32) {
+    const float weight = s0 + lane() < steps ? left[static_cast<int64_t>(s0 + lane()) * k + i] : 0.0f;
+    for (unsigned rest = __ballot_sync(WARP, weight != 0.0f); rest; rest &= rest - 1) {
+      const int s = __ffs(rest) - 1;
+      const float w = __shfl_sync(WARP, weight, s);
+      const float* from = grad + static_cast<int64_t>(s0 + s) * k;
+#pragma unroll
+      for (int c = 0; c < TILE_COLUMNS; ++c) {
+        const int j = j0 + lane() + 32 * c;
+        if (j < k) sum[c] = fmaf(w, from[j], sum[c]);
+      }
+    }
+  }
+}
+
+// The gradient that arrives at P (of log_sinkhorn: at log P), from that of the output of one image.
+struct Arriving {
+  const float *grad, *left, *right;
+  Readout readout;
+  int steps, k;
+
+  __device__ Arriving(const Ranking& p, const float* grad, int64_t image)
+      : grad(grad + image * p.k * (p.readout == Readout::steps ? p.steps : p.readout == Readout::regions ? 1 : p.k)),
+        left(p.left),
+        right(p.right ? p.right + image * p.k : nullptr),
+        readout(p.readout),
+        steps(p.steps),
+        k(p.k) {}
+
+  // Row i over the tile of columns that starts at j0; one warp.
+  __device__ void row(int i, int j0, Tile& g) const {
+    if (readout == Readout::steps) return weigh_steps(left, grad, steps, k, i, j0, g);
+#pragma unroll
+    for (int c = 0; c < TILE_COLUMNS; ++c) {
+      const int j = j0 + lane() + 32 * c;
+      if (j >= k) g[c] = 0.0f;
+      else g[c] = readout == Readout::regions ? grad[i] * right[j] : grad[static_cast<int64_t>(i) * k + j];
+    }
+  }
+};
+
+}  // namespace aha

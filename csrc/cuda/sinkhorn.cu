@@ -1,0 +1,305 @@
+// The ranking operators on CUDA: checks, choice of layout, launches. The kernels are in sinkhorn.cuh.
+#include <cuda_runtime.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/macros.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <map>
+#include <mutex>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "cuda/sinkhorn_launch.cuh"
+
+namespace aha {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using torch::stable::accelerator::DeviceGuard;
+using Tensors3 = std::tuple<Tensor, Tensor, Tensor>;
+using Sizes = std::vector<int64_t>;
+
+// ---- launches
+
+cudaLaunchConfig_t configure(const Shape& shape, cudaStream_t stream, cudaLaunchAttribute& cluster) {
+  STD_TORCH_CHECK(shape.blocks <= MAX_BLOCKS, "sinkhorn on CUDA: ", shape.blocks,
+                  " blocks of threads are more than one launch can have; split the batch");
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(shape.blocks));
+  config.blockDim = dim3(static_cast<unsigned>(shape.threads));
+  config.dynamicSmemBytes = static_cast<size_t>(shape.shared_bytes);
+  config.stream = stream;
+  if (shape.cluster == 1) return config;
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim = {static_cast<unsigned>(shape.cluster), 1, 1};
+  config.attrs = &cluster;
+  config.numAttrs = 1;
+  return config;
+}
+
+int attribute(cudaDeviceAttr name, int device) {
+  int value = 0;
+  STD_CUDA_CHECK(cudaDeviceGetAttribute(&value, name, device));
+  return value;
+}
+
+// Lets a kernel have what the device can give: always the same, as other threads may launch it with another size.
+template <typename Kernel>
+void allow(const Shape& shape, Kernel* kernel, int device) {
+  if (shape.shared_bytes > 48 << 10) {
+    const int limit = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, limit));
+  }
+  if (shape.cluster > 8)
+    STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
+}
+
+// Launches on the current stream of the tensor's device.
+auto launcher(const Tensor& on) {
+  void* stream = nullptr;
+  const int device = on.get_device_index();
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+  return [stream, device](const Shape& shape, auto* kernel, const auto&... arguments) {
+    cudaLaunchAttribute cluster;
+    const cudaLaunchConfig_t config = configure(shape, static_cast<cudaStream_t>(stream), cluster);
+    allow(shape, kernel, device);
+    STD_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, arguments...));
+  };
+}
+
+// Whether the device can hold one of these clusters at all: parts of it may be disabled or given to others.
+bool fits(const Plan& plan, int64_t k, bool backward, int device) {
+  if (plan.ranks == 1) return true;
+  if (!attribute(cudaDevAttrClusterLaunch, device)) return false;
+  int active = 0;
+  with_columns(plan, [&]<bool CLUSTER, int N>() {
+    const auto ask = [&](auto* kernel) {
+      const Shape shape = plan.shape(1, k, backward);
+      cudaLaunchAttribute cluster;
+      const cudaLaunchConfig_t config = configure(shape, nullptr, cluster);
+      allow(shape, kernel, device);
+      if (cudaOccupancyMaxActiveClusters(&active, kernel, &config) != cudaSuccess) {
+        cudaGetLastError();  // a cluster this device refuses is an answer, not an error
+        active = 0;
+      }
+    };
+    backward ? ask(resident_backward<CLUSTER, N>) : ask(resident_forward<CLUSTER, N>);
+  });
+  return active > 0;
+}
+
+Plan plan_on(int device, int64_t k, bool backward) {
+  static std::mutex mutex;
+  static std::map<std::tuple<int, int64_t, bool>, Plan> known;
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto key = std::make_tuple(device, k, backward);
+  if (const auto found = known.find(key); found != known.end()) return found->second;
+  const int shared = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  const Plan plan = choose_plan(k, backward, shared, [&](const Plan& plan) { return fits(plan, k, backward, device); });
+  return known[key] = plan;
+}
+
+// ---- checks
+
+void check(const Tensor& tensor, const char* name, int64_t dimensions, const Tensor& like) {
+  STD_TORCH_CHECK(tensor.dim() == dimensions && tensor.scalar_type() == ScalarType::Float, name, " has ", tensor.dim(),
+                  " dimensions of ", torch::headeronly::toString(tensor.scalar_type()), "; on CUDA it must have ",
+                  dimensions, " of float32");
+  STD_TORCH_CHECK(tensor.device() == like.device(), name, " is on another device than the first argument; move it");
+}
+
+void check_sizes(const Tensor& tensor, const char* name, const Sizes& sizes) {
+  for (size_t d = 0; d < sizes.size(); ++d)
+    STD_TORCH_CHECK(tensor.size(static_cast<int64_t>(d)) == sizes[d], name, " has ",
+                    tensor.size(static_cast<int64_t>(d)), " entries in dimension ", d, "; it must have ", sizes[d]);
+}
+
+int as_int(int64_t value, const char* name) {
+  STD_TORCH_CHECK(value >= 0 && value < (int64_t{1} << 30), name, " is ", value, "; it must be in 0 ... 2^30 - 1");
+  return static_cast<int>(value);
+}
+
+const float* data(const std::optional<Tensor>& tensor) { return tensor ? tensor->const_data_ptr<float>() : nullptr; }
+
+std::optional<Tensor> contiguous(const std::optional<Tensor>& tensor) {
+  return tensor ? std::optional<Tensor>(torch::stable::contiguous(*tensor)) : std::nullopt;
+}
+
+// The inputs of an operator, checked and contiguous, which the kernels' arguments point into.
+struct Inputs {
+  Tensor given, tau, seed;  // of log_sinkhorn only the first
+  std::optional<Tensor> left, right;
+  Ranking ranking{};
+  int64_t batch = 0, k = 0;
+
+  Inputs(const Tensor& logits, int64_t iterations) : given(logits), tau(logits), seed(logits) {
+    check(logits, "logits", 3, logits);
+    check_sizes(logits, "logits", {logits.size(0), logits.size(2), logits.size(2)});
+    start(iterations);
+    ranking.logits = given.const_data_ptr<float>();
+    ranking.readout = Readout::log_matrix;
+  }
+
+  Inputs(const Tensor& scores, const Tensor& tau_, const Tensor& seed_, const std::optional<Tensor>& left_,
+         const std::optional<Tensor>& right_, int64_t iterations, double noise)
+      : given(scores), tau(tau_), seed(seed_), left(contiguous(left_)), right(contiguous(right_)) {
+    check(scores, "scores", 2, scores);
+    check(tau, "tau", 0, scores);
+    STD_TORCH_CHECK(seed.dim() == 0 && seed.scalar_type() == ScalarType::Long && seed.device() == scores.device(),
+                    "seed must be a 0-dim int64 tensor on the device of the scores");
+    STD_TORCH_CHECK(!(left && right), "left and right are both given; give one of them");
+    start(iterations);
+    if (left) check(*left, "left", 2, scores), check_sizes(*left, "left", {left->size(0), k});
+    if (right) check(*right, "right", 2, scores), check_sizes(*right, "right", {batch, k});
+    ranking.scores = given.const_data_ptr<float>();
+    ranking.tau = tau.const_data_ptr<float>();
+    ranking.seed = seed.const_data_ptr<int64_t>();
+    ranking.left = data(left);
+    ranking.right = data(right);
+    ranking.readout = left ? Readout::steps : right ? Readout::regions : Readout::matrix;
+    ranking.noise = static_cast<float>(noise);
+    ranking.steps = left ? as_int(left->size(0), "the number of steps") : 0;
+  }
+
+  void start(int64_t iterations) {
+    given = torch::stable::contiguous(given);
+    batch = given.size(0);
+    k = given.size(given.dim() - 1);
+    STD_TORCH_CHECK(k >= 1 && iterations >= 1, "there are ", k, " regions and ", iterations,
+                    " iterations; both must be at least 1");
+    ranking.k = as_int(k, "the number of regions");
+    ranking.iterations = as_int(iterations, "the number of iterations");
+  }
+
+  Sizes out_sizes() const {
+    if (right) return {batch, k};
+    return {batch, left ? left->size(0) : k, k};
+  }
+
+  void check_state(const Tensor& grad, const Tensor& scalings, const Tensor& absorbed) const {
+    const Sizes sizes = out_sizes();
+    check(grad, "grad", static_cast<int64_t>(sizes.size()), given);
+    check_sizes(grad, "grad", sizes);
+    check(scalings, "scalings", 4, given);
+    check_sizes(scalings, "scalings", {batch, ranking.iterations + 1, 2, k});
+    STD_TORCH_CHECK(absorbed.dim() == 2 && absorbed.scalar_type() == ScalarType::Int &&
+                        absorbed.device() == given.device(),
+                    "absorbed must be an int32 tensor of 2 dimensions on the device of the first argument");
+    check_sizes(absorbed, "absorbed", {batch, ranking.iterations});
+  }
+};
+
+// ---- operators
+
+Tensor empty(const Tensor& like, const Sizes& sizes) {
+  return torch::stable::new_empty(like, sizes, ScalarType::Float);
+}
+
+Tensors3 forward(const Inputs& inputs) {
+  const DeviceGuard guard(inputs.given.get_device_index());
+  const Plan plan = plan_on(inputs.given.get_device_index(), inputs.k, false);
+  const int64_t iterations = inputs.ranking.iterations;
+  Tensor out = empty(inputs.given, inputs.out_sizes());
+  Tensor scalings = empty(inputs.given, {inputs.batch, iterations + 1, 2, inputs.k});
+  Tensor absorbed = torch::stable::new_empty(inputs.given, Sizes{inputs.batch, iterations}, ScalarType::Int);
+  Tensor workspace = empty(inputs.given, {inputs.batch * plan.workspace_floats(inputs.k, false)});
+  const ForwardTensors to{out.mutable_data_ptr<float>(), scalings.mutable_data_ptr<float>(),
+                          absorbed.mutable_data_ptr<int32_t>(), workspace.mutable_data_ptr<float>()};
+  run_forward(plan, inputs.ranking, to, inputs.batch, launcher(inputs.given));
+  return {out, scalings, absorbed};
+}
+
+void backward(const Inputs& inputs, const Tensor& grad, const Tensor& scalings, const Tensor& absorbed,
+              BackwardTensors to) {
+  const DeviceGuard guard(inputs.given.get_device_index());
+  const Plan plan = plan_on(inputs.given.get_device_index(), inputs.k, true);
+  const Tensor grad_data = torch::stable::contiguous(grad), scalings_data = torch::stable::contiguous(scalings);
+  const Tensor absorbed_data = torch::stable::contiguous(absorbed);
+  Tensor kept = empty(inputs.given, {inputs.batch * kept_floats(inputs.k, inputs.ranking.iterations)});
+  Tensor workspace = empty(inputs.given, {inputs.batch * plan.workspace_floats(inputs.k, true)});
+  to.grad = grad_data.const_data_ptr<float>();
+  to.scalings = scalings_data.const_data_ptr<float>();
+  to.absorbed = absorbed_data.const_data_ptr<int32_t>();
+  to.kept = kept.mutable_data_ptr<float>();
+  to.workspace = workspace.mutable_data_ptr<float>();
+  run_backward(plan, inputs.ranking, to, inputs.batch, launcher(inputs.given));
+}
+
+Tensors3 gumbel_sinkhorn(const Tensor& scores, const Tensor& tau, const Tensor& seed, const std::optional<Tensor>& left,
+                         const std::optional<Tensor>& right, int64_t n_iters, double noise) {
+  return forward(Inputs(scores, tau, seed, left, right, n_iters, noise));
+}
+
+Tensors3 gumbel_sinkhorn_backward(const Tensor& grad, const Tensor& scores, const Tensor& tau, const Tensor& seed,
+                                  const std::optional<Tensor>& left, const std::optional<Tensor>& right,
+                                  const Tensor& scalings, const Tensor& absorbed, double noise, bool need_tau) {
+  STD_TORCH_CHECK(absorbed.dim() == 2, "absorbed has ", absorbed.dim(), " dimensions; it must have 2");
+  const Inputs inputs(scores, tau, seed, left, right, absorbed.size(1), noise);
+  inputs.check_state(grad, scalings, absorbed);
+  Tensor grad_scores = empty(scores, {inputs.batch, inputs.k});
+  Tensor grad_tau = empty(scores, {need_tau ? inputs.batch : 0});
+  Tensor grad_right = empty(scores, right ? Sizes{inputs.batch, inputs.k} : Sizes{0});
+  BackwardTensors to{};
+  to.grad_scores = grad_scores.mutable_data_ptr<float>();
+  to.grad_tau = need_tau ? grad_tau.mutable_data_ptr<float>() : nullptr;
+  to.grad_right = right ? grad_right.mutable_data_ptr<float>() : nullptr;
+  backward(inputs, grad, scalings, absorbed, to);
+  return {grad_scores, grad_tau, grad_right};
+}
+
+Tensors3 log_sinkhorn(const Tensor& logits, int64_t n_iters) { return forward(Inputs(logits, n_iters)); }
+
+Tensor log_sinkhorn_backward(const Tensor& grad, const Tensor& logits, const Tensor& scalings,
+                             const Tensor& absorbed) {
+  STD_TORCH_CHECK(absorbed.dim() == 2, "absorbed has ", absorbed.dim(), " dimensions; it must have 2");
+  const Inputs inputs(logits, absorbed.size(1));
+  inputs.check_state(grad, scalings, absorbed);
+  Tensor grad_logits = empty(logits, {inputs.batch, inputs.k, inputs.k});
+  BackwardTensors to{};
+  to.grad_logits = grad_logits.mutable_data_ptr<float>();
+  backward(inputs, grad, scalings, absorbed, to);
+  return grad_logits;
+}
+
+// weights P (B,S,K), or backwards weights^T grad (B,K,K).
+Tensor masks(const Tensor& given, const char* name, const Tensor& weights, bool backward) {
+  check(given, name, 3, given);
+  check(weights, "weights", 2, given);
+  const int64_t batch = given.size(0), steps = weights.size(0), k = weights.size(1);
+  check_sizes(given, name, {batch, backward ? steps : k, k});
+  const DeviceGuard guard(given.get_device_index());
+  Tensor out = empty(given, {batch, backward ? k : steps, k});
+  const Tensor from = torch::stable::contiguous(given), by = torch::stable::contiguous(weights);
+  const auto run = [&](auto&& operation) {
+    operation(from.const_data_ptr<float>(), by.const_data_ptr<float>(), out.mutable_data_ptr<float>(), batch,
+              as_int(k, "the number of regions"), as_int(steps, "the number of steps"), launcher(given));
+  };
+  backward ? run([](auto... a) { run_masks_backward(a...); }) : run([](auto... a) { run_masks(a...); });
+  return out;
+}
+
+Tensor cumulative_masks(const Tensor& permutation, const Tensor& weights) {
+  return masks(permutation, "permutation", weights, false);
+}
+
+Tensor cumulative_masks_backward(const Tensor& grad, const Tensor& weights) {
+  return masks(grad, "grad", weights, true);
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(aha, CUDA, m) {
+  m.impl("gumbel_sinkhorn", TORCH_BOX(&gumbel_sinkhorn));
+  m.impl("gumbel_sinkhorn_backward", TORCH_BOX(&gumbel_sinkhorn_backward));
+  m.impl("log_sinkhorn", TORCH_BOX(&log_sinkhorn));
+  m.impl("log_sinkhorn_backward", TORCH_BOX(&log_sinkhorn_backward));
+  m.impl("cumulative_masks", TORCH_BOX(&cumulative_masks));
+  m.impl("cumulative_masks_backward", TORCH_BOX(&cumulative_masks_backward));
+}
+
+}  // namespace aha

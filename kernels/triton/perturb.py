@@ -1,0 +1,369 @@
+"""Deletion and insertion images: from soft masks upsampled by two banded matrices, and from pixel ranks.
+
+    inserted = r + m (x − r),  deleted = x + r − inserted,  then (y − mean)/std and a cast;  arithmetic in float32
+
+Bound by the 2·B·S·C·H·W values written. Gradients are gathered by the programs that own them: no atomics.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# ---- launch configurations: pixels of a tile (rows × columns), or in a row; warps
+PATCH, PATCH_WARPS = (4, 128), 4
+SPAN, SPAN_WARPS = 512, 4
+FOLD = (16, 32)  # pixel rows × pixel columns folded into cells at a time
+FOLD_WARPS = 4
+
+
+@triton.jit
+def _upsampled(grid, row_cell, row_weight, col_cell, col_weight, y, x, height, width, cols, row_taps, col_taps):
+    """A tile of the mask whose cells start at ``grid``."""
+    keep = tl.zeros((y.shape[0], x.shape[0]), tl.float32)
+    for a in range(row_taps):
+        row = tl.load(row_cell + y * row_taps + a, y < height, 0) * cols
+        vertical = tl.load(row_weight + y * row_taps + a, y < height, 0.0)
+        for c in range(col_taps):
+            cell = tl.load(col_cell + x * col_taps + c, x < width, 0)
+            horizontal = tl.load(col_weight + x * col_taps + c, x < width, 0.0)
+            keep += vertical[:, None] * horizontal[None, :] * tl.load(grid + row[:, None] + cell[None, :])
+    return keep
+
+
+@triton.jit
+def _normalised(value, mean, std, c):
+    if mean is not None:
+        value -= tl.load(mean + c)
+    if std is not None:
+        value = tl.div_rn(value, tl.load(std + c))
+    return value
+
+
+@triton.jit
+def _patch(height, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Pixels of this program's tile, from program_id(1): y, x, y·W + x, and which exist."""
+    across = tl.cdiv(width, COLUMNS)
+    y = tl.program_id(1) // across * ROWS + tl.arange(0, ROWS)
+    x = tl.program_id(1) % across * COLUMNS + tl.arange(0, COLUMNS)
+    return y, x, y[:, None] * width + x[None, :], (y < height)[:, None] & (x < width)[None, :]
+
+
+@triton.jit
+def blend(
+    images,
+    references,
+    masks,
+    row_cell,
+    row_weight,
+    col_cell,
+    col_weight,
+    mean,
+    std,
+    deleted,
+    inserted,
+    steps,
+    channels,
+    height,
+    width,
+    rows,
+    cols,
+    row_taps,
+    col_taps,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Both images of one (image, step) and one tile of pixels; grid (B·S, tiles)."""
+    pair = tl.program_id(0).to(tl.int64)
+    y, x, pixel, inside = _patch(height, width, ROWS, COLUMNS)
+    grid = masks + pair * rows * cols
+    keep = _upsampled(grid, row_cell, row_weight, col_cell, col_weight, y, x, height, width, cols, row_taps, col_taps)
+    for c in range(channels):
+        at = (pair // steps * channels + c) * height * width + pixel
+        image = tl.load(images + at, inside, 0.0).to(tl.float32)
+        reference = tl.load(references + at, inside, 0.0).to(tl.float32)
+        shown = reference + keep * (image - reference)
+        gone = image + reference - shown
+        to = (pair * channels + c) * height * width + pixel
+        tl.store(inserted + to, _normalised(shown, mean, std, c).to(inserted.dtype.element_ty), inside)
+        tl.store(deleted + to, _normalised(gone, mean, std, c).to(deleted.dtype.element_ty), inside)
+
+
+@triton.jit
+def blend_backward_images(
+    grad_deleted,
+    grad_inserted,
+    masks,
+    row_cell,
+    row_weight,
+    col_cell,
+    col_weight,
+    std,
+    grad_images,
+    grad_references,
+    steps,
+    channels,
+    height,
+    width,
+    rows,
+    cols,
+    row_taps,
+    col_taps,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Gradients of one channel of an image and its reference, summed over steps; grid (B·C, tiles)."""
+    plane = tl.program_id(0).to(tl.int64)
+    b, c = plane // channels, plane % channels
+    y, x, pixel, inside = _patch(height, width, ROWS, COLUMNS)
+    image, reference = tl.zeros((ROWS, COLUMNS), tl.float32), tl.zeros((ROWS, COLUMNS), tl.float32)
+    for s in range(steps):
+        pair = b * steps + s
+        grid = masks + pair * rows * cols
+        keep = _upsampled(
+            grid, row_cell, row_weight, col_cell, col_weight, y, x, height, width, cols, row_taps, col_taps
+        )
+        at = (pair * channels + c) * height * width + pixel
+        gone = tl.load(grad_deleted + at, inside, 0.0).to(tl.float32)
+        shown = tl.load(grad_inserted + at, inside, 0.0).to(tl.float32)
+        image += gone + keep * (shown - gone)
+        reference += shown + keep * (gone - shown)
+    at = plane * height * width + pixel
+    tl.store(grad_images + at, _normalised(image, None, std, c).to(grad_images.dtype.element_ty), inside)
+    tl.store(grad_references + at, _normalised(reference, None, std, c).to(grad_references.dtype.element_ty), inside)
+
+
+@triton.jit
+def _band(cell, weight, pixel, pixels, taps, cells):
+    """A tile (pixels × cells) of a banded matrix."""
+    band = tl.zeros((pixel.shape[0], cells.shape[0]), tl.float32)
+    for tap in range(taps):
+        at = pixel * taps + tap
+        here = tl.load(cell + at, pixel < pixels, -1)
+        band += tl.where(here[:, None] == cells[None, :], tl.load(weight + at, pixel < pixels, 0.0)[:, None], 0.0)
+    return band
+
+
+@triton.jit
+def fold_columns(
+    grad_deleted,
+    grad_inserted,
+    images,
+    references,
+    col_cell,
+    col_weight,
+    std,
+    folded,
+    steps,
+    channels,
+    height,
+    width,
+    cols,
+    col_taps,
+    ROWS: tl.constexpr,
+    PIXELS: tl.constexpr,
+    CELLS: tl.constexpr,
+):
+    """∂ℓ/∂mask of a block of pixel rows, times the column band: (B,S,H,cols); grid (B·S, row blocks)."""
+    pair = tl.program_id(0).to(tl.int64)
+    y, cells = tl.program_id(1) * ROWS + tl.arange(0, ROWS), tl.arange(0, CELLS)
+    total = tl.zeros((ROWS, CELLS), tl.float32)
+    for first in range(0, width, PIXELS):
+        x = first + tl.arange(0, PIXELS)
+        pixel, inside = y[:, None] * width + x[None, :], (y < height)[:, None] & (x < width)[None, :]
+        slope = tl.zeros((ROWS, PIXELS), tl.float32)
+        for c in range(channels):
+            at = (pair * channels + c) * height * width + pixel
+            change = tl.load(grad_inserted + at, inside, 0.0).to(tl.float32)
+            change -= tl.load(grad_deleted + at, inside, 0.0).to(tl.float32)
+            at = (pair // steps * channels + c) * height * width + pixel
+            image = tl.load(images + at, inside, 0.0).to(tl.float32)
+            reference = tl.load(references + at, inside, 0.0).to(tl.float32)
+            slope += _normalised(change * (image - reference), None, std, c)
+        band = _band(col_cell, col_weight, x, width, col_taps, cells)
+        total = tl.dot(slope, band, total, input_precision="ieee")
+    at = (pair * height + y)[:, None] * cols + cells[None, :]
+    tl.store(folded + at, total, (y < height)[:, None] & (cells < cols)[None, :])
+
+
+@triton.jit
+def fold_rows(
+    folded,
+    row_cell,
+    row_weight,
+    grad_masks,
+    height,
+    rows,
+    cols,
+    row_taps,
+    ROWS: tl.constexpr,
+    PIXELS: tl.constexpr,
+    CELLS: tl.constexpr,
+):
+    """The transposed row band times ``folded``: (B,S,rows·cols); grid (B·S, blocks of cell rows)."""
+    pair = tl.program_id(0).to(tl.int64)
+    row, cells = tl.program_id(1) * ROWS + tl.arange(0, ROWS), tl.arange(0, CELLS)
+    total = tl.zeros((ROWS, CELLS), tl.float32)
+    for first in range(0, height, PIXELS):
+        y = first + tl.arange(0, PIXELS)
+        at = (pair * height + y)[:, None] * cols + cells[None, :]
+        part = tl.load(folded + at, (y < height)[:, None] & (cells < cols)[None, :], 0.0)
+        band = _band(row_cell, row_weight, y, height, row_taps, row)
+        total = tl.dot(tl.trans(band), part, total, input_precision="ieee")
+    at = pair * rows * cols + row[:, None] * cols + cells[None, :]
+    tl.store(grad_masks + at, total, (row < rows)[:, None] & (cells < cols)[None, :])
+
+
+@triton.jit
+def choose(
+    images, references, ranks, counts, mean, std, deleted, inserted, steps, channels, pixels, SPAN: tl.constexpr
+):
+    """Both images of one (image, count): pixels with rank < count keep the image; grid (B·S, spans)."""
+    pair = tl.program_id(0).to(tl.int64)
+    pixel = tl.program_id(1) * SPAN + tl.arange(0, SPAN)
+    inside = pixel < pixels
+    keep = tl.load(ranks + pair // steps * pixels + pixel, inside, 0) < tl.load(counts + pair % steps)
+    for c in range(channels):
+        at = (pair // steps * channels + c) * pixels + pixel
+        image = _normalised(tl.load(images + at, inside, 0.0).to(tl.float32), mean, std, c)
+        reference = _normalised(tl.load(references + at, inside, 0.0).to(tl.float32), mean, std, c)
+        to = (pair * channels + c) * pixels + pixel
+        tl.store(inserted + to, tl.where(keep, image, reference).to(inserted.dtype.element_ty), inside)
+        tl.store(deleted + to, tl.where(keep, reference, image).to(deleted.dtype.element_ty), inside)
+
+
+@triton.jit
+def choose_backward(
+    grad_deleted,
+    grad_inserted,
+    ranks,
+    counts,
+    std,
+    grad_images,
+    grad_references,
+    steps,
+    channels,
+    pixels,
+    SPAN: tl.constexpr,
+):
+    """Gradients of one channel of an image and its reference, summed over counts in order; grid (B·C, spans)."""
+    plane = tl.program_id(0).to(tl.int64)
+    b, c = plane // channels, plane % channels
+    pixel = tl.program_id(1) * SPAN + tl.arange(0, SPAN)
+    inside = pixel < pixels
+    rank = tl.load(ranks + b * pixels + pixel, inside, 0)
+    image, reference = tl.zeros((SPAN,), tl.float32), tl.zeros((SPAN,), tl.float32)
+    for s in range(steps):
+        at = ((b * steps + s) * channels + c) * pixels + pixel
+        gone = tl.load(grad_deleted + at, inside, 0.0).to(tl.float32)
+        shown = tl.load(grad_inserted + at, inside, 0.0).to(tl.float32)
+        keep = rank < tl.load(counts + s)
+        image += tl.where(keep, shown, gone)
+        reference += tl.where(keep, gone, shown)
+    at = plane * pixels + pixel
+    tl.store(grad_images + at, _normalised(image, None, std, c).to(grad_images.dtype.element_ty), inside)
+    tl.store(grad_references + at, _normalised(reference, None, std, c).to(grad_references.dtype.element_ty), inside)
+
+
+# ---- launchers
+
+
+def _tiles(height: int, width: int) -> int:
+    return triton.cdiv(height, PATCH[0]) * triton.cdiv(width, PATCH[1])
+
+
+def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
+    return [None if t is None else t.contiguous() for t in tensors]
+
+
+def _pair(like: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:
+    return like.new_empty(shape, dtype=dtype), like.new_empty(shape, dtype=dtype)
+
+
+def perturb(
+    images, references, masks, row_cell, row_weight, col_cell, col_weight, rows, cols, mean, std, dtype
+) -> tuple[Tensor, Tensor]:
+    batch, channels, height, width = images.shape
+    steps = masks.shape[1]
+    deleted, inserted = _pair(images, (batch, steps, channels, height, width), dtype)
+    if deleted.numel():
+        tensors = images, references, masks, row_cell, row_weight, col_cell, col_weight, mean, std
+        sizes = steps, channels, height, width, rows, cols, row_cell.shape[1], col_cell.shape[1]
+        grid = batch * steps, _tiles(height, width)
+        blend[grid](*_contiguous(*tensors), deleted, inserted, *sizes, *PATCH, num_warps=PATCH_WARPS)
+    return deleted, inserted
+
+
+def perturb_backward(
+    grad_deleted,
+    grad_inserted,
+    images,
+    references,
+    masks,
+    row_cell,
+    row_weight,
+    col_cell,
+    col_weight,
+    rows,
+    cols,
+    std,
+    need_images,
+) -> tuple[Tensor, Tensor, Tensor]:
+    batch, channels, height, width = images.shape
+    steps = masks.shape[1]
+    grads = _contiguous(grad_deleted, grad_inserted)
+    row_taps, col_taps = row_cell.shape[1], col_cell.shape[1]
+    row_cell, row_weight, col_cell, col_weight, std = _contiguous(row_cell, row_weight, col_cell, col_weight, std)
+
+    grad_masks = torch.empty(masks.shape, dtype=masks.dtype, device=masks.device)
+    if grad_masks.numel():
+        pairs = batch * steps
+        folded = masks.new_empty(pairs, height, cols)
+        values = *grads, *_contiguous(images, references), col_cell, col_weight, std, folded
+        cells = max(16, triton.next_power_of_2(cols))
+        fold_columns[pairs, triton.cdiv(height, FOLD[0])](
+            *values, steps, channels, height, width, cols, col_taps, *FOLD, cells, num_warps=FOLD_WARPS
+        )
+        fold_rows[pairs, triton.cdiv(rows, FOLD[0])](
+            folded, row_cell, row_weight, grad_masks, height, rows, cols, row_taps, *FOLD, cells, num_warps=FOLD_WARPS
+        )
+
+    grad_images, grad_references = _pair(images, tuple(images.shape) if need_images else (0,), None)
+    if grad_images.numel():
+        taps = row_cell, row_weight, col_cell, col_weight
+        sizes = steps, channels, height, width, rows, cols, row_taps, col_taps
+        blend_backward_images[batch * channels, _tiles(height, width)](
+            *grads,
+            masks.contiguous(),
+            *taps,
+            std,
+            grad_images,
+            grad_references,
+            *sizes,
+            *PATCH,
+            num_warps=PATCH_WARPS,
+        )
+    return grad_masks, grad_images, grad_references
+
+
+def perturb_by_rank(images, references, ranks, counts, mean=None, std=None, dtype=None) -> tuple[Tensor, Tensor]:
+    batch, channels, height, width = images.shape
+    steps, pixels = counts.shape[0], height * width
+    deleted, inserted = _pair(images, (batch, steps, channels, height, width), dtype)
+    if deleted.numel():
+        tensors = _contiguous(images, references, ranks, counts, mean, std)
+        grid = batch * steps, triton.cdiv(pixels, SPAN)
+        choose[grid](*tensors, deleted, inserted, steps, channels, pixels, SPAN, num_warps=SPAN_WARPS)
+    return deleted, inserted
+
+
+def perturb_by_rank_backward(grad_deleted, grad_inserted, ranks, counts, std=None, dtype=None) -> tuple[Tensor, Tensor]:
+    batch, steps, channels, height, width = grad_deleted.shape
+    pixels = height * width
+    grad_images, grad_references = _pair(grad_deleted, (batch, channels, height, width), dtype)
+    if grad_images.numel():
+        tensors = _contiguous(grad_deleted, grad_inserted, ranks, counts, std)
+        choose_backward[batch * channels, triton.cdiv(pixels, SPAN)](
+            *tensors, grad_images, grad_references, steps, channels, pixels, SPAN, num_warps=SPAN_WARPS
+        )
+    return grad_images, grad_references

@@ -1,0 +1,86 @@
+"""Sums of rank rows with mostly-zero weights, and their gradient: shared by cumulative_masks and the ranking.
+
+A block of weights that is all zero costs one look at it, so steps of cumulative weights cost about K² per image.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+ROWS, COLUMNS = 16, 64  # one tile; 32 registers a thread at one warp
+
+
+@triton.jit
+def entries(i, j, k):
+    """Offsets of rows ``i``, columns ``j`` in a K×K matrix, and which of them exist.
+
+    In 32 bits, which halves the registers of an address: a matrix has fewer than 2³¹ entries, a batch may have more.
+    """
+    return i[:, None] * k + j[None, :], (i < k)[:, None] & (j < k)[None, :]
+
+
+@triton.jit
+def upstream(grad, left, right, b, i, j, k, steps):
+    """A tile of ∂ℓ/∂P from the gradient of the output: of P itself, of left P (B,S,K) or of P right (B,K)."""
+    if left is not None:
+        total = tl.zeros((i.shape[0], j.shape[0]), tl.float32)
+        for chunk in range(0, steps, 8):
+            s = chunk + tl.arange(0, 8)
+            weights = tl.load(left + s[:, None] * k + i[None, :], (s < steps)[:, None] & (i < k)[None, :], 0.0)
+            if tl.max(tl.abs(weights)) > 0:
+                for n in range(chunk, tl.minimum(chunk + 8, steps)):
+                    weight = tl.load(left + n * k + i, i < k, 0.0)
+                    total += weight[:, None] * tl.load(grad + (b * steps + n) * k + j, j < k, 0.0)[None, :]
+        return total
+    elif right is not None:  # noqa: RET505  (only the branch that applies is compiled)
+        along = tl.load(right + b * k + j, j < k, 0.0)
+        return tl.load(grad + b * k + i, i < k, 0.0)[:, None] * along[None, :]
+    else:
+        offsets, inside = entries(i, j, k)
+        return tl.load(grad + b * k * k + offsets, inside, 0.0)
+
+
+@triton.jit
+def weigh_rows(permutation, weights, out, k, steps, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """out_s = Σ_i weights_si permutation_i: (B,K,K), (S,K) → (B,S,K); grid (B·S, column blocks)."""
+    b = tl.program_id(0).to(tl.int64) // steps
+    s = tl.program_id(0) % steps
+    j = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    total = tl.zeros((COLUMNS,), tl.float32)
+    for first in range(0, k, ROWS):
+        i = first + tl.arange(0, ROWS)
+        weight = tl.load(weights + s * k + i, i < k, 0.0)
+        if tl.max(tl.abs(weight)) > 0:
+            offsets, inside = entries(i, j, k)
+            total += tl.sum(weight[:, None] * tl.load(permutation + b * k * k + offsets, inside, 0.0), 0)
+    tl.store(out + (b * steps + s) * k + j, total, j < k)
+
+
+@triton.jit
+def spread_rows(grad, weights, out, k, steps, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """out_ij = Σ_s weights_si grad_sj: (B,S,K), (S,K) → (B,K,K); grid (B, row blocks, column blocks)."""
+    b = tl.program_id(0).to(tl.int64)
+    i = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    j = tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)
+    offsets, inside = entries(i, j, k)
+    tl.store(out + b * k * k + offsets, upstream(grad, weights, None, b, i, j, k, steps), inside)
+
+
+def cumulative_masks(permutation: Tensor, weights: Tensor) -> Tensor:
+    batch, k, _ = permutation.shape
+    steps = weights.shape[0]
+    out = permutation.new_empty(batch, steps, k)
+    if out.numel():
+        grid = batch * steps, triton.cdiv(k, COLUMNS)
+        weigh_rows[grid](permutation.contiguous(), weights.contiguous(), out, k, steps, ROWS, COLUMNS, num_warps=1)
+    return out
+
+
+def cumulative_masks_backward(grad: Tensor, weights: Tensor) -> Tensor:
+    batch, steps, k = grad.shape
+    out = torch.empty(batch, k, k, dtype=grad.dtype, device=grad.device)
+    if out.numel():
+        grid = batch, triton.cdiv(k, ROWS), triton.cdiv(k, COLUMNS)
+        spread_rows[grid](grad.contiguous(), weights.contiguous(), out, k, steps, ROWS, COLUMNS, num_warps=1)
+    return out

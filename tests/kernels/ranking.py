@@ -1,0 +1,95 @@
+"""Problems for the ranking operators and their truth, shared by the tests of the CUDA kernels.
+
+Truth is the float64 reference on the same float32 inputs. The bound of every comparison is twice the error of the
+float32 reference, and 1e-6 of the largest value.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from aha.kernels import reference
+
+READOUTS = ("matrix", "steps", "dense steps", "regions", "log")
+
+
+class Problem(NamedTuple):
+    """The inputs of gumbel_sinkhorn (``scores`` (B, K)) or of log_sinkhorn (``logits`` (B, K, K))."""
+
+    scores: Tensor | None = None
+    logits: Tensor | None = None
+    tau: Tensor = torch.tensor(1.0)
+    seed: Tensor = torch.tensor(0)
+    left: Tensor | None = None
+    right: Tensor | None = None
+    noise: float = 0.0
+    iterations: int = 5
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        given = self.scores if self.logits is None else self.logits
+        return given.shape[0], given.shape[-1]
+
+    def out_shape(self) -> tuple[int, ...]:
+        batch, k = self.shape
+        return (batch, k) if self.right is not None else (batch, k if self.left is None else len(self.left), k)
+
+    def to(self, device: str) -> "Problem":
+        return Problem(*(value.to(device) if isinstance(value, Tensor) else value for value in self))
+
+
+def cumulative_steps(k: int, steps: int) -> Tensor:
+    """(steps, k): what each step adds to a cumulative mask, one or two non-zeros in a column."""
+    weights = (torch.linspace(0, 1, steps, dtype=torch.float64)[:, None] * k - torch.arange(k)).clamp(0, 1)
+    return torch.diff(weights, dim=0, prepend=torch.zeros(1, k)).float()
+
+
+def make(k, readout="matrix", batch=2, spread=0.5, tau=0.3, noise=0.0, iterations=5) -> tuple[Problem, Tensor]:
+    """A problem and the gradient that arrives at its output; with `spread` large, scalings leave their range."""
+    g = torch.Generator().manual_seed(k)
+    settings = {"noise": noise, "iterations": iterations}
+    scores = torch.randn(batch, k, generator=g) * spread
+    if readout == "log":
+        problem = Problem(logits=torch.randn(batch, k, k, generator=g) * 3, **settings)
+    else:
+        choice = {
+            "matrix": {},
+            "steps": {"left": cumulative_steps(k, 5)},
+            "dense steps": {"left": torch.randn(2, k, generator=g)},
+            "regions": {"right": torch.randn(batch, k, generator=g)},
+        }[readout]
+        seed = torch.tensor(-12345678901234)  # both words of the key are used
+        problem = Problem(scores=scores, tau=torch.tensor(tau), seed=seed, **choice, **settings)
+    return problem, torch.randn(problem.out_shape(), generator=g)
+
+
+def by_reference(problem: Problem, grad: Tensor, dtype: torch.dtype) -> list[Tensor]:
+    """out and the gradients of scores, tau (B,) and right; of log_sinkhorn: out and the gradient of the logits."""
+    if problem.logits is not None:
+        logits = problem.logits.to(dtype).requires_grad_()
+        out = reference.log_sinkhorn(logits, problem.iterations)
+        return [out.detach(), *torch.autograd.grad(out, logits, grad.to(dtype))]
+    scores = problem.scores.to(dtype).requires_grad_()
+    # one temperature for each image: its gradient is one number, whose error at a single image may be small by chance
+    tau = problem.tau.to(dtype).expand(len(scores), 1, 1).clone().requires_grad_()
+    right = None if problem.right is None else problem.right.to(dtype).requires_grad_()
+    out = reference.gumbel_sinkhorn(scores, tau, problem.iterations, problem.noise, problem.seed)
+    if problem.left is not None:
+        out = problem.left.to(dtype) @ out
+    elif right is not None:
+        out = (out @ right[..., None])[..., 0]
+    inputs = [scores, tau] if right is None else [scores, tau, right]
+    scores_grad, tau_grad, *right_grad = torch.autograd.grad(out, inputs, grad.to(dtype))
+    return [out.detach(), scores_grad, tau_grad.flatten(), *right_grad]
+
+
+def assert_as_good_as_float32(got: list[Tensor], problem: Problem, grad: Tensor) -> None:
+    """``got`` in the order of `by_reference`."""
+    truth, single = (by_reference(problem, grad, dtype) for dtype in (torch.float64, torch.float32))
+    for name, ours, exact, theirs in zip(("out", "inputs", "tau", "right"), got, truth, single, strict=False):
+        assert ours.shape == exact.shape, name
+        bound = 2 * (theirs - exact).abs().max() + 1e-6 * max(1.0, exact.abs().max())
+        error = (ours - exact).abs().max()
+        assert error <= bound, f"{name}: error {error:.2e}, bound {bound:.2e}"
+    assert len(got) == len(truth)

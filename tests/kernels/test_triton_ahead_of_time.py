@@ -1,0 +1,138 @@
+"""Every Triton kernel compiled for GPUs that need not be here: it compiles, and does not spill.
+
+The launchers run on CPU tensors with the launch itself replaced: what they would launch is compiled instead.
+"""
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from aha import regions
+from aha.kernels import triton as backend
+
+triton = pytest.importorskip("triton")
+if backend.DEVICE == "cpu":
+    pytest.skip("the interpreter compiles nothing", allow_module_level=True)
+
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+from triton.runtime.jit import JITFunction  # noqa: E402
+
+from aha.kernels.triton import perturb, sinkhorn, soft_masks  # noqa: E402
+
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int32: "i32", torch.int64: "i64"}
+
+# bytes of stack a thread may use; 0 where a kernel is not named
+STACK = {
+    # 128 × 128 values in 1024 threads of 64 registers: M and X take half of them
+    "resident": 96,
+    "resident_backward": 32,
+    # two registers, where ptxas stops at 64 or 128 so that another block fits a multiprocessor
+    "first": 8,
+    "read_rows": 8,
+    "begin_backward": 8,
+    "end_backward": 8,
+}
+
+
+class Launches(dict):
+    """What would be launched, once each: kernel, signature, constants, hints, warps."""
+
+    def record(self, kernel, *args, grid, warmup, num_warps=4):
+        assert all(0 < size < 2**31 for size in grid[:1]) and all(0 < size < 2**16 for size in grid[1:])
+        signature, constants, hints = {}, {}, {}
+        for n, (parameter, value) in enumerate(zip(kernel.params, args, strict=True)):
+            special = type(value) is int and not parameter.do_not_specialize
+            if parameter.is_constexpr or value is None or (special and value == 1):
+                signature[parameter.name], constants[n,] = "constexpr", value
+            elif isinstance(value, torch.Tensor):
+                signature[parameter.name] = "*" + TYPES[value.dtype]
+            else:
+                signature[parameter.name] = "fp32" if isinstance(value, float) else "i32"
+            if isinstance(value, torch.Tensor) or (special and value % 16 == 0):
+                hints[n,] = [["tt.divisibility", 16]]
+        launch = kernel, signature, constants, hints, num_warps
+        self[(kernel.__name__, *map(str, launch[1:]))] = launch
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    recorded = Launches()
+    monkeypatch.setattr(JITFunction, "run", lambda kernel, *args, **options: recorded.record(kernel, *args, **options))
+    return recorded
+
+
+def rank(k: int, left: bool, right: bool, noise: float) -> None:
+    scores, tau, seed = torch.zeros(1, k), torch.tensor(0.3), torch.tensor(0)
+    weights, values = torch.zeros(3, k) if left else None, torch.zeros(1, k) if right else None
+    out, *state = sinkhorn.gumbel_sinkhorn(scores, tau, seed, weights, values, 3, noise)
+    sinkhorn.gumbel_sinkhorn_backward(out, scores, tau, seed, weights, values, *state, noise, True)
+
+
+def rank_logits(k: int) -> None:
+    logits, weights = torch.zeros(1, k, k), torch.zeros(3, k)
+    out, *state = sinkhorn.log_sinkhorn(logits, 3)
+    sinkhorn.log_sinkhorn_backward(out, logits, *state)
+    soft_masks.cumulative_masks_backward(soft_masks.cumulative_masks(logits, weights), weights)
+
+
+def blend(dtype: torch.dtype) -> None:
+    images, masks, std = torch.zeros(1, 3, 224, 224, dtype=dtype), torch.zeros(1, 4, 196), torch.ones(3)
+    taps = [part for band in regions.grid(224, 224, (14, 14)).upsampler() for part in (band.cell, band.weight)]
+    outputs = perturb.perturb(images, images, masks, *taps, 14, 14, std, std, dtype)
+    perturb.perturb_backward(*outputs, images, images, masks, *taps, 14, 14, std, True)
+    ranks, counts = torch.zeros(1, 224, 224, dtype=torch.int32), torch.zeros(4, dtype=torch.int32)
+    outputs = perturb.perturb_by_rank(images, images, ranks, counts, std, std, dtype)
+    perturb.perturb_by_rank_backward(*outputs, ranks, counts, std, dtype)
+
+
+def compile_all(launches: Launches, capability: int, folder: Path) -> dict[str, str]:
+    """Resources of what goes over its budget, by launch."""
+    over = {}
+    assert launches
+    for name, (kernel, signature, constants, hints, warps) in launches.items():
+        source = ASTSource(kernel, signature, constants, hints)
+        compiled = triton.compile(source, GPUTarget("cuda", capability, 32), {"num_warps": warps})
+        assert compiled.metadata.shared <= 48 << 10
+        if kernel.__name__ == "ranking_logits" and "True" in str(constants):
+            assert "fma.rn.f32" in compiled.asm["ptx"]  # the noise rests on them
+        file = folder / "kernel.cubin"
+        file.write_bytes(compiled.asm["cubin"])
+        report = subprocess.run([CUOBJDUMP, "--dump-resource-usage", file], capture_output=True, text=True, check=True)
+        usage = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", report.stdout)
+        registers, stack, local = map(int, usage.groups())
+        assert registers * warps * 32 <= 65536 and local == 0
+        if stack > STACK.get(kernel.__name__, 0):
+            over[" ".join(name)] = usage[0]
+    return over
+
+
+@pytest.mark.parametrize("k", [49, 784])
+def test_soft_masks_for_hopper(k, launches, tmp_path, monkeypatch):
+    monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path))
+    rank(k, True, False, 1.0)
+    assert not compile_all(launches, 90, tmp_path)
+
+
+def test_perturbation_for_hopper(launches, tmp_path, monkeypatch):
+    monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path))
+    blend(torch.bfloat16)
+    assert len(launches) == 6
+    assert not compile_all(launches, 90, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", [80, 90, 100])
+def test_everything(capability, launches, tmp_path, monkeypatch):
+    monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path))
+    for k in (49, 100, 196, 784):
+        for left, right, noise in ((True, False, 1.0), (False, True, 0.0), (False, False, 0.0)):
+            rank(k, left, right, noise)
+        rank_logits(k)
+    for dtype in (torch.float32, torch.float16):
+        blend(dtype)
+    assert not compile_all(launches, capability, tmp_path)
