@@ -177,7 +177,7 @@ AHA_HD int64_t shared_floats(int64_t k, int64_t ranks, int64_t warps, bool backw
 AHA_HD int64_t streamed_floats(int64_t k, int64_t ranks, bool backward) {
   return k * k + ranks * own_floats(k, backward) + k + 1;
 }
-AHA_HD int64_t kept_floats(int64_t k, int64_t iterations) { return (2 * iterations + 2) * k; }
+AHA_HD int64_t kept_floats(int64_t k, int64_t iterations) { return (2 * iterations + 3) * k; }
 
 struct Place {
   Band band;
@@ -377,7 +377,7 @@ struct BackwardTensors {
   const float *grad, *scalings;
   const int32_t* absorbed;
   float *grad_scores, *grad_logits, *grad_tau, *grad_right;  // null where not wanted
-  float* kept;       // of every matrix r (k,), terms of grad_tau (k,), y (iterations,k), z (iterations,k)
+  float* kept;       // of every matrix r, terms of grad_tau (k,) each, y, z (iterations,k) each, the centre (k,)
   float* workspace;  // streamed
 };
 
@@ -408,6 +408,7 @@ struct Backward {
   __device__ float* tau_terms() const { return kept + p.k; }
   __device__ float* y(int t) const { return kept + static_cast<int64_t>(t + 1) * p.k; }
   __device__ float* z(int t) const { return y(t + p.iterations); }
+  __device__ float* centre() const { return z(p.iterations + 1); }
   __device__ bool with_noise() const { return grad_tau && logits.noise != 0.0f; }
 
   // v of the iteration before t, relative to the X of t.
@@ -421,9 +422,9 @@ struct Backward {
     return t;
   }
 
-  // t = iterations + 1: X of the last segment; then the sweep of iteration t, backwards.
+  // t = iterations + 2: X of the last segment; from iterations on the sweep of iteration t, backwards.
   __device__ void rows(int t) const {
-    if (t > p.iterations || (t < p.iterations && state.fresh(t + 1))) {
+    if (t == p.iterations + 2 || (t < p.iterations && state.fresh(t + 1))) {
       const int segment = min(t, p.iterations);
       restart_rows(logits, state, segment, at.band);
       exponentiate(state, segment, at.band);
@@ -445,14 +446,20 @@ struct Backward {
     }, at.buffer, at.own);
   }
 
-  // t = iterations + 1: row and column sums of W; then what a segment leaves, where iteration t is its first.
+  // t = iterations + 2 and + 1: row and column sums of W; then what a segment leaves, where iteration t is its first.
   __device__ void tiles(int t) const {
-    if (t > p.iterations) weigh();
+    if (t > p.iterations) weigh(t == p.iterations + 1);
     else if (state.fresh(t)) fold(t, last(t));
   }
 
-  // W = P o G (log P: G); own_j = sum_i W_ij, without the factor right_j where there is one.
-  __device__ void weigh() const {
+  // An entry of W from one of the gradient that arrives. Columns of P sum to 1, so a constant may be taken from each
+  // column of its gradient: the mean, which the last column step would take away later, with larger rounding errors.
+  __device__ float weighed(float permutation, float g, float mean) const {
+    return logits.given ? g - permutation * mean : permutation * (g - mean);
+  }
+
+  // own_j = sum_i W_ij, and the row sums. First without the centre, which comes of it; of regions without right_j.
+  __device__ void weigh(bool centred) const {
     const int t = p.iterations, k = p.k;
     for (int j0 = 0; j0 < k; j0 += TILE) {
       Tile part = {};
@@ -466,9 +473,10 @@ struct Backward {
         for (int c = 0; c < TILE_COLUMNS; ++c) {
           const int j = j0 + lane() + 32 * c;
           if (j >= k) continue;
-          const float permutation = u * x[j] * state.columns(t)[j], w = logits.given ? g[c] : permutation * g[c];
+          const float permutation = u * x[j] * state.columns(t)[j];
+          const float w = weighed(permutation, g[c], centred ? centre()[j] : 0.0f);
           sum += w;
-          part[c] += p.readout == Readout::regions ? permutation * arriving.grad[i] : w;
+          part[c] += !centred && p.readout == Readout::regions ? permutation * arriving.grad[i] : w;
         }
         sum = warp_sum(sum);
         if (lane() == 0) row_sums()[i] = j0 ? row_sums()[i] + sum : sum;
@@ -536,7 +544,7 @@ struct Backward {
     for (int c = 0; c < TILE_COLUMNS; ++c) {
       const int j = j0 + lane() + 32 * c;
       if (j >= k) continue;
-      const float w = !final || logits.given ? g[c] : u * x[j] * state.columns(p.iterations)[j] * g[c];
+      const float w = final ? weighed(u * x[j] * state.columns(p.iterations)[j], g[c], centre()[j]) : 0.0f;
       grad[c] = w - x[j] * field[c];
       ranked[c] = fmaf(logits.rank(i), grad[c], ranked[c]);
       if (!grad_logits) continue;
@@ -555,8 +563,12 @@ struct Backward {
   __device__ void column(int t, int j) const {
     if (j == p.k) return;
     float g = total(team, at.own, j);
+    if (t == p.iterations + 2) {
+      if (grad_right) grad_right[j] = g, g *= arriving.right[j];
+      centre()[j] = g;
+      return;
+    }
     if (t <= p.iterations) g *= -previous(t, j);
-    else if (grad_right) grad_right[j] = g, g *= arriving.right[j];
     if (t <= p.iterations && state.fresh(t) && grad_scores) gather(j, last(t) == p.iterations, t == 1 ? g : 0.0f);
     if (t == 1) return;
     const float next = state.columns(t - 1)[j] * g;
@@ -596,7 +608,7 @@ __global__ void __launch_bounds__(resident_threads(N), resident_ctas(N, true))
   const Resident<CLUSTER> team{rank, ranks};
   const Place at = place_resident(shared, p.k, rank, ranks, true);
   const Backward<Resident<CLUSTER>, N> backward(p, to, blockIdx.x / ranks, team, at);
-  for (int t = p.iterations + 1; t >= 1; --t) {
+  for (int t = p.iterations + 2; t >= 1; --t) {
     backward.rows(t);
     backward.tiles(t);
     team.after_rows();

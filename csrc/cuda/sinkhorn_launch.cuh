@@ -100,8 +100,8 @@ void run_backward(const Plan& plan, const Ranking& p, const BackwardTensors& to,
     });
     return;
   }
-  for (int t = p.iterations + 1; t >= 1; --t) {
-    launch(by_rows, streamed_backward_rows, p, to, plan.ranks, t);
+  for (int t = p.iterations + 2; t >= 1; --t) {
+    if (t != p.iterations + 1) launch(by_rows, streamed_backward_rows, p, to, plan.ranks, t);
     launch(by_rows, streamed_backward_tiles, p, to, plan.ranks, t);
     launch(by_columns(batch, p.k), streamed_backward_columns, p, to, plan.ranks, t);
   }

@@ -8,7 +8,7 @@ from torch import Tensor
 from aha.kernels import random
 
 from .emulator import COMPILER, Emulator
-from .ranking import READOUTS, Problem, assert_as_good_as_float32, cumulative_steps, make
+from .ranking import READOUTS, Problem, assert_as_good_as_float32, by_reference, cumulative_steps, make
 
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="there is no g++")
 
@@ -49,6 +49,17 @@ def test_sizes_in_the_other_layouts(emulator, k, ranks):
     # bands of unequal and of no rows; more columns than one lane of the smallest kernel holds
     problem, grad = make(k, "regions", batch=4, noise=1.0, iterations=2)
     assert_as_good_as_float32(by_kernels(emulator, problem, grad, ranks), problem, grad)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_gradients_with_a_mean_lose_no_digits(emulator, layout):
+    # cumulative masks send the sum of all later gradients to a rank row; the mean of a column is no information, and
+    # without it the gradient is far better than that of the reference
+    problem, grad = make(60, "steps", batch=4, spread=10.0, iterations=30)
+    grad = grad.flip(1).cumsum(1).flip(1) + 10
+    truth, single = (by_reference(problem, grad, dtype)[1] for dtype in (torch.float64, torch.float32))
+    got = by_kernels(emulator, problem, grad, LAYOUTS[layout])[1]
+    assert (got - truth).abs().max() < 0.05 * (single - truth).abs().max()
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
