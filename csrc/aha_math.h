@@ -1,4 +1,4 @@
-// Random bits and the Gumbel transform, one text for host and device.
+// What host and device must agree on: random bits, the Gumbel transform, when scalings are absorbed.
 //
 // Every multiply-add is an explicit fma and nothing is left for a compiler to contract, so g++, clang and nvcc
 // return the same bits. On an x86 host without FMA instructions the C library supplies fma: slow, still the same.
@@ -17,6 +17,11 @@
 #endif
 
 namespace aha {
+
+// After an iteration whose scalings leave [2^-32, 2^32] they move into the potentials and X is made again: two of
+// them, and what one more iteration adds (a factor K at most), then stay far from overflow, and no entry of X that
+// could matter, u X v > 2^-38, is below the smallest normal float.
+constexpr float LARGE_SCALING = 0x1p32f;
 
 struct Words {
   uint32_t w[4];

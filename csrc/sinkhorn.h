@@ -6,28 +6,16 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <optional>
+#include <vector>
 
 namespace aha {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// After an iteration whose scalings leave [2^-32, 2^32] they move into the potentials and X is made again: two of
-// them, and what one more iteration adds (a factor K at most), then stay far from overflow, and no entry of X that
-// could matter, u X v > 2^-38, is below the smallest normal float.
-constexpr float LARGE_SCALING = 0x1p32f;
-
 struct RankingShape {
   int64_t batch, k, iterations;
 };
-
-// What is read out of P = u X v, and so what the gradient of P is made of.
-enum class Readout { matrix, weigh_ranks, weigh_regions, logarithm };
-
-inline Readout readout(const std::optional<Tensor>& left, const std::optional<Tensor>& right) {
-  STD_TORCH_CHECK(!left || !right, "gumbel_sinkhorn: give left or right, not both");
-  return left ? Readout::weigh_ranks : right ? Readout::weigh_regions : Readout::matrix;
-}
 
 inline void check_like(const Tensor& value, const char* name, const Tensor& like) {
   STD_TORCH_CHECK(value.scalar_type() == like.scalar_type() && value.device() == like.device(), name,
@@ -43,6 +31,7 @@ inline RankingShape check_ranking(const Tensor& scores, const Tensor& tau, const
   STD_TORCH_CHECK(seed.scalar_type() == ScalarType::Long && seed.device() == scores.device(),
                   "gumbel_sinkhorn: seed must be int64 on the device of the scores");
   check_like(tau, "gumbel_sinkhorn: tau", scores);
+  STD_TORCH_CHECK(!left || !right, "gumbel_sinkhorn: give left or right, not both");
   const RankingShape shape{scores.size(0), scores.size(1), iterations};
   if (left) {
     check_like(*left, "gumbel_sinkhorn: left", scores);
@@ -63,6 +52,8 @@ inline RankingShape check_logits(const Tensor& logits, int64_t iterations) {
   return {logits.size(0), logits.size(1), iterations};
 }
 
+inline int64_t iterations_of(const Tensor& absorbed) { return absorbed.dim() == 2 ? absorbed.size(1) : 0; }
+
 inline void check_state(const RankingShape& shape, const Tensor& scalings, const Tensor& absorbed, const Tensor& like) {
   check_like(scalings, "sinkhorn backward: scalings", like);
   STD_TORCH_CHECK(scalings.dim() == 4 && scalings.size(0) == shape.batch && scalings.size(1) == shape.iterations + 1 &&
@@ -72,12 +63,25 @@ inline void check_state(const RankingShape& shape, const Tensor& scalings, const
                   "sinkhorn backward: scalings (B,T+1,2,K) and absorbed (B,T) are those that the forward pass returned");
 }
 
-inline void check_grad(const Tensor& grad, const Tensor& like, std::initializer_list<int64_t> sizes) {
+inline std::vector<int64_t> out_sizes(const RankingShape& shape, const std::optional<Tensor>& left,
+                                      const std::optional<Tensor>& right) {
+  if (right) return {shape.batch, shape.k};
+  return {shape.batch, left ? left->size(0) : shape.k, shape.k};
+}
+
+inline void check_grad(const Tensor& grad, const Tensor& like, const std::vector<int64_t>& sizes) {
   check_like(grad, "sinkhorn backward: grad", like);
   bool fits = grad.dim() == static_cast<int64_t>(sizes.size());
-  int64_t d = 0;
-  for (const int64_t size : sizes) fits = fits && grad.size(d++) == size;
+  for (size_t d = 0; fits && d < sizes.size(); ++d) fits = grad.size(static_cast<int64_t>(d)) == sizes[d];
   STD_TORCH_CHECK(fits, "sinkhorn backward: grad must have the sizes of the output");
+}
+
+// given: the permutation (B,K,K), or backwards the gradient (B,S,K)
+inline void check_masks(const Tensor& given, const Tensor& weights, bool backward) {
+  STD_TORCH_CHECK(given.dim() == 3 && weights.dim() == 2 && given.size(2) == weights.size(1) &&
+                      given.size(1) == weights.size(backward ? 0 : 1),
+                  "cumulative_masks: permutation (B,K,K), backwards grad (B,S,K), and weights (S,K) must match");
+  check_like(weights, "cumulative_masks: weights", given);
 }
 
 }  // namespace aha

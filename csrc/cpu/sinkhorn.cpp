@@ -16,9 +16,12 @@
 namespace aha {
 namespace {
 
-constexpr int64_t BLOCK = 64;          // rows per task
-constexpr int64_t TILE = 128;          // columns per task where rows are added up
-constexpr float NEVER = -1e30f;        // logit of the padding
+constexpr int64_t BLOCK = 64;    // rows per task
+constexpr int64_t TILE = 128;    // columns per task where rows are added up
+constexpr float NEVER = -1e30f;  // logit of the padding
+
+// What is read out of P = u X v, and so what the gradient of P is made of.
+enum class Readout { matrix, weigh_ranks, weigh_regions, logarithm };
 
 // Rows of `left` (S,K) by rank: which outputs a rank row belongs to, zeros left out.
 template <typename T>
@@ -466,7 +469,8 @@ void with_output(const std::optional<Tensor>& left, const std::optional<Tensor>&
   const std::optional<Tensor> values = right ? std::optional(torch::stable::contiguous(*right)) : std::nullopt;
   const int64_t steps = rows ? rows->size(0) : 0;
   const Weights<T> weights(rows ? data<T>(*rows) : nullptr, steps, k);
-  f(Output<T>{readout(left, right), &weights, steps, values ? data<T>(*values) : nullptr});
+  const Readout kind = left ? Readout::weigh_ranks : right ? Readout::weigh_regions : Readout::matrix;
+  f(Output<T>{kind, &weights, steps, values ? data<T>(*values) : nullptr});
 }
 
 Triple gumbel_sinkhorn(const Tensor& scores, const Tensor& tau, const Tensor& seed, const std::optional<Tensor>& left,
@@ -474,9 +478,7 @@ Triple gumbel_sinkhorn(const Tensor& scores, const Tensor& tau, const Tensor& se
   const RankingShape shape = check_ranking(scores, tau, seed, left, right, n_iters);
   const Tensor values = torch::stable::contiguous(scores);
   auto [scalings, absorbed] = new_state(shape, values);
-  std::vector<int64_t> sizes{shape.batch, shape.k};
-  if (!right) sizes.insert(sizes.begin() + 1, left ? left->size(0) : shape.k);
-  Tensor out = torch::stable::new_empty(values, sizes);
+  Tensor out = torch::stable::new_empty(values, out_sizes(shape, left, right));
   with_type(values, "gumbel_sinkhorn", [&](auto type) {
     using T = decltype(type);
     with_output<T>(left, right, shape.k, [&](const Output<T>& output) {
@@ -490,12 +492,9 @@ Triple gumbel_sinkhorn(const Tensor& scores, const Tensor& tau, const Tensor& se
 Triple gumbel_sinkhorn_backward(const Tensor& grad, const Tensor& scores, const Tensor& tau, const Tensor& seed,
                                 const std::optional<Tensor>& left, const std::optional<Tensor>& right,
                                 const Tensor& scalings, const Tensor& absorbed, double noise, bool need_tau) {
-  const RankingShape shape = check_ranking(scores, tau, seed, left, right, absorbed.dim() == 2 ? absorbed.size(1) : 0);
+  const RankingShape shape = check_ranking(scores, tau, seed, left, right, iterations_of(absorbed));
   check_state(shape, scalings, absorbed, scores);
-  if (right)
-    check_grad(grad, scores, {shape.batch, shape.k});
-  else
-    check_grad(grad, scores, {shape.batch, left ? left->size(0) : shape.k, shape.k});
+  check_grad(grad, scores, out_sizes(shape, left, right));
   const Tensor values = torch::stable::contiguous(scores), above = torch::stable::contiguous(grad);
   const Tensor state = torch::stable::contiguous(scalings), moved = torch::stable::contiguous(absorbed);
   Tensor grad_scores = torch::stable::new_empty(values, {shape.batch, shape.k});
@@ -529,7 +528,7 @@ Triple log_sinkhorn(const Tensor& logits, int64_t n_iters) {
 }
 
 Tensor log_sinkhorn_backward(const Tensor& grad, const Tensor& logits, const Tensor& scalings, const Tensor& absorbed) {
-  const RankingShape shape = check_logits(logits, absorbed.dim() == 2 ? absorbed.size(1) : 0);
+  const RankingShape shape = check_logits(logits, iterations_of(absorbed));
   check_state(shape, scalings, absorbed, logits);
   check_grad(grad, logits, {shape.batch, shape.k, shape.k});
   const Tensor values = torch::stable::contiguous(logits), above = torch::stable::contiguous(grad);

@@ -30,32 +30,27 @@ void with_type(const Tensor& tensor, const F& f) {
 }
 
 Tensor cumulative_masks(const Tensor& permutation, const Tensor& weights) {
-  const auto [batch, k, _] = check_logits(permutation, 1);
-  STD_TORCH_CHECK(weights.dim() == 2 && weights.size(1) == k, "cumulative_masks: weights must be (S,K) with K = ", k);
-  check_like(weights, "cumulative_masks: weights", permutation);
-  const int64_t steps = weights.size(0), size = k, tiles = (k + TILE - 1) / TILE;
+  check_masks(permutation, weights, false);
+  const int64_t batch = permutation.size(0), steps = weights.size(0), k = weights.size(1), tiles = (k + TILE - 1) / TILE;
   const Tensor P = torch::stable::contiguous(permutation), w = torch::stable::contiguous(weights);
-  Tensor out = torch::stable::new_zeros(P, {batch, steps, size});
+  Tensor out = torch::stable::new_zeros(P, {batch, steps, k});
   with_type(P, [&](auto type) {
     using T = decltype(type);
     const T *p = static_cast<const T*>(P.const_data_ptr()), *weight = static_cast<const T*>(w.const_data_ptr());
     T* to = static_cast<T*>(out.mutable_data_ptr());
     for_each(batch * tiles, [&](int64_t task) {
-      const int64_t b = task / tiles, from = task % tiles * TILE, width = std::min(TILE, size - from);
-      for (int64_t i = 0; i < size; ++i)
+      const int64_t b = task / tiles, from = task % tiles * TILE, width = std::min(TILE, k - from);
+      for (int64_t i = 0; i < k; ++i)
         for (int64_t s = 0; s < steps; ++s)
-          if (weight[s * size + i] != T{0})
-            add(weight[s * size + i], p + (b * size + i) * size + from, width, to + (b * steps + s) * size + from);
+          if (weight[s * k + i] != T{0})
+            add(weight[s * k + i], p + (b * k + i) * k + from, width, to + (b * steps + s) * k + from);
     });
   });
   return out;
 }
 
 Tensor cumulative_masks_backward(const Tensor& grad, const Tensor& weights) {
-  STD_TORCH_CHECK(grad.dim() == 3 && weights.dim() == 2 && grad.size(1) == weights.size(0) &&
-                      grad.size(2) == weights.size(1),
-                  "cumulative_masks_backward: grad (B,S,K) and weights (S,K) must match");
-  check_like(weights, "cumulative_masks_backward: weights", grad);
+  check_masks(grad, weights, true);
   const int64_t batch = grad.size(0), steps = grad.size(1), k = grad.size(2), tasks = (k + ROWS - 1) / ROWS;
   const Tensor g = torch::stable::contiguous(grad), w = torch::stable::contiguous(weights);
   Tensor out = torch::stable::new_zeros(g, {batch, k, k});

@@ -79,8 +79,9 @@ struct Band {
   __device__ float* row(int r) const { return x + static_cast<int64_t>(r) * k; }
 };
 
-// Scalings within 2^-32 ... 2^32 stay as they are.
-__device__ __forceinline__ bool outside(float scaling) { return !(scaling >= 0x1p-32f && scaling <= 0x1p32f); }
+__device__ __forceinline__ bool outside(float scaling) {
+  return !(scaling >= 1.0f / LARGE_SCALING && scaling <= LARGE_SCALING);
+}
 
 // The noise of row i, columns from ... to - 1, into `row`; one warp. A lane draws whole Philox blocks of four words.
 __device__ inline void write_noise(const Logits& l, int i, int from, int to, float* row) {

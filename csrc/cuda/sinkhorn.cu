@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "cuda/sinkhorn_launch.cuh"
+#include "sinkhorn.h"
 
 namespace aha {
 namespace {
@@ -106,17 +107,9 @@ Plan plan_on(int device, int64_t k, bool backward) {
 
 // ---- checks
 
-void check(const Tensor& tensor, const char* name, int64_t dimensions, const Tensor& like) {
-  STD_TORCH_CHECK(tensor.dim() == dimensions && tensor.scalar_type() == ScalarType::Float, name, " has ", tensor.dim(),
-                  " dimensions of ", torch::headeronly::toString(tensor.scalar_type()), "; on CUDA it must have ",
-                  dimensions, " of float32");
-  STD_TORCH_CHECK(tensor.device() == like.device(), name, " is on another device than the first argument; move it");
-}
-
-void check_sizes(const Tensor& tensor, const char* name, const Sizes& sizes) {
-  for (size_t d = 0; d < sizes.size(); ++d)
-    STD_TORCH_CHECK(tensor.size(static_cast<int64_t>(d)) == sizes[d], name, " has ",
-                    tensor.size(static_cast<int64_t>(d)), " entries in dimension ", d, "; it must have ", sizes[d]);
+void check_float32(const Tensor& given) {
+  STD_TORCH_CHECK(given.scalar_type() == ScalarType::Float, "sinkhorn on CUDA: the input is ",
+                  torch::headeronly::toString(given.scalar_type()), "; use float32, or backend=\"reference\"");
 }
 
 int as_int(int64_t value, const char* name) {
@@ -135,12 +128,10 @@ struct Inputs {
   Tensor given, tau, seed;  // of log_sinkhorn only the first
   std::optional<Tensor> left, right;
   Ranking ranking{};
-  int64_t batch = 0, k = 0;
+  RankingShape shape{};
 
   Inputs(const Tensor& logits, int64_t iterations) : given(logits), tau(logits), seed(logits) {
-    check(logits, "logits", 3, logits);
-    check_sizes(logits, "logits", {logits.size(0), logits.size(2), logits.size(2)});
-    start(iterations);
+    start(check_logits(logits, iterations));
     ranking.logits = given.const_data_ptr<float>();
     ranking.readout = Readout::log_matrix;
   }
@@ -148,14 +139,7 @@ struct Inputs {
   Inputs(const Tensor& scores, const Tensor& tau_, const Tensor& seed_, const std::optional<Tensor>& left_,
          const std::optional<Tensor>& right_, int64_t iterations, double noise)
       : given(scores), tau(tau_), seed(seed_), left(contiguous(left_)), right(contiguous(right_)) {
-    check(scores, "scores", 2, scores);
-    check(tau, "tau", 0, scores);
-    STD_TORCH_CHECK(seed.dim() == 0 && seed.scalar_type() == ScalarType::Long && seed.device() == scores.device(),
-                    "seed must be a 0-dim int64 tensor on the device of the scores");
-    STD_TORCH_CHECK(!(left && right), "left and right are both given; give one of them");
-    start(iterations);
-    if (left) check(*left, "left", 2, scores), check_sizes(*left, "left", {left->size(0), k});
-    if (right) check(*right, "right", 2, scores), check_sizes(*right, "right", {batch, k});
+    start(check_ranking(scores, tau, seed, left, right, iterations));
     ranking.scores = given.const_data_ptr<float>();
     ranking.tau = tau.const_data_ptr<float>();
     ranking.seed = seed.const_data_ptr<int64_t>();
@@ -166,31 +150,19 @@ struct Inputs {
     ranking.steps = left ? as_int(left->size(0), "the number of steps") : 0;
   }
 
-  void start(int64_t iterations) {
+  void start(const RankingShape& checked) {
+    check_float32(given);
     given = torch::stable::contiguous(given);
-    batch = given.size(0);
-    k = given.size(given.dim() - 1);
-    STD_TORCH_CHECK(k >= 1 && iterations >= 1, "there are ", k, " regions and ", iterations,
-                    " iterations; both must be at least 1");
-    ranking.k = as_int(k, "the number of regions");
-    ranking.iterations = as_int(iterations, "the number of iterations");
+    shape = checked;
+    ranking.k = as_int(shape.k, "the number of regions");
+    ranking.iterations = as_int(shape.iterations, "the number of iterations");
   }
 
-  Sizes out_sizes() const {
-    if (right) return {batch, k};
-    return {batch, left ? left->size(0) : k, k};
-  }
+  Sizes sizes() const { return out_sizes(shape, left, right); }
 
-  void check_state(const Tensor& grad, const Tensor& scalings, const Tensor& absorbed) const {
-    const Sizes sizes = out_sizes();
-    check(grad, "grad", static_cast<int64_t>(sizes.size()), given);
-    check_sizes(grad, "grad", sizes);
-    check(scalings, "scalings", 4, given);
-    check_sizes(scalings, "scalings", {batch, ranking.iterations + 1, 2, k});
-    STD_TORCH_CHECK(absorbed.dim() == 2 && absorbed.scalar_type() == ScalarType::Int &&
-                        absorbed.device() == given.device(),
-                    "absorbed must be an int32 tensor of 2 dimensions on the device of the first argument");
-    check_sizes(absorbed, "absorbed", {batch, ranking.iterations});
+  void check_backward(const Tensor& grad, const Tensor& scalings, const Tensor& absorbed) const {
+    check_grad(grad, given, sizes());
+    check_state(shape, scalings, absorbed, given);
   }
 };
 
@@ -202,32 +174,32 @@ Tensor empty(const Tensor& like, const Sizes& sizes) {
 
 Tensors3 forward(const Inputs& inputs) {
   const DeviceGuard guard(inputs.given.get_device_index());
-  const Plan plan = plan_on(inputs.given.get_device_index(), inputs.k, false);
+  const Plan plan = plan_on(inputs.given.get_device_index(), inputs.shape.k, false);
   const int64_t iterations = inputs.ranking.iterations;
-  Tensor out = empty(inputs.given, inputs.out_sizes());
-  Tensor scalings = empty(inputs.given, {inputs.batch, iterations + 1, 2, inputs.k});
-  Tensor absorbed = torch::stable::new_empty(inputs.given, Sizes{inputs.batch, iterations}, ScalarType::Int);
-  Tensor workspace = empty(inputs.given, {inputs.batch * plan.workspace_floats(inputs.k, false)});
+  Tensor out = empty(inputs.given, inputs.sizes());
+  Tensor scalings = empty(inputs.given, {inputs.shape.batch, iterations + 1, 2, inputs.shape.k});
+  Tensor absorbed = torch::stable::new_empty(inputs.given, Sizes{inputs.shape.batch, iterations}, ScalarType::Int);
+  Tensor workspace = empty(inputs.given, {inputs.shape.batch * plan.workspace_floats(inputs.shape.k, false)});
   const ForwardTensors to{out.mutable_data_ptr<float>(), scalings.mutable_data_ptr<float>(),
                           absorbed.mutable_data_ptr<int32_t>(), workspace.mutable_data_ptr<float>()};
-  run_forward(plan, inputs.ranking, to, inputs.batch, launcher(inputs.given));
+  run_forward(plan, inputs.ranking, to, inputs.shape.batch, launcher(inputs.given));
   return {out, scalings, absorbed};
 }
 
 void backward(const Inputs& inputs, const Tensor& grad, const Tensor& scalings, const Tensor& absorbed,
               BackwardTensors to) {
   const DeviceGuard guard(inputs.given.get_device_index());
-  const Plan plan = plan_on(inputs.given.get_device_index(), inputs.k, true);
+  const Plan plan = plan_on(inputs.given.get_device_index(), inputs.shape.k, true);
   const Tensor grad_data = torch::stable::contiguous(grad), scalings_data = torch::stable::contiguous(scalings);
   const Tensor absorbed_data = torch::stable::contiguous(absorbed);
-  Tensor kept = empty(inputs.given, {inputs.batch * kept_floats(inputs.k, inputs.ranking.iterations)});
-  Tensor workspace = empty(inputs.given, {inputs.batch * plan.workspace_floats(inputs.k, true)});
+  Tensor kept = empty(inputs.given, {inputs.shape.batch * kept_floats(inputs.shape.k, inputs.ranking.iterations)});
+  Tensor workspace = empty(inputs.given, {inputs.shape.batch * plan.workspace_floats(inputs.shape.k, true)});
   to.grad = grad_data.const_data_ptr<float>();
   to.scalings = scalings_data.const_data_ptr<float>();
   to.absorbed = absorbed_data.const_data_ptr<int32_t>();
   to.kept = kept.mutable_data_ptr<float>();
   to.workspace = workspace.mutable_data_ptr<float>();
-  run_backward(plan, inputs.ranking, to, inputs.batch, launcher(inputs.given));
+  run_backward(plan, inputs.ranking, to, inputs.shape.batch, launcher(inputs.given));
 }
 
 Tensors3 gumbel_sinkhorn(const Tensor& scores, const Tensor& tau, const Tensor& seed, const std::optional<Tensor>& left,
@@ -238,12 +210,11 @@ Tensors3 gumbel_sinkhorn(const Tensor& scores, const Tensor& tau, const Tensor& 
 Tensors3 gumbel_sinkhorn_backward(const Tensor& grad, const Tensor& scores, const Tensor& tau, const Tensor& seed,
                                   const std::optional<Tensor>& left, const std::optional<Tensor>& right,
                                   const Tensor& scalings, const Tensor& absorbed, double noise, bool need_tau) {
-  STD_TORCH_CHECK(absorbed.dim() == 2, "absorbed has ", absorbed.dim(), " dimensions; it must have 2");
-  const Inputs inputs(scores, tau, seed, left, right, absorbed.size(1), noise);
-  inputs.check_state(grad, scalings, absorbed);
-  Tensor grad_scores = empty(scores, {inputs.batch, inputs.k});
-  Tensor grad_tau = empty(scores, {need_tau ? inputs.batch : 0});
-  Tensor grad_right = empty(scores, right ? Sizes{inputs.batch, inputs.k} : Sizes{0});
+  const Inputs inputs(scores, tau, seed, left, right, iterations_of(absorbed), noise);
+  inputs.check_backward(grad, scalings, absorbed);
+  Tensor grad_scores = empty(scores, {inputs.shape.batch, inputs.shape.k});
+  Tensor grad_tau = empty(scores, {need_tau ? inputs.shape.batch : 0});
+  Tensor grad_right = empty(scores, right ? Sizes{inputs.shape.batch, inputs.shape.k} : Sizes{0});
   BackwardTensors to{};
   to.grad_scores = grad_scores.mutable_data_ptr<float>();
   to.grad_tau = need_tau ? grad_tau.mutable_data_ptr<float>() : nullptr;
@@ -256,10 +227,9 @@ Tensors3 log_sinkhorn(const Tensor& logits, int64_t n_iters) { return forward(In
 
 Tensor log_sinkhorn_backward(const Tensor& grad, const Tensor& logits, const Tensor& scalings,
                              const Tensor& absorbed) {
-  STD_TORCH_CHECK(absorbed.dim() == 2, "absorbed has ", absorbed.dim(), " dimensions; it must have 2");
-  const Inputs inputs(logits, absorbed.size(1));
-  inputs.check_state(grad, scalings, absorbed);
-  Tensor grad_logits = empty(logits, {inputs.batch, inputs.k, inputs.k});
+  const Inputs inputs(logits, iterations_of(absorbed));
+  inputs.check_backward(grad, scalings, absorbed);
+  Tensor grad_logits = empty(logits, {inputs.shape.batch, inputs.shape.k, inputs.shape.k});
   BackwardTensors to{};
   to.grad_logits = grad_logits.mutable_data_ptr<float>();
   backward(inputs, grad, scalings, absorbed, to);
@@ -267,11 +237,10 @@ Tensor log_sinkhorn_backward(const Tensor& grad, const Tensor& logits, const Ten
 }
 
 // weights P (B,S,K), or backwards weights^T grad (B,K,K).
-Tensor masks(const Tensor& given, const char* name, const Tensor& weights, bool backward) {
-  check(given, name, 3, given);
-  check(weights, "weights", 2, given);
+Tensor masks(const Tensor& given, const Tensor& weights, bool backward) {
+  check_masks(given, weights, backward);
+  check_float32(given);
   const int64_t batch = given.size(0), steps = weights.size(0), k = weights.size(1);
-  check_sizes(given, name, {batch, backward ? steps : k, k});
   const DeviceGuard guard(given.get_device_index());
   Tensor out = empty(given, {batch, backward ? k : steps, k});
   const Tensor from = torch::stable::contiguous(given), by = torch::stable::contiguous(weights);
@@ -284,11 +253,11 @@ Tensor masks(const Tensor& given, const char* name, const Tensor& weights, bool 
 }
 
 Tensor cumulative_masks(const Tensor& permutation, const Tensor& weights) {
-  return masks(permutation, "permutation", weights, false);
+  return masks(permutation, weights, false);
 }
 
 Tensor cumulative_masks_backward(const Tensor& grad, const Tensor& weights) {
-  return masks(grad, "grad", weights, true);
+  return masks(grad, weights, true);
 }
 
 }  // namespace
