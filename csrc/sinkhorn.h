@@ -63,6 +63,10 @@ inline void check_state(const RankingShape& shape, const Tensor& scalings, const
                   "sinkhorn backward: scalings (B,T+1,2,K) and absorbed (B,T) are those that the forward pass returned");
 }
 
+inline std::optional<Tensor> contiguous(const std::optional<Tensor>& tensor) {
+  return tensor ? std::optional<Tensor>(torch::stable::contiguous(*tensor)) : std::nullopt;
+}
+
 inline std::vector<int64_t> out_sizes(const RankingShape& shape, const std::optional<Tensor>& left,
                                       const std::optional<Tensor>& right) {
   if (right) return {shape.batch, shape.k};

@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "sinkhorn_rows.h"
+#include "weights.h"
 
 namespace aha {
 namespace {
@@ -22,29 +23,6 @@ constexpr float NEVER = -1e30f;  // logit of the padding
 
 // What is read out of P = u X v, and so what the gradient of P is made of.
 enum class Readout { matrix, weigh_ranks, weigh_regions, logarithm };
-
-// Rows of `left` (S,K) by rank: which outputs a rank row belongs to, zeros left out.
-template <typename T>
-struct Weights {
-  struct Entry {
-    int64_t s;
-    T weight;
-  };
-  std::vector<Entry> entries;
-  std::vector<size_t> first;  // of every rank, and the end
-
-  Weights(const T* left, int64_t rows, int64_t k) : first{0} {
-    for (int64_t i = 0; i < k; ++i) {
-      for (int64_t s = 0; s < rows; ++s)
-        if (left[s * k + i] != T{0}) entries.push_back({s, left[s * k + i]});
-      first.push_back(entries.size());
-    }
-  }
-  template <typename F>
-  void of(int64_t rank, const F& f) const {
-    for (size_t e = first[rank]; e < first[rank + 1]; ++e) f(entries[e].s, entries[e].weight);
-  }
-};
 
 // The matrices, all of them: scores with their noise, or logits as they are.
 template <typename T>
@@ -465,8 +443,7 @@ Problem<T> ranking(const RankingShape& shape, const Tensor& scores, const Tensor
 // Calls f with the output that left and right ask for.
 template <typename T, typename F>
 void with_output(const std::optional<Tensor>& left, const std::optional<Tensor>& right, int64_t k, const F& f) {
-  const std::optional<Tensor> rows = left ? std::optional(torch::stable::contiguous(*left)) : std::nullopt;
-  const std::optional<Tensor> values = right ? std::optional(torch::stable::contiguous(*right)) : std::nullopt;
+  const std::optional<Tensor> rows = contiguous(left), values = contiguous(right);
   const int64_t steps = rows ? rows->size(0) : 0;
   const Weights<T> weights(rows ? data<T>(*rows) : nullptr, steps, k);
   const Readout kind = left ? Readout::weigh_ranks : right ? Readout::weigh_regions : Readout::matrix;

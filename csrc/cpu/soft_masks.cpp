@@ -6,6 +6,7 @@
 
 #include "lanes.h"
 #include "sinkhorn.h"
+#include "weights.h"
 
 namespace aha {
 namespace {
@@ -36,14 +37,15 @@ Tensor cumulative_masks(const Tensor& permutation, const Tensor& weights) {
   Tensor out = torch::stable::new_zeros(P, {batch, steps, k});
   with_type(P, [&](auto type) {
     using T = decltype(type);
-    const T *p = static_cast<const T*>(P.const_data_ptr()), *weight = static_cast<const T*>(w.const_data_ptr());
+    const T* p = static_cast<const T*>(P.const_data_ptr());
+    const Weights<T> by_rank(static_cast<const T*>(w.const_data_ptr()), steps, k);
     T* to = static_cast<T*>(out.mutable_data_ptr());
     for_each(batch * tiles, [&](int64_t task) {
       const int64_t b = task / tiles, from = task % tiles * TILE, width = std::min(TILE, k - from);
       for (int64_t i = 0; i < k; ++i)
-        for (int64_t s = 0; s < steps; ++s)
-          if (weight[s * k + i] != T{0})
-            add(weight[s * k + i], p + (b * k + i) * k + from, width, to + (b * steps + s) * k + from);
+        by_rank.of(i, [&](int64_t s, T weight) {
+          add(weight, p + (b * k + i) * k + from, width, to + (b * steps + s) * k + from);
+        });
     });
   });
   return out;
@@ -53,16 +55,19 @@ Tensor cumulative_masks_backward(const Tensor& grad, const Tensor& weights) {
   check_masks(grad, weights, true);
   const int64_t batch = grad.size(0), steps = grad.size(1), k = grad.size(2), tasks = (k + ROWS - 1) / ROWS;
   const Tensor g = torch::stable::contiguous(grad), w = torch::stable::contiguous(weights);
-  Tensor out = torch::stable::new_zeros(g, {batch, k, k});
+  Tensor out = torch::stable::new_empty(g, {batch, k, k});
   with_type(g, [&](auto type) {
     using T = decltype(type);
-    const T *from = static_cast<const T*>(g.const_data_ptr()), *weight = static_cast<const T*>(w.const_data_ptr());
+    const T* from = static_cast<const T*>(g.const_data_ptr());
+    const Weights<T> by_rank(static_cast<const T*>(w.const_data_ptr()), steps, k);
     T* to = static_cast<T*>(out.mutable_data_ptr());
     for_each(batch * tasks, [&](int64_t task) {
       const int64_t b = task / tasks, first = task % tasks * ROWS;
-      for (int64_t i = first; i < std::min(k, first + ROWS); ++i)
-        for (int64_t s = 0; s < steps; ++s)
-          if (weight[s * k + i] != T{0}) add(weight[s * k + i], from + (b * steps + s) * k, k, to + (b * k + i) * k);
+      for (int64_t i = first; i < std::min(k, first + ROWS); ++i) {
+        T* row = to + (b * k + i) * k;
+        std::fill_n(row, k, T{0});
+        by_rank.of(i, [&](int64_t s, T weight) { add(weight, from + (b * steps + s) * k, k, row); });
+      }
     });
   });
   return out;

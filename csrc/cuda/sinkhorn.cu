@@ -119,10 +119,6 @@ int as_int(int64_t value, const char* name) {
 
 const float* data(const std::optional<Tensor>& tensor) { return tensor ? tensor->const_data_ptr<float>() : nullptr; }
 
-std::optional<Tensor> contiguous(const std::optional<Tensor>& tensor) {
-  return tensor ? std::optional<Tensor>(torch::stable::contiguous(*tensor)) : std::nullopt;
-}
-
 // The inputs of an operator, checked and contiguous, which the kernels' arguments point into.
 struct Inputs {
   Tensor given, tau, seed;  // of log_sinkhorn only the first
