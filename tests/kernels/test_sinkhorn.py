@@ -32,14 +32,15 @@ def results(operator, scores, tau, dtype, device, **options):
     return out.detach(), *torch.autograd.grad((out * cotangent).sum(), (scores, tau))
 
 
-def check(operator, scores, tau, backend, device, tau_atol=2e-5, **options):
+def check(operator, scores, tau, backend, device, **options):
     truth = results(operator, scores, tau, torch.float64, "cpu", backend="reference", **options)
     single = results(operator, scores, tau, torch.float32, "cpu", backend="reference", **options)
     actual = results(operator, scores, tau, torch.float32, device, backend=backend, **options)
     # Gumbel noise may differ by 2 ulp, at most 2e-6, between backends; its effect goes with 1 / tau
     atol = 2e-6 + 4e-6 * (options["noise"] > 0) / tau
     for what, a, s, t in zip(("output", "scores", "tau"), actual, single, truth, strict=True):
-        assert_accurate(a, s, t, tau_atol if what == "tau" else atol, f"{operator} {what}")
+        # the gradient of tau is one number, whose error in the reference may be small by chance
+        assert_accurate(a, s, t, max(atol, 2e-5) if what == "tau" else atol, f"{operator} {what}")
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -57,13 +58,11 @@ def test_accuracy_by_size(backend, operator, k, n_iters):
 @pytest.mark.parametrize("spread", [0.0, 0.3, 10, 100])
 @pytest.mark.parametrize("tau", [10.0, 0.3, 0.01, 1e-3])
 def test_accuracy_by_temperature(backend, spread, tau):
-    # down to where scalings leave the range of floats and are absorbed; the gradient of tau, a difference of numbers
-    # of order 1 / tau², is compared where float32 has digits left for it
+    # down to where scalings leave the range of floats and are absorbed
     device = device_for(backend)
     scores = spread * torch.randn(2, 100, generator=torch.Generator().manual_seed(0))
-    moderate = tau >= 0.3 and spread <= 10
     for operator in ("soft_topk_masks", "gumbel_sinkhorn"):
-        check(operator, scores, tau, backend, device, 2e-5 if moderate else 1e9, n_iters=30, noise=0.0, seed=5)
+        check(operator, scores, tau, backend, device, n_iters=30, noise=0.0, seed=5)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -87,7 +86,7 @@ def test_accuracy_of_large_matrices(backend, k):
     device = device_for(backend)
     scores = 0.5 + 0.29 * torch.randn(1, k, generator=torch.Generator().manual_seed(k))
     check("soft_topk_masks", scores, 0.3, backend, device, n_iters=10, noise=1.0, seed=5)
-    check("soft_topk_masks", 30 * scores, 0.3, backend, device, 1e9, n_iters=30, noise=0.0, seed=5)
+    check("soft_topk_masks", 30 * scores, 0.3, backend, device, n_iters=30, noise=0.0, seed=5)
 
 
 @pytest.mark.slow
