@@ -12,6 +12,8 @@
 #include <utility>
 #include <vector>
 
+#include "tensors.h"
+
 namespace aha {
 
 using torch::headeronly::ScalarType;
@@ -193,10 +195,6 @@ inline PerturbShape check_perturb_by_rank_backward(const Tensor& grad_deleted, c
 }
 
 // ---- tensors
-
-inline std::optional<Tensor> contiguous(const std::optional<Tensor>& values) {
-  return values ? std::optional<Tensor>(torch::stable::contiguous(*values)) : std::nullopt;
-}
 
 template <typename T>
 const T* channel_pointer(const std::optional<Tensor>& values) {

@@ -8,6 +8,8 @@
 #include <optional>
 #include <vector>
 
+#include "tensors.h"
+
 namespace aha {
 
 using torch::headeronly::ScalarType;
@@ -61,10 +63,6 @@ inline void check_state(const RankingShape& shape, const Tensor& scalings, const
                       absorbed.size(0) == shape.batch && absorbed.size(1) == shape.iterations &&
                       absorbed.scalar_type() == ScalarType::Int && absorbed.device() == like.device(),
                   "sinkhorn backward: scalings (B,T+1,2,K) and absorbed (B,T) are those that the forward pass returned");
-}
-
-inline std::optional<Tensor> contiguous(const std::optional<Tensor>& tensor) {
-  return tensor ? std::optional<Tensor>(torch::stable::contiguous(*tensor)) : std::nullopt;
 }
 
 inline std::vector<int64_t> out_sizes(const RankingShape& shape, const std::optional<Tensor>& left,

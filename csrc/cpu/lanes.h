@@ -2,6 +2,8 @@
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
 
 #include <cmath>
 #include <cstdint>
@@ -99,6 +101,16 @@ class FlushDenormals {
   unsigned saved_;
 #endif
 };
+
+// f with a value of the type of the tensor, float or double.
+template <typename F>
+void with_type(const torch::stable::Tensor& tensor, const char* name, const F& f) {
+  using torch::headeronly::ScalarType;
+  const ScalarType type = tensor.scalar_type();
+  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::Double, name, " on the CPU: the input is ",
+                  torch::headeronly::toString(type), "; use float32 or float64");
+  type == ScalarType::Float ? f(float{}) : f(double{});
+}
 
 // f(0) ... f(n - 1), shared out among threads; inside another such loop one after the other.
 template <typename F>

@@ -415,14 +415,6 @@ void run_backward(const Problem<T>& problem, const Output<T>& output, T* scaling
 
 using Triple = std::tuple<Tensor, Tensor, Tensor>;
 
-template <typename F>
-void with_type(const Tensor& tensor, const char* name, const F& f) {
-  const ScalarType type = tensor.scalar_type();
-  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::Double, name, " on the CPU: the input is ",
-                  torch::headeronly::toString(type), "; use float32 or float64");
-  type == ScalarType::Float ? f(float{}) : f(double{});
-}
-
 template <typename T>
 T* data(const Tensor& tensor) {
   return static_cast<T*>(tensor.mutable_data_ptr());

@@ -22,20 +22,12 @@ AHA_ADD(float)
 AHA_ADD(double)
 #undef AHA_ADD
 
-template <typename F>
-void with_type(const Tensor& tensor, const F& f) {
-  const ScalarType type = tensor.scalar_type();
-  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::Double, "cumulative_masks on the CPU: the input is ",
-                  torch::headeronly::toString(type), "; use float32 or float64");
-  type == ScalarType::Float ? f(float{}) : f(double{});
-}
-
 Tensor cumulative_masks(const Tensor& permutation, const Tensor& weights) {
   check_masks(permutation, weights, false);
   const int64_t batch = permutation.size(0), steps = weights.size(0), k = weights.size(1), tiles = (k + TILE - 1) / TILE;
   const Tensor P = torch::stable::contiguous(permutation), w = torch::stable::contiguous(weights);
   Tensor out = torch::stable::new_zeros(P, {batch, steps, k});
-  with_type(P, [&](auto type) {
+  with_type(P, "cumulative_masks", [&](auto type) {
     using T = decltype(type);
     const T* p = static_cast<const T*>(P.const_data_ptr());
     const Weights<T> by_rank(static_cast<const T*>(w.const_data_ptr()), steps, k);
@@ -56,7 +48,7 @@ Tensor cumulative_masks_backward(const Tensor& grad, const Tensor& weights) {
   const int64_t batch = grad.size(0), steps = grad.size(1), k = grad.size(2), tasks = (k + ROWS - 1) / ROWS;
   const Tensor g = torch::stable::contiguous(grad), w = torch::stable::contiguous(weights);
   Tensor out = torch::stable::new_empty(g, {batch, k, k});
-  with_type(g, [&](auto type) {
+  with_type(g, "cumulative_masks_backward", [&](auto type) {
     using T = decltype(type);
     const T* from = static_cast<const T*>(g.const_data_ptr());
     const Weights<T> by_rank(static_cast<const T*>(w.const_data_ptr()), steps, k);

@@ -518,6 +518,32 @@ def _adjoints(
     return adjoint, level
 
 
+def _backward(
+    grad: Tensor,
+    logits: Tensor,
+    column: Tensor | None,
+    left: Tensor | None,
+    right: Tensor | None,
+    scalings: Tensor,
+    absorbed: Tensor,
+    scores: Tensor | None,
+    tau: Tensor | None,
+    grad_out: Tensor,
+    grad_tau: Tensor | None,
+    grad_right: Tensor,
+    log: bool,
+) -> None:
+    """Fill the gradient of the logits, or those of scores, tau (B,column blocks) and right."""
+    batch, k, _ = logits.shape
+    adjoint, level = _adjoints(grad, logits, left, right, scalings, absorbed, grad_right, log)
+    upstream = grad, left, right, level
+    state = logits, column, scalings, absorbed, adjoint
+    sizes = k, 0 if left is None else left.shape[0], absorbed.shape[1]
+    end_backward[batch, triton.cdiv(k, FIELD_COLUMNS)](
+        *upstream, *state, scores, tau, grad_out, grad_tau, *sizes, log, FIELD_ROWS, FIELD_COLUMNS
+    )
+
+
 def log_sinkhorn(logits: Tensor, n_iters: int) -> tuple[Tensor, Tensor, Tensor]:
     return _forward(logits.contiguous(), None, None, None, n_iters, log=True)
 
@@ -534,30 +560,7 @@ def log_sinkhorn_backward(grad: Tensor, logits: Tensor, scalings: Tensor, absorb
     out = torch.empty_like(logits)
     if not out.numel():
         return out
-    batch, k, _ = logits.shape
-    adjoint, level = _adjoints(grad, logits, None, None, scalings, absorbed, out, log=True)
-    grid = batch, triton.cdiv(k, FIELD_COLUMNS)
-    end_backward[grid](
-        grad,
-        None,
-        None,
-        level,
-        logits,
-        None,
-        scalings,
-        absorbed,
-        adjoint,
-        None,
-        None,
-        out,
-        None,
-        k,
-        0,
-        absorbed.shape[1],
-        True,
-        FIELD_ROWS,
-        FIELD_COLUMNS,
-    )
+    _backward(grad, logits, None, None, None, scalings, absorbed, None, None, out, None, out, log=True)
     return out
 
 
@@ -581,26 +584,6 @@ def gumbel_sinkhorn_backward(
     grad_tau = scores.new_empty(batch, column_blocks) if need_tau else None
     if batch:
         logits, column = _ranking_logits(scores, tau, seed, noise)
-        adjoint, level = _adjoints(grad, logits, left, right, scalings, absorbed, grad_right, log=False)
-        end_backward[(batch, column_blocks)](
-            grad,
-            left,
-            right,
-            level,
-            logits,
-            column,
-            scalings,
-            absorbed,
-            adjoint,
-            scores,
-            tau,
-            grad_scores,
-            grad_tau,
-            k,
-            0 if left is None else left.shape[0],
-            absorbed.shape[1],
-            False,
-            FIELD_ROWS,
-            FIELD_COLUMNS,
-        )
+        given = grad, logits, column, left, right, scalings, absorbed, scores, tau
+        _backward(*given, grad_scores, grad_tau, grad_right, log=False)
     return grad_scores, scores.new_empty(0) if grad_tau is None else grad_tau.sum(1), grad_right
