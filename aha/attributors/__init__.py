@@ -6,5 +6,6 @@
 from . import attention, gradient, perturbation
 from .base import Attributor, Metadata, available, create, register, undisturbed
 from .learned import AHA
+from .passes import Passes, count_passes
 
-__all__ = ["AHA", "Attributor", "Metadata", "available", "create", "register", "undisturbed"]
+__all__ = ["AHA", "Attributor", "Metadata", "Passes", "available", "count_passes", "create", "register", "undisturbed"]

@@ -1,10 +1,8 @@
 """Attribution from the attention of vision transformers.
 
 A_l is the attention (B, heads, T, T) of block l after the softmax, T = prefix tokens + patches. Maps are read
-from the rows of the tokens that the classification head reads, the "readout": the class token; for DeiT with
-distillation the class and the distillation token, whose heads are averaged; without a token (average or
-attention pooling) all patches. Prefix tokens (class, distillation, registers) are never part of a map. Patch
-maps become pixels bilinearly.
+from the rows of the readout, the tokens that the classification head reads (see `transformer`). Patch maps become
+pixels bilinearly.
 """
 
 from __future__ import annotations
@@ -17,40 +15,30 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..classifier import Classifier
-from .base import Attributor, Metadata, register, undisturbed
+from .base import Metadata, register, undisturbed
+from .transformer import TransformerAttributor
 
 _ARCHITECTURES = "timm vision transformers with softmax attention (ViT, DeiT, BEiT, EVA, DINOv3)"
 
 
-class AttentionAttributor(Attributor):
-    """Base of the methods that read attention; refuses other architectures when it is made.
+class AttentionAttributor(TransformerAttributor):
+    """Base of the methods that read attention; refuses other architectures when it is made."""
 
-    Attributes:
-        blocks: number of transformer blocks.
-        prefix: number of tokens before the patches.
-        readout: the tokens whose final values reach the head.
-    """
+    reads = "reads attention"
+    accepts = _ARCHITECTURES
 
     def __init__(self, clf: Classifier, **options: Any):
         super().__init__(clf, **options)
-        self._softmaxes = _softmaxes(clf.module)
-        self._patch_embed: Any = getattr(clf.module, "patch_embed", None)
-        self.blocks = len(self._softmaxes)
-        prefix = getattr(clf.module, "num_prefix_tokens", None)
-        if not self.blocks or prefix is None or not hasattr(self._patch_embed, "dynamic_feat_size"):
-            raise ValueError(
-                f"{self.name} reads attention and accepts {_ARCHITECTURES}; {clf.name} is a "
-                f"{type(clf.module).__name__}: choose a method for any classifier, such as rise"
-            )
-        self.prefix = int(prefix)
-        self.readout = _readout(clf.module, self.prefix)
+        self._softmaxes = _softmaxes(self.blocks)
+        if not self._softmaxes:
+            self.refuse()
 
     def forward(self, images: Tensor, watch: Callable[[int, Tensor], Tensor | None], last_only: bool = False) -> Tensor:
         """Logits (B, classes) while ``watch(block, A)`` sees the attention (B,heads,T,T), block after block.
 
         What ``watch`` returns replaces the attention, None leaves it.
         """
-        rows, cols = self._grid(images)
+        rows, cols = self.grid(images)
         tokens = self.prefix + rows * cols
 
         def hook_of(block: int) -> Callable:
@@ -67,14 +55,6 @@ class AttentionAttributor(Attributor):
         hooks = [(module, hook_of(block)) for block, module in enumerate(self._softmaxes)]
         with undisturbed(self.clf, hooks[-1:] if last_only else hooks, unfused=True):
             return self.clf(images)
-
-    def upsample(self, patches: Tensor, images: Tensor) -> Tensor:
-        """(B, patches) → (B, 1, H, W)."""
-        maps = patches.reshape(len(images), 1, *self._grid(images))
-        return F.interpolate(maps, images.shape[-2:], mode="bilinear", align_corners=False)
-
-    def _grid(self, images: Tensor) -> tuple[int, int]:
-        return self._patch_embed.dynamic_feat_size(tuple(images.shape[-2:]))
 
 
 @register("raw_attention")
@@ -162,21 +142,13 @@ class GradCamViT(AttentionAttributor):
         return self.upsample(F.relu((weights * attention).sum(dim=1)), images)
 
 
-def _softmaxes(module: nn.Module) -> list[nn.Module]:
+def _softmaxes(blocks: list[nn.Module]) -> list[nn.Module]:
     """What timm applies right after the attention's softmax, one per block; [] if the blocks are others."""
     found: list[nn.Module] = []
-    for block in getattr(module, "blocks", ()):
+    for block in blocks:
         owner = getattr(block, "attn", block)
         # without the switch there is no telling what attn_drop is applied to
         if not (hasattr(owner, "fused_attn") and isinstance(getattr(owner, "attn_drop", None), nn.Module)):
             return []
         found.append(owner.attn_drop)
     return found
-
-
-def _readout(module: nn.Module, prefix: int) -> slice:
-    if hasattr(module, "head_dist"):
-        return slice(0, 2)
-    if getattr(module, "global_pool", "") == "token":
-        return slice(0, 1)
-    return slice(None) if getattr(module, "pool_include_prefix", False) else slice(prefix, None)

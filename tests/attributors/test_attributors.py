@@ -204,7 +204,7 @@ def test_attention_of_all_architectures(models, kind):
     for name in ATTENTION:
         method = attributors.create(name, clf)
         assert method.prefix == PREFIX.get(kind, 1)
-        assert method.blocks == 3
+        assert len(method.blocks) == 3
         maps = method.attribute(images)
         assert maps.shape == (2, 1, *clf.input_size)
         assert torch.isfinite(maps).all()
@@ -429,3 +429,39 @@ def test_registering_a_method(models):
         assert Bright.name == "bright"
     finally:
         _REGISTRY.pop("bright", None)
+
+
+# ---- what methods share
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_a_pass_may_start_at_any_block(models, kind):
+    clf = models(kind)
+    images = pictures(clf, 2)
+    method = attributors.create("rollout", clf)
+    seen = []
+    handle = method.blocks[2].register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    expected = clf(images)
+    handle.remove()
+    executed = []
+    handles = [
+        next(block.children()).register_forward_hook(lambda *_, i=i: executed.append(i))
+        for i, block in enumerate(method.blocks)
+    ]
+    with method.starting_at(2, seen[0]):
+        assert torch.allclose(clf(torch.zeros_like(images)), expected, atol=1e-6)
+    assert executed == [2]
+    for handle in handles:
+        handle.remove()
+    assert torch.equal(clf(images), expected)
+    assert all("forward" not in vars(block) for block in method.blocks)
+
+
+def test_passes_are_counted(models):
+    clf = models("vit")
+    images = pictures(clf)
+    for name, forward, backward in (("rollout", 3, 0), ("input_x_gradient", 3, 3), ("rise", 36, 0)):
+        with attributors.count_passes(clf) as passes:
+            create(name, clf, internal_batch_size=2).attribute(images, 0)
+        assert (passes.forward, passes.backward) == (forward, backward), name
+    assert not clf.module._forward_hooks
