@@ -1,0 +1,180 @@
+"""ViT-CX: masks made of a transformer's own feature maps, scored by what they do to the confidence."""
+
+from __future__ import annotations
+
+import math
+import zlib
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..classifier import Classifier
+from .base import Metadata, register
+from .cam import LayerAttributor
+from .transformer import ARCHITECTURES
+
+# images whose D×D distances, float64, are held at once: 8 MB each for D = 1024
+_CLUSTERED_AT_ONCE = 8
+
+
+@register("vit_cx")
+class ViTCX(LayerAttributor):
+    """ViT-CX: Σ_k p_k·M_k / Σ_k M_k, the masks' causal scores p_k over their coverage, per pixel.
+
+    The D channels of the patch tokens before the last block, each scaled to [0, 1], are clustered (complete linkage,
+    cosine distance below ``threshold``). The K clusters' means, scaled again, are the masks M_k. With
+    n_k ~ ``noise``·N(0, 1) on normalised pixels and f the target's confidence
+
+        p_k = f(x⊙M_k + n_k⊙(1−M_k)) − f(x + n_k⊙(1−M_k)) + f(x):
+
+    what is hidden becomes noise, and what the noise alone does is taken off. Pixels that no mask covers get 0.
+
+    Args:
+        threshold: clusters at this cosine distance or above are kept apart, > 0.
+        noise: its standard deviation on normalised pixels, ≥ 0.
+        layer: see `LayerAttributor`.
+        internal_batch_size: masked images in one pass, of whichever image.
+        seed: of the noise; n_k depends on it and on k alone.
+    """
+
+    metadata = Metadata(
+        paper="Xie et al., IJCAI 2023",
+        cost="(2K + 1)F, K masks found per image",
+        architectures=ARCHITECTURES,
+        licence="paper",
+        notes="maps are scaled and clustered on the patch grid, then enlarged bilinearly; channels of one value are "
+        "left out; every image sees the same noise",
+    )
+
+    accepts = ARCHITECTURES
+    tokens_only = True
+
+    def __init__(
+        self,
+        clf: Classifier,
+        threshold: float = 0.1,
+        noise: float = 0.1,
+        layer: nn.Module | str | None = None,
+        **options: Any,
+    ):
+        super().__init__(clf, layer, **options)
+        if not 0 < threshold < math.inf:
+            raise ValueError(f"threshold={threshold}: give a cosine distance above 0")
+        if not 0 <= noise < math.inf:
+            raise ValueError(f"noise={noise}: give a standard deviation ≥ 0")
+        self.threshold, self.noise = threshold, noise
+
+    def masks(self, maps: Tensor) -> tuple[Tensor, Tensor]:
+        """Cluster (B, D, h, w) into masks (N, h, w) in [0, 1], those of all images, and whose they are, (N,) sorted."""
+        values = _rescale(maps.flatten(2))
+        kept = values.amax(dim=-1) > 0
+        parts = zip(values.split(_CLUSTERED_AT_ONCE), kept.split(_CLUSTERED_AT_ONCE), strict=True)
+        labels = torch.cat([self._cluster(*part) for part in parts])
+        sums = torch.zeros_like(values).scatter_add_(1, labels[:, :, None].expand_as(values), values)
+        # a sum is as good as a mean once scaled
+        clusters = kept.new_zeros(kept.shape).scatter_(1, labels, True) & kept
+        masks = _rescale(sums[clusters])
+        return masks.unflatten(-1, maps.shape[2:]), clusters.nonzero()[:, 0]
+
+    def _cluster(self, values: Tensor, kept: Tensor) -> Tensor:
+        directions = F.normalize(values.double(), dim=-1)
+        distances = 1 - directions @ directions.mT
+        # a channel without a direction stays alone
+        distances.masked_fill_(~(kept[:, :, None] & kept[:, None, :]), torch.inf)
+        return complete_linkage(distances, self.threshold)
+
+    @torch.no_grad()
+    def _attribute(self, images: Tensor, target: Tensor) -> Tensor:
+        captured = self.capture(images)
+        whole = _confidence(captured.logits, target)
+        masks, owner = self.masks(self.maps(captured.output.detach(), images))
+        if not len(owner):
+            return images.new_zeros(len(images), 1, *images.shape[-2:])
+        first = torch.searchsorted(owner, torch.arange(len(images), device=owner.device))
+        number = torch.arange(len(owner), device=owner.device) - first[owner]
+        pixels = self.clf.normalize(images)
+        # masks of one number share their noise, which is then made once
+        order = number.argsort(stable=True)
+        scores = torch.zeros(len(owner), device=images.device)
+        for part in order.split(self.internal_batch_size):
+            mask = F.interpolate(masks[part][:, None], images.shape[-2:], mode="bilinear", align_corners=False)
+            mine = owner[part]
+            noise = (1 - mask) * self._noise(number[part], pixels)
+            seen, noisy = pixels[mine] * mask + noise, pixels[mine] + noise
+            shown, disturbed = (
+                _confidence(self.clf.forward_normalized(variant), target[mine]) for variant in (seen, noisy)
+            )
+            scores[part] = shown - disturbed + whole[mine]
+        empty = masks.new_zeros(len(images), *masks.shape[1:])
+        grids = (
+            empty.index_add(0, owner, weight[:, None, None] * masks) for weight in (scores, torch.ones_like(scores))
+        )
+        total, coverage = (
+            F.interpolate(grid[:, None], images.shape[-2:], mode="bilinear", align_corners=False) for grid in grids
+        )
+        return torch.where(coverage > 0, total / coverage.clamp_min(1e-6), 0)
+
+    def _noise(self, number: Tensor, pixels: Tensor) -> Tensor:
+        """n_k of the masks' numbers k (N,), ascending → (N, C, H, W)."""
+        numbers, place = number.unique_consecutive(return_inverse=True)
+        fields = [
+            torch.randn(
+                pixels.shape[1:], generator=torch.Generator().manual_seed(zlib.crc32(b"%d %d" % (self.seed, k)))
+            )
+            for k in numbers.tolist()
+        ]
+        return self.noise * torch.stack(fields).to(pixels)[place]
+
+
+def complete_linkage(distances: Tensor, threshold: float) -> Tensor:
+    """Agglomerative clustering with complete linkage, cut at a height; batched.
+
+    Clusters are as far apart as their farthest members; the two nearest merge until none are nearer than
+    ``threshold``. Complete linkage is reducible (a merger never brings a third cluster nearer to the merged ones), so
+    all pairs of mutual nearest neighbours can merge at once without changing the result, and a handful of rounds
+    replaces D steps. Ties go to the lower index.
+
+    Args:
+        distances: (B, D, D), symmetric up to rounding; the diagonal is ignored.
+        threshold: clusters this far apart or farther stay apart.
+
+    Returns:
+        (B, D) int64, for each member the lowest index in its cluster.
+    """
+    own = torch.arange(distances.shape[-1], device=distances.device).expand(distances.shape[:2])
+    between = torch.maximum(distances, distances.mT)  # symmetric to the last bit, or neighbours may not be mutual
+    between.diagonal(dim1=1, dim2=2).fill_(torch.inf)
+    labels = clusters = own
+    while between.shape[-1] > 1:
+        place = torch.arange(between.shape[-1], device=between.device).expand(between.shape[:2])
+        nearest, neighbour = between.min(dim=-1)
+        near = nearest < threshold
+        partner = torch.where(near & (neighbour.gather(1, neighbour) == place), neighbour, place)
+        between = torch.maximum(between, _rows(between, partner))
+        between = torch.maximum(between, _rows(between.mT, partner).mT)
+        joined = torch.minimum(partner, place)
+        labels = own.scatter(1, clusters, clusters.gather(1, joined)).gather(1, labels)
+        # distances only grow: who has no neighbour now will never have one
+        left = near & (joined == place)
+        between.masked_fill_(~(left[:, :, None] & left[:, None, :]), torch.inf)
+        order = left.logical_not().byte().argsort(dim=1, stable=True)[:, : int(left.sum(dim=1).max())]
+        between = _rows(_rows(between, order).mT, order).mT
+        clusters = clusters.gather(1, order)
+    return labels
+
+
+def _rows(matrices: Tensor, index: Tensor) -> Tensor:
+    """Rows (B, n) of (B, N, M) → (B, n, M)."""
+    return matrices.gather(1, index[:, :, None].expand(-1, -1, matrices.shape[-1]))
+
+
+def _rescale(values: Tensor) -> Tensor:
+    """(…, P) → [0, 1] by the minimum and maximum of the last dimension; zeros where they are equal."""
+    low, high = values.aminmax(dim=-1, keepdim=True)
+    return (values - low) / (high - low).clamp_min(torch.finfo(values.dtype).tiny)
+
+
+def _confidence(logits: Tensor, target: Tensor) -> Tensor:
+    return logits.float().softmax(dim=-1).gather(1, target[:, None])[:, 0]
