@@ -56,6 +56,31 @@ class AttentionAttributor(TransformerAttributor):
         with undisturbed(self.clf, hooks[-1:] if last_only else hooks, unfused=True):
             return self.clf(images)
 
+    def gradients(
+        self, images: Tensor, target: Tensor, last_only: bool = False, probability: bool = False
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Attention A_l of every block and G_l = ∂logit_t/∂A_l, each (B, heads, T, T), detached.
+
+        The derivative is total: what changes in later blocks is part of it. The backward pass ends at the first
+        attention asked for. Works with gradients switched off around it.
+
+        Args:
+            last_only: only of the last block.
+            probability: derive the softmax probability of the target, not its logit.
+        """
+        seen: list[Tensor] = []
+
+        def watch(_block: int, attention: Tensor) -> Tensor:
+            # the first is where the graph begins, the others are part of it
+            seen.append(attention if seen else attention.detach().requires_grad_())
+            return seen[-1]
+
+        with torch.enable_grad():
+            logits = self.forward(images, watch, last_only)
+            scores = logits.softmax(dim=-1) if probability else logits
+            gradients = torch.autograd.grad(scores.gather(1, target[:, None]).sum(), seen)
+        return [attention.detach() for attention in seen], list(gradients)
+
 
 @register("raw_attention")
 class RawAttention(AttentionAttributor):
@@ -127,16 +152,9 @@ class GradCamViT(AttentionAttributor):
     )
 
     def _attribute(self, images: Tensor, target: Tensor) -> Tensor:
-        seen: list[Tensor] = []
-
-        def watch(_block: int, attention: Tensor) -> Tensor:
-            seen.append(attention.detach().requires_grad_())
-            return seen[0]
-
-        logits = self.forward(images, watch, last_only=True)
-        (gradient,) = torch.autograd.grad(logits.gather(1, target[:, None]).sum(), seen[0])
         attention, gradient = (
-            value.detach()[:, :, self.readout, self.prefix :].mean(dim=2) for value in (seen[0], gradient)
+            values[0][:, :, self.readout, self.prefix :].mean(dim=2)
+            for values in self.gradients(images, target, last_only=True)
         )
         weights = gradient.mean(dim=-1, keepdim=True)  # [B, heads, 1]
         return self.upsample(F.relu((weights * attention).sum(dim=1)), images)
@@ -146,7 +164,7 @@ def _softmaxes(blocks: list[nn.Module]) -> list[nn.Module]:
     """What timm applies right after the attention's softmax, one per block; [] if the blocks are others."""
     found: list[nn.Module] = []
     for block in blocks:
-        owner = getattr(block, "attn", block)
+        owner: Any = getattr(block, "attn", block)
         # without the switch there is no telling what attn_drop is applied to
         if not (hasattr(owner, "fused_attn") and isinstance(getattr(owner, "attn_drop", None), nn.Module)):
             return []
