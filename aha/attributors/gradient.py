@@ -44,7 +44,9 @@ class InputXGradient(Attributor):
         images = images.requires_grad_()
         score = self.clf(images).gather(1, target[:, None]).sum()
         (gradient,) = torch.autograd.grad(score, images)
-        maps = (images.detach() * gradient).sum(dim=1, keepdim=True).abs()
+        return self.smoothed((images.detach() * gradient).sum(dim=1, keepdim=True).abs())
+
+    def smoothed(self, maps: Tensor) -> Tensor:
         return blur(maps, 2 * math.ceil(3 * self.smooth) + 1, self.smooth) if self.smooth else maps
 
 

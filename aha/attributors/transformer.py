@@ -34,13 +34,17 @@ class TransformerAttributor(Attributor):
 
     reads: ClassVar[str] = "reads tokens"
     accepts: ClassVar[str] = ARCHITECTURES
+    # MLP-Mixers have blocks, patches and no other tokens; for methods that need no attention
+    mixers: ClassVar[bool] = False
 
     def __init__(self, clf: Classifier, **options: Any):
         super().__init__(clf, **options)
         module: Any = clf.module
-        self._patch_embed: Any = getattr(module, "patch_embed", None)
+        # timm's mixers call their patch embedding the stem
+        mixer = self.mixers and hasattr(getattr(module, "stem", None), "dynamic_feat_size")
+        self._patch_embed: Any = module.stem if mixer else getattr(module, "patch_embed", None)
         self.blocks = list(getattr(module, "blocks", ()))
-        prefix = getattr(module, "num_prefix_tokens", None)
+        prefix = 0 if mixer else getattr(module, "num_prefix_tokens", None)
         if not self.blocks or prefix is None or not hasattr(self._patch_embed, "dynamic_feat_size"):
             self.refuse()
         self.prefix = int(prefix)
@@ -80,7 +84,7 @@ class TransformerAttributor(Attributor):
             try:
                 for module in skipped:
                     # an instance attribute hides the class's forward until it is deleted
-                    module.forward = _unchanged  # type: ignore[method-assign]
+                    module.forward = _unchanged
                 yield
             finally:
                 handle.remove()
