@@ -1,0 +1,503 @@
+"""MDA: patches ordered by searching for the best insertion and deletion curves, magnitudes fitted to the curves.
+
+Needs no training and looks at nothing but confidences, so it works on any classifier; it takes thousands of forward
+passes. P is the number of patches, W the window of candidates of a step, p the softmax probability of the target.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..checks import check_maps
+from ..classifier import Classifier
+from ..precision import autocast, uses_bf16
+from ..references import adaptive_blur, black
+from ..regions import Regions, grid
+from .base import _REGISTRY, Attributor, Metadata, create, register
+from .passes import count_passes
+
+# tried in turn: the first that is there and accepts the classifier
+PRIORS = ("bi_attention", "gradcam", "input_x_gradient")
+WINDOW = 28
+# the protocol's kernels of the insertion reference
+BLUR_START, BLUR_LARGEST, BLUR_STEP = 31, 101, 2
+BLURS = len(range(BLUR_START, BLUR_LARGEST + 1, BLUR_STEP))
+# candidates whose log p differ by less are tied: rounding depends on what else is in the pass
+TIE = 1e-5
+# step of the value that keeps the order where the curve is flat, per P ranks
+FLAT = 1e-6
+
+
+class Scene(NamedTuple):
+    """What the search and the curves of a batch share; pixels are normalised.
+
+    Attributes:
+        pixels, blurred, black: (B, C, H, W) the images and the references of insertion and deletion.
+        target: (B,) int64.
+        cell: (H, W) int64, the patch of every pixel.
+        patches: P.
+        original, from_blur, from_black: (B,) p of the three.
+        blurs: (B,) int64 b, how many blurs were tried.
+    """
+
+    pixels: Tensor
+    blurred: Tensor
+    black: Tensor
+    target: Tensor
+    cell: Tensor
+    patches: int
+    original: Tensor
+    from_blur: Tensor
+    from_black: Tensor
+    blurs: Tensor
+
+
+class Search(NamedTuple):
+    """What `MDA.search` did, step by step: first insertion, most important patch first, then deletion, least
+    important first.
+
+    Attributes:
+        patches: (B, steps) int64, the patch shown in every step.
+        confidence: (B, steps) p afterwards.
+        inserted: (B,) int64 K, steps that belong to insertion.
+    """
+
+    patches: Tensor
+    confidence: Tensor
+    inserted: Tensor
+
+    def order(self) -> Tensor:
+        """(B, P) patches of a complete search, most important first."""
+        position = torch.arange(self.patches.shape[1], device=self.patches.device)
+        # deletion's part backwards
+        mirrored = self.inserted[:, None] + self.patches.shape[1] - 1 - position
+        return self.patches.gather(1, torch.where(position < self.inserted[:, None], position, mirrored))
+
+
+@register("mda")
+class MDA(Attributor):
+    """Metric-driven attribution: greedy order of the patches, magnitudes from their insertion and deletion curves.
+
+    1. A prior map, averaged per patch, ranks the patches.
+    2. Insertion starts from the blurred image and shows, step by step, that one of the W best patches left which
+       gives the highest p, until p − p_blur ≥ τ·|p_image − p_blur|. These patches come first.
+    3. Deletion starts from black and shows, step by step, that one of the W worst patches left which gives the
+       lowest p; insertion's patches are locked. Backwards, this is the rest of the order.
+    4. c = (insertion + 1 − deletion)/2 along the order; x is the nearest concave non-decreasing curve with c's ends
+       (`concave_increments`). Rank i = 1…P gets Δx_i·(1 + (P − i)/P), strictly decreasing.
+    5. Dense variant: (P − i)/P where that value is ≥ κ, else 0. The patches' values (1 − γ)·sparse + γ·dense are
+       enlarged bilinearly.
+
+    Insertion's and deletion's steps always sum to P, so all images of a batch take each step together, whatever
+    part they are in, and most points of the curves are known from the search. Forward passes per image, exactly:
+    P·(W + 1) − W·(W − 1)/2 + b and those of the prior, and 1 more if the target is to be found; 1 ≤ b ≤ 36 is the
+    number of blurs tried.
+
+    The blur is `references.adaptive_blur` at p ≤ 1 %; where its largest kernel, 101, is not enough, insertion
+    starts from that. Candidates tie if their log p differ by less than 1e-5; then the prior decides.
+
+    Args:
+        prior: name of a registered method, an `Attributor`, a function of images (B, C, H, W) and target (B,), or
+            maps (B, 1, H, W) of the images that `attribute` will be given. None is the first of bi_attention,
+            gradcam and input_x_gradient that accepts the classifier.
+        window: W ≥ 1; None is min(2√P, 28). More than P is P.
+        gamma: γ in [0, 1], from sparse to dense maps. Below 1 the order of the patches is the same.
+        kappa: κ ≥ 0.
+        tau: τ in (0, 1].
+        max_passes: forward passes per image, the prior's included; W shrinks until the largest possible number
+            fits.
+        cells: rows, or (rows, columns) of a grid; None is the patches of a timm vision transformer, and 14 along the
+            shorter side for others.
+        precision: "fp32", "bf16" or "auto", of the classifier's passes, not the prior's.
+        internal_batch_size: perturbed images in one pass; None is 8 on a CPU, where more are no faster, else 128.
+
+    Attributes:
+        passes: (B,) int64 on the CPU, forward passes that each image of the last call took.
+    """
+
+    metadata = Metadata(
+        paper="Walker et al., ICLR 2025",
+        cost="P·(W + 1) − W·(W − 1)/2 + b F and the prior's; 5,306 + b at 14×14, b ≤ 36",
+        architectures="any",
+        licence="own implementation from the paper's description",
+        notes="deletion from black, not from zeros in normalised space; raw probabilities in c; where the blur does "
+        "not hide the class, from the largest; near ties go to the prior; a flat curve is ordered by steps of 1e-6/P",
+    )
+
+    def __init__(
+        self,
+        clf: Classifier,
+        prior: str | Tensor | Callable[[Tensor, Tensor], Tensor] | None = None,
+        window: int | None = None,
+        gamma: float = 0.0,
+        kappa: float = 0.005,
+        tau: float = 0.9,
+        max_passes: int | None = None,
+        cells: int | tuple[int, int] | None = None,
+        precision: str = "fp32",
+        internal_batch_size: int | None = None,
+        seed: int = 0,
+    ):
+        if internal_batch_size is None:
+            internal_batch_size = 8 if clf.device.type == "cpu" else 128
+        super().__init__(clf, internal_batch_size, seed)
+        if window is not None and window < 1:
+            raise ValueError(f"window={window}: give at least one candidate per step")
+        if not 0 <= gamma <= 1:
+            raise ValueError(f"gamma={gamma}: give a share of the dense map in [0, 1]")
+        if not 0 <= kappa < math.inf:
+            raise ValueError(f"kappa={kappa}: give a threshold ≥ 0")
+        if not 0 < tau <= 1:
+            raise ValueError(f"tau={tau}: give the share of the confidence that ends insertion, in (0, 1]")
+        uses_bf16(precision, clf.device)  # refuses unknown names
+        self.window, self.gamma, self.kappa, self.tau = window, gamma, kappa, tau
+        self.max_passes, self.cells, self.precision = max_passes, cells, precision
+        self.prior = self._made(prior)
+        self.passes = torch.zeros(0, dtype=torch.int64)
+        self._find_target = False
+
+    def _made(self, prior: Any) -> Tensor | Callable[[Tensor, Tensor], Tensor]:
+        options = {"internal_batch_size": self.internal_batch_size, "seed": self.seed}
+        if isinstance(prior, str):
+            return create(prior, self.clf, **options)
+        if prior is None:
+            for name in PRIORS[:-1]:
+                if name in _REGISTRY:
+                    try:
+                        return create(name, self.clf, **options)
+                    except ValueError:  # of another architecture
+                        continue
+            return create(PRIORS[-1], self.clf, **options)
+        if not isinstance(prior, Tensor) and not callable(prior):
+            raise ValueError(
+                f"prior is a {type(prior).__name__}: give a method's name, an attributor, a function of images and "
+                "target, or maps (B, 1, H, W)"
+            )
+        return prior
+
+    def attribute(self, images: Tensor, target: Tensor | Sequence[int] | int | None = None) -> Tensor:
+        self.clf.check(images)
+        if isinstance(self.prior, Tensor):
+            check_maps(self.prior, images)
+        self.passes, self._find_target = torch.zeros(0, dtype=torch.int64), target is None
+        return super().attribute(images, target)
+
+    attribute.__doc__ = Attributor.attribute.__doc__
+
+    def _attribute(self, images: Tensor, target: Tensor) -> Tensor:
+        with count_passes(self.clf) as counted:
+            if isinstance(self.prior, Tensor):
+                # images are counted off as they come
+                maps = self.prior[len(self.passes) :][: len(images)]
+            else:
+                maps = self.prior(images, target)
+        asked = math.ceil(counted.forward / len(images)) + int(self._find_target)
+        with torch.no_grad():
+            regions = self.regions(images)
+            prior = regions.pool(check_maps(maps, images)[:, None].to(images.device))
+            window = self.window_for(regions.count, asked)
+            scene = self.scene(images, target, regions)
+            found = self.search(scene, prior, window)
+            inserted, deleted = self.curves(scene, found)
+            spent = scene.blurs + asked + passes(regions.count, window)
+            self.passes = torch.cat([self.passes, spent.cpu()])
+            values = self.magnitudes((inserted + 1 - deleted) / 2).to(images.device)
+            patches = torch.empty_like(values).scatter_(1, found.order(), values)
+            patches = patches.view(len(images), 1, regions.rows, regions.cols)
+            return F.interpolate(patches, images.shape[-2:], mode="bilinear", align_corners=False)
+
+    def regions(self, images: Tensor) -> Regions:
+        """The patches of ``images``."""
+        height, width = images.shape[-2:]
+        module: Any = self.clf.module
+        embed: Any = getattr(module, "patch_embed", None)
+        # hierarchical transformers have such an embedding too, but no tokens of that size later
+        plain = hasattr(module, "blocks") and hasattr(module, "num_prefix_tokens")
+        if self.cells is None and plain and hasattr(embed, "dynamic_feat_size"):
+            rows, cols = embed.dynamic_feat_size((height, width))
+            # by the size of a patch: the last one may be cut off by the border
+            down, right = embed.patch_size
+            regions = Regions(torch.arange(height) // down, torch.arange(width) // right, rows, cols)
+        else:
+            regions = grid(height, width, self.cells or min(14, height, width))
+        if regions.count < 2:
+            raise ValueError(f"mda orders patches, and images {height}×{width} have one: give cells=2 or more")
+        return regions
+
+    def window_for(self, patches: int, asked: int) -> int:
+        """W for P ``patches`` where the prior, and finding the target, took ``asked`` passes."""
+        window = min(self.window or min(math.isqrt(4 * patches), WINDOW), patches)
+        if self.max_passes is None:
+            return window
+        left = self.max_passes - asked - BLURS
+        if left < passes(patches, 1):
+            fewest = passes(patches, 1) + BLURS + asked
+            raise ValueError(
+                f"max_passes={self.max_passes} is too few: {patches} patches take {passes(patches, 1)} with a window "
+                f"of 1, the blur up to {BLURS} and the prior {asked}: give {fewest} or fewer cells"
+            )
+        return max(w for w in range(1, window + 1) if passes(patches, w) <= left)
+
+    @torch.no_grad()
+    def scene(self, images: Tensor, target: Tensor, regions: Regions) -> Scene:
+        """Both references and what the classifier says about them; 2 + b passes."""
+        blurs = torch.zeros(len(images), dtype=torch.int64, device=images.device)
+        from_blur = images.new_zeros(len(images), dtype=torch.float32)
+
+        def confidence(blurred: Tensor, index: Tensor) -> Tensor:
+            found = self._scores(lambda part: self.clf.normalize(blurred[part]), target[index]).exp()
+            from_blur[index] = found
+            blurs[index] += 1
+            return found
+
+        blurred, _ = adaptive_blur(images, confidence, 0.01, BLUR_START, BLUR_LARGEST, BLUR_STEP)
+        pixels, shown, hidden = (self.clf.normalize(value) for value in (images, blurred, black(images)))
+        original, from_black = (self._scores(source.__getitem__, target).exp() for source in (pixels, hidden))
+        cell = regions.cell_index().to(images.device)
+        ends = (original, from_blur, from_black)
+        return Scene(pixels, shown, hidden, target, cell, regions.count, *ends, blurs)
+
+    @torch.no_grad()
+    def search(self, scene: Scene, prior: Tensor, window: int, steps: int | None = None) -> Search:
+        """The greedy order by ``prior`` (B, P); ``steps`` stops it early.
+
+        Every step scores min(W, patches left) candidates of each image and changes one patch of it.
+        """
+        batch, patches = prior.shape
+        waiting = prior.argsort(dim=1, descending=True, stable=True)  # [B, patches left]
+        shown = scene.blurred
+        inserting = torch.ones(batch, dtype=torch.bool, device=prior.device)
+        enough = self.tau * (scene.original - scene.from_blur).abs()
+        chosen, confidences = [], []
+        inserted = torch.zeros(batch, dtype=torch.int64, device=prior.device)
+        for step in range(patches if steps is None else min(steps, patches)):
+            pool = waiting[:, :window]
+            scores = self._candidates(scene, shown, pool)
+            gain = torch.where(inserting[:, None], scores, -scores)
+            slot = _first(gain >= gain.amax(dim=1, keepdim=True) - TIE)
+            patch = pool.gather(1, slot)
+            confidence = scores.gather(1, slot)[:, 0].exp()
+            chosen.append(patch[:, 0])
+            confidences.append(confidence)
+            shown = torch.where((scene.cell == patch[:, :, None])[:, None], scene.pixels, shown)
+            position = torch.arange(waiting.shape[1] - 1, device=prior.device)
+            waiting = waiting.gather(1, position + (position >= slot))
+
+            inserted += inserting
+            # the last patch needs no insertion: its place is known
+            reached = (confidence - scene.from_blur >= enough) | (step == patches - 2)
+            switching = inserting & reached
+            inserting = inserting & ~reached
+            shown = torch.where(switching[:, None, None, None], scene.black, shown)
+            waiting = torch.where(switching[:, None], waiting.flip(1), waiting)
+        return Search(torch.stack(chosen, dim=1), torch.stack(confidences, dim=1), inserted)
+
+    @torch.no_grad()
+    def curves(self, scene: Scene, found: Search) -> tuple[Tensor, Tensor]:
+        """p (B, P + 1) while the patches of a complete search are inserted in order, and while they are deleted.
+
+        Only the P − 2 points that the search has not passed are measured: insertion's after K, deletion's before.
+        """
+        batch, patches = found.patches.shape
+        inserted = found.inserted[:, None]
+        counts = torch.arange(1, patches, device=inserted.device)
+        order = found.order()
+        rank = torch.empty_like(order).scatter_(1, order, torch.arange(patches, device=order.device).expand_as(order))
+
+        # all counts but K
+        missing = counts[:-1] + (counts[:-1] >= inserted)  # [B, P − 2]
+        rows = torch.arange(batch, device=inserted.device).repeat_interleave(patches - 2)
+        count, deleting = missing.flatten(), (missing < inserted).flatten()
+
+        def compose(part: Tensor) -> Tensor:
+            row, removed = rows[part], deleting[part][:, None, None]
+            top = rank[row][:, scene.cell] < count[part][:, None, None]
+            reference = torch.where(removed[:, None], scene.black[row], scene.blurred[row])
+            return torch.where((top ^ removed)[:, None], scene.pixels[row], reference)
+
+        measured = scene.original.new_zeros(batch, patches + 1)
+        if patches > 2:
+            scores = self._scores(compose, scene.target[rows]).exp()
+            measured.scatter_(1, missing, scores.view(batch, -1))
+        measured = measured[:, 1:-1]
+        # k patches are inserted after step k, and deleted where all but k are shown
+        known = found.confidence.gather(1, (inserted + patches - 1 - counts).clamp_max(patches - 1))
+        insertion = torch.where(counts <= inserted, found.confidence[:, :-1], measured)
+        deletion = torch.where(counts < inserted, measured, known)
+        ends = [value[:, None] for value in (scene.from_blur, scene.original, scene.from_black)]
+        return torch.cat([ends[0], insertion, ends[1]], dim=1), torch.cat([ends[1], deletion, ends[2]], dim=1)
+
+    def magnitudes(self, curves: Tensor) -> Tensor:
+        """c (B, P + 1) → value (B, P) float32 of every rank, most important first."""
+        increments = concave_increments(curves)
+        patches = increments.shape[1]
+        later = 1 - torch.arange(1, patches + 1, dtype=increments.dtype, device=increments.device) / patches
+        sparse = increments * (1 + later)
+        dense = torch.where(sparse >= self.kappa, later, 0)
+        return ((1 - self.gamma) * (sparse + FLAT * later) + self.gamma * dense).float()
+
+    def _candidates(self, scene: Scene, shown: Tensor, pool: Tensor) -> Tensor:
+        """log p (B, w) of ``shown`` (B, C, H, W) with one patch of ``pool`` (B, w) more."""
+        patch = pool.flatten()
+        rows = torch.arange(len(pool), device=pool.device).repeat_interleave(pool.shape[1])
+
+        def compose(part: Tensor) -> Tensor:
+            added = scene.cell == patch[part][:, None, None]
+            return torch.where(added[:, None], scene.pixels[rows[part]], shown[rows[part]])
+
+        return self._scores(compose, scene.target[rows]).view_as(pool)
+
+    def _scores(self, compose: Callable[[Tensor], Tensor], target: Tensor) -> Tensor:
+        """log p of the ``target`` (n,) in n images, made by ``compose`` (indices → normalised pixels) as needed."""
+        found = []
+        for part in torch.arange(len(target), device=target.device).split(self.internal_batch_size):
+            with autocast(self.precision, target.device):
+                logits = self.clf.forward_normalized(compose(part))
+            found.append(logits.float().log_softmax(dim=-1).gather(1, target[part, None])[:, 0])
+        return torch.cat(found)
+
+
+def passes(patches: int, window: int) -> int:
+    """Forward passes of the search, the curves and the image itself, without blur and prior."""
+    return patches * (window + 1) - window * (window - 1) // 2
+
+
+def _first(true: Tensor) -> Tensor:
+    """(B, n) bool → (B, 1) the first that holds; argmax promises no order among equals."""
+    position = torch.arange(true.shape[1], device=true.device)
+    return torch.where(true, position, true.shape[1] - 1).amin(dim=1, keepdim=True)
+
+
+def concave_increments(curves: Tensor) -> Tensor:
+    """Increments of the nearest concave, non-decreasing curve with the same ends.
+
+    min Σ_i (x_i − c_i)² over x_0 = c_0, x_N = c_N, Δx_1 ≥ … ≥ Δx_N ≥ 0, exactly. All such x are
+    c_0 + Σ_k w_k·h_k with ramps h_k(i) = min(i/k, 1), w ≥ 0 and Σ_k w_k = c_N − c_0: least squares on a simplex,
+    solved by an active set method for all curves at once. A ramp with weight is a bend of the curve, and between
+    bends the curve is straight, so a solve is a tridiagonal system in its values at the bends.
+
+    Args:
+        curves: c (B, N + 1), N ≥ 1.
+
+    Returns:
+        Δx (B, N) float64 on the CPU. Where c_N ≤ c_0, nothing with these ends rises: zeros.
+    """
+    goal = (curves[:, 1:] - curves[:, :1]).double().cpu()  # [B, N]
+    rise = goal[:, -1].clamp_min(0)
+    count = goal.shape[1]
+    length = torch.arange(1, count + 1, dtype=torch.float64)
+    weights = torch.zeros_like(goal)
+    weights[:, -1] = rise
+    active = weights > 0
+    entered = torch.zeros_like(active)
+    # below it, a gradient is rounding
+    tolerance = 1e-13 * count * goal.abs().amax(dim=1, keepdim=True)
+    todo = rise.nonzero()[:, 0]
+    # every step lowers the sum of squares; the bound is for curves that rounding would send in a circle
+    for _ in range(10 * count):
+        if not len(todo):
+            break
+        w, on = weights[todo], active[todo]
+        best, fitted = _best_weights(goal[todo], rise[todo, None], on)
+        # as far towards the best as weights stay positive; the ramps that stop it are dropped
+        stopping = on & (best <= 0)
+        stopped = stopping.any(dim=1, keepdim=True)
+        share = torch.where(stopping, w / (w - best).clamp_min(torch.finfo(w.dtype).tiny), 1)
+        step = share.amin(dim=1, keepdim=True)
+        on = on & ~(stopping & (share <= step))
+        w = torch.where(on, torch.lerp(w, best, step), 0)
+
+        # at the best, one ramp enters in every straight piece that a bend would improve
+        slack = _gradient(fitted - goal[todo], length)
+        slack = slack - torch.where(on, slack, 0).sum(dim=1, keepdim=True) / on.sum(dim=1, keepdim=True)
+        piece = on.cumsum(dim=1)
+        steepest = torch.zeros_like(slack).scatter_reduce_(1, piece.clamp_max(count - 1), slack, "amin")
+        entering = ~on & ~stopped & (slack == steepest.gather(1, piece.clamp_max(count - 1)))
+        entering &= slack < -tolerance[todo]
+        # one of those that have entered always stays, except by rounding
+        refused = stopped[:, 0] & (step[:, 0] == 0) & ~(on & entered[todo]).any(dim=1)
+        finished = refused | ~(stopped[:, 0] | entering.any(dim=1))
+
+        weights[todo], active[todo] = w, on | entering
+        entered[todo] = torch.where(stopped, entered[todo], entering)
+        todo = todo[~finished]
+    return (weights / length).flip(1).cumsum(dim=1).flip(1)
+
+
+def _gradient(residual: Tensor, length: Tensor) -> Tensor:
+    """∂/∂w_k of ½ Σ_{i < N} r_i² = Σ_{i < N} h_k(i)·r_i for r = x − c (B, N); the end is fixed."""
+    residual = torch.cat([residual[:, :-1], torch.zeros_like(residual[:, :1])], dim=1)
+    total = residual.cumsum(dim=1)
+    return (residual * length).cumsum(dim=1) / length + total[:, -1:] - total
+
+
+def _best_weights(goal: Tensor, rise: Tensor, active: Tensor) -> tuple[Tensor, Tensor]:
+    """Weights (B, N), of any sign, of the curve with bends at the ``active`` places (B, N) that is nearest to
+    ``goal`` (B, N), and that curve (B, N).
+
+    It is linear between 0, the bends and, from the last of them on, ``rise`` (B, 1).
+    """
+    count = goal.shape[1]
+    bends = active.sum(dim=1, keepdim=True)
+    most = int(bends.max())
+    index = (~active).to(torch.int8).argsort(dim=1, stable=True)[:, :most]  # [B, most], ascending
+    there = active.gather(1, index)
+    place = F.pad(index + 1.0, (1, 0)).to(goal)  # [B, most + 1], 0 first
+
+    # every point lies between two bends, or after the last
+    piece = active.cumsum(dim=1) - active.long()
+    flat = piece >= bends
+    piece = piece.clamp_max(most - 1)
+    left, right = place.gather(1, piece), place.gather(1, piece + 1)
+    share = torch.where(flat, 0, (torch.arange(1, count + 1).to(goal) - left) / torch.where(flat, 1, right - left))
+    seen = torch.where(flat, 0, goal)
+    moment = torch.zeros_like(place).scatter_add_(1, piece, seen * (1 - share))
+    moment = moment.scatter_add_(1, piece + 1, seen * share)[:, 1:]
+
+    # sums of products of neighbouring hat functions over whole numbers, by the length of the pieces
+    before = torch.where(there, place.diff(dim=1), 1)
+    after = F.pad(before[:, 1:], (0, 1), value=1.0)
+    inner = there & F.pad(there[:, 1:], (0, 1))
+    own = (before + 1) * (2 * before + 1) / (6 * before) + (after - 1) * (2 * after - 1) / (6 * after)
+    values = _tridiagonal(
+        torch.where(inner, (before**2 - 1) / (6 * before), 0),
+        torch.where(inner, own, 1),
+        torch.where(inner, (after**2 - 1) / (6 * after), 0),
+        torch.where(inner, moment, rise * there),
+    )
+    values = F.pad(values, (1, 0))
+    low, high = values.gather(1, piece), values.gather(1, piece + 1)
+    curve = torch.where(flat, rise, torch.lerp(low, high, share))
+    slope = torch.where(there, values.diff(dim=1) / before, 0)
+    change = slope - F.pad(slope[:, 1:], (0, 1))
+    return torch.zeros_like(goal).scatter_(1, index, torch.where(there, change * place[:, 1:], 0)), curve
+
+
+def _tridiagonal(lower: Tensor, diagonal: Tensor, upper: Tensor, right: Tensor) -> Tensor:
+    """Solutions (B, n) of diagonally dominant systems l_i·x_{i−1} + d_i·x_i + u_i·x_{i+1} = r_i.
+
+    Parallel cyclic reduction: log₂ n steps, each of which doubles the distance of the neighbours in an equation.
+    """
+    size, distance = diagonal.shape[1], 1
+    while distance < size:
+
+        def shifted(values: Tensor, by: int, fill: float = 0.0) -> Tensor:
+            padding = (by, 0) if by > 0 else (0, -by)
+            return F.pad(values[:, : size - by] if by > 0 else values[:, -by:], padding, value=fill)
+
+        back, ahead = (shifted(diagonal, by, 1.0) for by in (distance, -distance))
+        a, b = -lower / back, -upper / ahead
+        lower, diagonal, upper, right = (
+            a * shifted(lower, distance),
+            diagonal + a * shifted(upper, distance) + b * shifted(lower, -distance),
+            b * shifted(upper, -distance),
+            right + a * shifted(right, distance) + b * shifted(right, -distance),
+        )
+        distance *= 2
+    return right / diagonal
