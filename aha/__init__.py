@@ -14,12 +14,14 @@ if TYPE_CHECKING:
     from .explainer import Explainer
     from .objective import Objective
     from .refinement import refine
+    from .shapley import ShapleyObjective
     from .training import TrainConfig, Trainer
 
 _NAMES = {
     "Classifier": "classifier",
     "Explainer": "explainer",
     "Objective": "objective",
+    "ShapleyObjective": "shapley",
     "TrainConfig": "training",
     "Trainer": "training",
     "refine": "refinement",

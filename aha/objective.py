@@ -37,6 +37,9 @@ class Objective:
 
     Attributes:
         fractions: S ≥ 3.
+        ends: whether the two ends of the curves count, as in the paper; else S interior fractions stand for the
+            whole curve (midpoint rule).
+        smooth: σ in pixels of the Gaussian over upsampled masks; 0 leaves them in steps.
         scores: "standardized" (each map to mean ½, standard deviation 0.29) or "free" (raw, as published).
         n_iters: Sinkhorn iterations.
         chunk: perturbed images in memory at a time; None keeps all of them and lets autograd do the rest.
@@ -53,6 +56,8 @@ class Objective:
     chunk: int | None = 128
     precision: str = "fp32"
     backend: str = "auto"
+    ends: bool = True
+    smooth: float = 1.0
 
     def __post_init__(self) -> None:
         if self.scores not in SCORE_SCALES:
@@ -61,6 +66,21 @@ class Objective:
             raise ValueError(f"fractions={self.fractions}: at least 3, the two ends have no gradient")
         if self.chunk is not None and self.chunk < 2:
             raise ValueError(f"chunk={self.chunk}: at least 2, one deleted and one inserted image")
+
+    def settings(self) -> dict[str, Any]:
+        """What an explainer records of the objective it was trained with, in JSON types."""
+        return {"objective": "ranking"}
+
+    def regions(self, height: int, width: int) -> Regions | None:
+        """The grid that the objective is defined on: None, any will do."""
+        return None
+
+    def diagnose(self, maps: Tensor, regions: Regions, tau: float) -> dict[str, float]:
+        """Beside the losses: τ, and the normalised row entropy of the soft permutation, 0 sorted, 1 uniform."""
+        rows = kernels.gumbel_sinkhorn(self.region_scores(maps, regions), tau, self.n_iters)
+        rows = rows / rows.sum(dim=-1, keepdim=True)
+        entropy = torch.special.entr(rows).sum(dim=-1).mean() / torch.log(torch.tensor(float(regions.count)))
+        return {"row_entropy": float(entropy), "tau": tau}
 
     def region_scores(self, maps: Tensor, regions: Regions) -> Tensor:
         """(B,1,H,W) → (B,K) scores that are ranked."""
@@ -85,23 +105,22 @@ class Objective:
             regions: the grid on which the maps are ranked.
             tau, noise, seed: of the soft permutation, see `aha.kernels.soft_topk_masks`.
         """
-        fractions = torch.linspace(0, 1, self.fractions, dtype=torch.float64)[1:-1]
+        if self.ends:
+            fractions = torch.linspace(0, 1, self.fractions, dtype=torch.float64)[1:-1]
+        else:
+            fractions = (torch.arange(self.fractions, dtype=torch.float64) + 0.5) / self.fractions
         maps = full_precision(maps)
         scores = self.region_scores(maps, regions)
         masks = kernels.soft_topk_masks(scores, fractions, tau, self.n_iters, noise, seed, backend=self.backend)
         target = target if target.ndim == 2 else target[:, None]
-        upsampler = regions.upsampler(device=images.device)
+        upsampler = regions.upsampler(self.smooth, device=images.device)
         curve, deletion, insertion = self._curves(images, masks, target, references, upsampler)
         penalty = sharpness(standardize(maps) if self.scores == "standardized" else maps)
         return Losses(curve + self.weight_regularizer * penalty, deletion, insertion, penalty.detach())
 
     def _curves(self, images, masks, target, references, upsampler) -> tuple[Tensor, Tensor, Tensor]:
-        step = 1 / (self.fractions - 1)
-        with torch.no_grad(), autocast(self.precision, images.device):
-            ends = self._confidence(self.classifier.normalize(images), target)
-            for reference in references:
-                ends = ends + self._confidence(self.classifier.normalize(reference), target) / len(references)
-        ends = ends * (step / 2)
+        step = 1 / (self.fractions - 1 if self.ends else self.fractions)
+        ends = self._ends(images, target, references) * (step / 2) if self.ends else masks.new_zeros(len(images))
         if self.chunk is None:
             interior = self._unstreamed(images, masks, target, references, upsampler)
         else:
@@ -109,6 +128,15 @@ class Objective:
         loss, deletion, insertion = interior
         ends_loss = (self.weight_deletion - self.weight_insertion) * ends
         return loss * step + ends_loss, deletion * step + ends, insertion * step + ends
+
+    @torch.no_grad()
+    def _ends(self, images, target, references) -> Tensor:
+        """f(I) + f(I0), constants without a gradient."""
+        with autocast(self.precision, images.device):
+            ends = self._confidence(self.classifier.normalize(images), target)
+            for reference in references:
+                ends = ends + self._confidence(self.classifier.normalize(reference), target) / len(references)
+        return ends
 
     def _confidence(self, pixels: Tensor, target: Tensor) -> Tensor:
         logits = self.classifier.forward_normalized(pixels)

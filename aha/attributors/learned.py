@@ -1,29 +1,83 @@
-"""The library's own method as an attributor: a trained explainer, refined on request."""
+"""Attribution by trained explainers: the library's own method and its amortised peers.
+
+>>> aha.attributors.create("aha", clf, explainer="runs/train/explainer", steps=3)
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar
 
+import torch.nn.functional as F
 from torch import Tensor
 
+from .. import references
 from ..classifier import Classifier
 from ..explainer import Explainer
+from ..explainer.explainer import fingerprint
 from ..refinement import refine
-from .base import Attributor, Metadata
+from ..shapley import METHODS, ShapleyObjective
+from .base import Attributor, Metadata, register
 
 
-class AHA(Attributor):
-    """An explainer's maps after ``steps`` refinement steps; 0 is one forward pass.
-
-    Not in the registry: it needs a trained explainer.
+class LearnedAttributor(Attributor):
+    """Base of the methods that need an explainer trained for them.
 
     Args:
-        explainer: trained for ``clf``, or for another classifier if it is to be refined.
+        explainer: an explainer, or what `aha.Explainer.from_pretrained` loads.
+
+    Attributes:
+        objective: what the explainer must have been trained for.
+    """
+
+    objective: ClassVar[str]
+
+    def __init__(
+        self,
+        clf: Classifier,
+        explainer: Explainer | str | Path | None = None,
+        internal_batch_size: int = 32,
+        seed: int = 0,
+    ):
+        super().__init__(clf, internal_batch_size, seed)
+        if explainer is None:
+            raise ValueError(
+                f"{self.name} needs a trained explainer: pass explainer=…, made by "
+                f"aha train --objective {self.objective}"
+            )
+        if not isinstance(explainer, Explainer):
+            explainer = Explainer.from_pretrained(explainer, clf)
+        trained = objective_of(explainer)
+        if trained != self.objective:
+            raise ValueError(
+                f"{self.name} needs an explainer trained with --objective {self.objective}, this one was trained with "
+                f"{trained}: use it as {method_of(explainer)}"
+            )
+        self.explainer = explainer
+
+
+def objective_of(explainer: Explainer) -> str:
+    """What an explainer was trained for; one that does not say so ranks."""
+    return str(explainer.settings.get("objective", "ranking"))
+
+
+def method_of(explainer: Explainer) -> str:
+    """The registered name of the method that an explainer was trained for."""
+    trained = objective_of(explainer)
+    return "aha" if trained == "ranking" else trained
+
+
+@register("aha")
+class AHA(LearnedAttributor):
+    """An explainer's maps after ``steps`` refinement steps; 0 is one forward pass.
+
+    Args:
+        explainer: trained for ``clf``, or for another classifier if it is to be refined; or its folder.
         steps: T ≥ 0.
         refinement: further arguments of `aha.refine`, such as ``lr``.
     """
 
-    name = "aha"
+    objective = "ranking"
     metadata = Metadata(
         paper="Schinagl et al., Learn to Rank, ECCV 2026 (arXiv 2604.05819)",
         cost="1F, and per refinement step 2·S·references F and B",
@@ -35,16 +89,15 @@ class AHA(Attributor):
     def __init__(
         self,
         clf: Classifier,
-        explainer: Explainer,
+        explainer: Explainer | str | Path | None = None,
         steps: int = 0,
         internal_batch_size: int = 32,
         seed: int = 0,
         **refinement: Any,
     ):
-        super().__init__(clf, internal_batch_size, seed)
+        super().__init__(clf, explainer, internal_batch_size, seed)
         if steps < 0:
             raise ValueError(f"steps={steps}: give 0 or more")
-        self.explainer = explainer
         self.steps = steps
         self.refinement = refinement
 
@@ -52,3 +105,86 @@ class AHA(Attributor):
         if self.steps == 0:
             return self.explainer.attribute(images, target)
         return refine(self.explainer, self.clf, images, target, self.steps, **self.refinement)
+
+
+class ShapleyAttributor(LearnedAttributor):
+    """Base of FastSHAP and ViT-Shapley: φ per player from one pass of the explainer, enlarged bilinearly.
+
+    φ is in units of probability and efficient, Σφ = v(N) − v(∅) (see `aha.shapley`).
+
+    Args:
+        explainer: trained with this objective for ``clf``, or its folder.
+        surrogate: the surrogate it was trained with, if there was one.
+        internal_batch_size: as everywhere, but v(N) and v(∅) of an image share a pass.
+    """
+
+    def __init__(
+        self,
+        clf: Classifier,
+        explainer: Explainer | str | Path | None = None,
+        surrogate: Classifier | None = None,
+        internal_batch_size: int = 32,
+        seed: int = 0,
+    ):
+        super().__init__(clf, explainer, internal_batch_size, seed)
+        settings = self.explainer.settings
+        if settings.get("surrogate") != (fingerprint(surrogate) if surrogate is not None else None):
+            expected = "with" if settings.get("surrogate") else "without"
+            raise ValueError(
+                f"{self.name}: the explainer was trained {expected} a surrogate: pass surrogate= as in its training"
+            )
+        players = settings.get("players")
+        self.game = ShapleyObjective(
+            clf,
+            absence=next(absence for absence, name in METHODS.items() if name == self.objective),
+            players=(players[0], players[1]) if players else None,
+            surrogate=surrogate,
+            chunk=max(2, internal_batch_size),
+        )
+
+    def values(self, images: Tensor, target: Tensor) -> Tensor:
+        """φ (B, rows, cols) of the players, for checked images and targets (B,)."""
+        regions = self.game.regions(*images.shape[-2:])
+        names = self.explainer.settings.get("references", ())
+        blanks = [references.make(name, images, self.clf.mean_colour) for name in names]
+        maps = self.explainer.attribute(images, target, self.internal_batch_size)
+        phi = self.game.values(images, maps, target, blanks, regions)
+        return phi.view(-1, regions.rows, regions.cols)
+
+    def _attribute(self, images: Tensor, target: Tensor) -> Tensor:
+        phi = self.values(images, target)
+        return F.interpolate(phi[:, None], images.shape[-2:], mode="bilinear", align_corners=False)
+
+
+@register("fastshap")
+class FastSHAP(ShapleyAttributor):
+    """FastSHAP: Shapley values of grid cells that are replaced by a reference image, predicted in one pass."""
+
+    objective = "fastshap"
+    metadata = Metadata(
+        paper="Jethani et al., FastSHAP, ICLR 2022",
+        cost="1F of the explainer; 2F for v(N) and v(∅), which do not change the order",
+        architectures="any classifier, with an explainer trained for it",
+        licence="own implementation from the paper",
+        notes="v is the frozen classifier itself unless a surrogate is given, the paper fine-tunes one on masked "
+        "images; trained for the prediction and the label or runner-up, the paper draws classes; class-conditioned "
+        "decoder of this library instead of the paper's network",
+    )
+
+
+@register("vit_shapley")
+class ViTShapley(ShapleyAttributor):
+    """ViT-Shapley: Shapley values of patches that are dropped from the sequence of tokens, predicted in one pass."""
+
+    objective = "vit_shapley"
+    metadata = Metadata(
+        paper="Covert et al., Learning to Estimate Shapley Values with Vision Transformers, ICLR 2023",
+        cost="1F of the explainer; 2F for v(N) and v(∅), which do not change the order",
+        architectures="timm vision transformers with a class token or average pooling (ViT, DeiT, BEiT, EVA, DINOv3), "
+        "with an explainer trained for it",
+        licence="own implementation from the paper",
+        notes="v is the frozen classifier itself unless a surrogate is given, the paper fine-tunes one on masked "
+        "images; patches are dropped by masking them as attention keys in every block, so a pass costs a whole one; "
+        "average pooling is over the patches left, zero for none; trained for the prediction and the label or "
+        "runner-up, the paper draws classes; class-conditioned decoder of this library instead of the paper's network",
+    )

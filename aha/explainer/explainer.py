@@ -23,6 +23,9 @@ from .encoder import build as build_encoder
 
 FORMAT = 1
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "decoder.safetensors"
+# settings in the configuration: what refinement continues with, and what training adds
+REFINED_WITH = ("temperature", "scores", "cells")
+TRAINED_FOR = ("objective", "references", "players", "surrogate")
 
 
 class Explainer(nn.Module):
@@ -35,7 +38,8 @@ class Explainer(nn.Module):
         encoder, decoder: see `aha.explainer.encoder` and `aha.explainer.decoder`; only the decoder trains.
         classifier: the classifier it explains.
         settings: what it was trained with and refinement continues with: ``temperature`` (final τ), ``scores`` and
-            ``cells``.
+            ``cells``; and where known the ``objective`` it was trained for, with its ``references``, ``players`` and
+            ``surrogate`` (see `aha.shapley`).
     """
 
     def __init__(self, encoder: Encoder, decoder: Decoder, classifier: Classifier, settings: dict[str, Any]):
@@ -160,7 +164,8 @@ class Explainer(nn.Module):
         try:
             config = json.loads((folder / CONFIG_FILE).read_text())
             saved, layout = dict(config["classifier"]), dict(config["decoder"])
-            settings = {key: config[key] for key in ("temperature", "scores", "cells")}
+            settings = {key: config[key] for key in REFINED_WITH}
+            settings.update({key: config[key] for key in TRAINED_FOR if key in config})
         except FileNotFoundError as error:
             raise FileNotFoundError(
                 f"{folder} holds no {CONFIG_FILE}: give a folder written by save_pretrained"

@@ -1,14 +1,15 @@
-"""Trains an explainer: deletion and insertion AUC through the differentiable ranking (paper §3, §4.1)."""
+"""Trains an explainer for an objective: the differentiable ranking (paper §3, §4.1), or Shapley values."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import time
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
@@ -16,17 +17,21 @@ from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from .. import kernels, references
+from .. import references, shapley
 from ..classifier import Classifier
 from ..explainer import Explainer
 from ..objective import Objective
 from ..precision import uses_bf16
-from ..regions import default_cells, draw, grid
+from ..regions import Regions, default_cells, draw, grid
+from ..shapley import ShapleyObjective
 from . import checkpoint
 from .schedule import learning_rate, temperature
 
 # (start, end, schedule, noise): `free` as published, `standardized` as measured in bench/results
 TEMPERATURES = {"standardized": (0.05, 0.005, "geometric", 0.0), "free": (1.0, 0.3, "linear", 1.0)}
+
+# what an explainer can be trained for → how a player of the Shapley game is absent
+OBJECTIVES = {"ranking": None, **{name: absence for absence, name in shapley.METHODS.items()}}
 
 
 @dataclass(frozen=True)
@@ -34,6 +39,7 @@ class TrainConfig:
     """Settings of a run; the defaults are the paper's unless marked otherwise.
 
     Attributes:
+        objective: "ranking" (AHA), "fastshap" or "vit_shapley" (Shapley values, see `aha.shapley`).
         output: folder for checkpoints, logs and the final explainer; None keeps nothing on disk.
         epochs: passes over the data; ``steps`` overrides it.
         batch_size: images per process and optimizer step.
@@ -43,17 +49,23 @@ class TrainConfig:
         cells: range of the grid, cells along the shorter side; None scales 7…28 at 224 px with the image.
         offset: shift the grid by up to half a cell.
         scores: "standardized" (ours) or "free" (published); sets the default of ``tau`` and ``noise``.
-        tau: (start, end); noise: scale of the Gumbel noise.
+        tau: (start, end); tau_schedule: "linear" or "geometric"; noise: scale of the Gumbel noise.
+        ends, smooth: see `aha.Objective`.
         targets: explained classes per image: 1 is the prediction; 2 adds the label where the prediction is wrong, else
             the
             runner-up.
         shared_map: one map, made for the first target, serves all targets (published); default: a map per target
-        (ours). references: one is drawn per batch.
+            (ours).
+        references: one is drawn per batch; default: all of them for the ranking, the mean colour for fastshap.
+            vit_shapley drops tokens and takes none.
+        coalitions: sets of players per image and step, for the Shapley values.
+        players: (rows, cols) of fastshap's grid; default: the patches of a vision transformer, else 16 px at 224.
         chunk: perturbed images in memory at a time.
         precision: of encoder and classifier, "auto" | "bf16" | "fp32".
         log_every, save_every: in steps; 0 never saves before the end.
     """
 
+    objective: str = "ranking"
     output: str | None = None
     epochs: float = 1.0
     steps: int | None = None
@@ -68,14 +80,19 @@ class TrainConfig:
     offset: bool = True
     scores: str = "standardized"
     tau: tuple[float, float] | None = None
+    tau_schedule: str | None = None
     noise: float | None = None
+    ends: bool = True
+    smooth: float = 1.0
     n_iters: int = 30
     weight_deletion: float = 1.0
     weight_insertion: float = 1.0
     weight_regularizer: float = 2.5e-3
     targets: int = 2
     shared_map: bool = False
-    references: tuple[str, ...] = references.REFERENCES
+    references: tuple[str, ...] | None = None
+    coalitions: int = 32
+    players: tuple[int, int] | None = None
     chunk: int = 128
     precision: str = "auto"
     seed: int = 42
@@ -95,9 +112,70 @@ class TrainConfig:
             raise ValueError(f"targets={self.targets}: give 1 (prediction) or 2 (with the label or runner-up)")
         if self.scores not in TEMPERATURES:
             raise ValueError(f"scores={self.scores!r} is not known: choose one of {', '.join(TEMPERATURES)}")
+        if self.tau_schedule not in (None, "linear", "geometric"):
+            raise ValueError(f"tau_schedule={self.tau_schedule!r} is not known: choose linear or geometric")
+        if self.objective not in OBJECTIVES:
+            raise ValueError(f"objective={self.objective!r} is not known: choose one of {', '.join(OBJECTIVES)}")
+        if self.references is None:
+            return
+        if self.objective == "vit_shapley":
+            raise ValueError(f"references={self.references}: vit_shapley drops tokens, leave the references out")
         unknown = set(self.references) - set(references.REFERENCES)
         if unknown or not self.references:
             raise ValueError(f"references={self.references}: choose one or more of {', '.join(references.REFERENCES)}")
+
+
+class TrainingObjective(Protocol):
+    """What the trainer asks of an objective: `Objective` and `ShapleyObjective` are two."""
+
+    def __call__(
+        self,
+        images: Tensor,
+        maps: Tensor,
+        target: Tensor,
+        references: Sequence[Tensor],
+        regions: Regions,
+        tau: float,
+        noise: float,
+        seed: int,
+    ) -> Any:
+        """A NamedTuple of values per image (B,) that are logged by name; only ``loss`` carries a gradient."""
+
+    def regions(self, height: int, width: int) -> Regions | None:
+        """The grid for images of that size, or None where a random one is wanted."""
+
+    def diagnose(self, maps: Tensor, regions: Regions, tau: float) -> dict[str, float]:
+        """More to log, about maps made in evaluation mode."""
+
+    def settings(self) -> dict[str, Any]:
+        """What the explainer records and a resumed run must share, in JSON types; "objective" is its name."""
+
+
+def make_objective(config: TrainConfig, classifier: Classifier) -> Objective | ShapleyObjective:
+    """The objective that ``config`` names."""
+    absence = OBJECTIVES[config.objective]
+    if absence is not None:
+        return ShapleyObjective(
+            classifier,
+            absence=absence,
+            coalitions=config.coalitions,
+            players=config.players,
+            chunk=config.chunk,
+            precision=config.precision,
+        )
+    return Objective(
+        classifier,
+        fractions=config.fractions,
+        weight_deletion=config.weight_deletion,
+        weight_insertion=config.weight_insertion,
+        weight_regularizer=config.weight_regularizer,
+        scores=config.scores,
+        n_iters=config.n_iters,
+        chunk=config.chunk,
+        precision=config.precision,
+        ends=config.ends,
+        smooth=config.smooth,
+    )
 
 
 class Trainer:
@@ -110,9 +188,17 @@ class Trainer:
 
     Args:
         data: a Dataset of dicts with "image" (C,H,W) in [0,1] and, where known, "label".
+        objective: default: the one that ``config`` names. Give one to train for something else, or with a surrogate.
     """
 
-    def __init__(self, explainer: Explainer, classifier: Classifier, data: Dataset, config: TrainConfig):
+    def __init__(
+        self,
+        explainer: Explainer,
+        classifier: Classifier,
+        data: Dataset,
+        config: TrainConfig,
+        objective: TrainingObjective | None = None,
+    ):
         self.config = config
         self.explainer = explainer
         self.classifier = classifier
@@ -130,20 +216,13 @@ class Trainer:
         world = self.accelerator.num_processes
         size = len(data)  # type: ignore[arg-type]
         self.total = config.steps or max(1, round(config.epochs * size / (config.batch_size * world)))
-        start, end, self.tau_schedule, noise = TEMPERATURES[config.scores]
+        start, end, schedule, noise = TEMPERATURES[config.scores]
+        self.tau_schedule = config.tau_schedule or schedule
         self.tau = config.tau or (start, end)
         self.noise = noise if config.noise is None else config.noise
-        self.objective = Objective(
-            classifier,
-            fractions=config.fractions,
-            weight_deletion=config.weight_deletion,
-            weight_insertion=config.weight_insertion,
-            weight_regularizer=config.weight_regularizer,
-            scores=config.scores,
-            n_iters=config.n_iters,
-            chunk=config.chunk,
-            precision=config.precision,
-        )
+        self.objective: TrainingObjective = make_objective(config, classifier) if objective is None else objective
+        ranks = self.objective.settings()["objective"] == "ranking"
+        self.references = config.references or (references.REFERENCES if ranks else shapley.REFERENCES)
         self.step = 0
         self.folder = Path(config.output) if config.output else None
 
@@ -175,6 +254,8 @@ class Trainer:
             temperature=self.tau[1],
             scores=self.config.scores,
             cells=list(self._cells(self.data[0]["image"].shape[-2:])),
+            references=list(self.references),
+            **self.objective.settings(),
         )
         if self.folder is not None and self.accelerator.is_main_process:
             if self.step and not (self.config.save_every and self.step % self.config.save_every == 0):
@@ -208,17 +289,19 @@ class Trainer:
         generator = torch.Generator().manual_seed(config.seed * 1_000_003 + self.step)
         images = batch["image"]
         height, width = images.shape[-2:]
-        regions = draw(height, width, self._cells((height, width)), generator, config.offset)
-        choice = int(torch.randint(len(config.references), (), generator=generator))
+        regions = self.objective.regions(height, width)
+        if regions is None:
+            regions = draw(height, width, self._cells((height, width)), generator, config.offset)
+        choice = int(torch.randint(len(self.references), (), generator=generator))
         seeds = torch.randint(2**62, (config.accumulate,), generator=generator) + self.accelerator.process_index
-        reference = references.make(config.references[choice], images, self.classifier.mean_colour)
+        reference = references.make(self.references[choice], images, self.classifier.mean_colour)
         tau = temperature(self.step, self.total, *self.tau, self.tau_schedule)
         lr = learning_rate(self.step, self.total, config.lr, config.warmup)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         target = self._targets(images, batch.get("label"))
         per_image = 1 if config.shared_map else target.shape[1]
-        totals = {"loss": 0.0, "deletion": 0.0, "insertion": 0.0, "scores_std": 0.0}
+        totals: defaultdict[str, float] = defaultdict(float)
         part_size = config.batch_size // config.accumulate
         parts = zip(images.split(part_size), reference.split(part_size), target.split(part_size), strict=True)
         for number, (image, blank, classes) in enumerate(parts):
@@ -229,16 +312,15 @@ class Trainer:
             out = self.objective(image, maps, classes, [blank], regions, tau, self.noise, int(seeds[number]))
             share = len(out.loss) / (len(images) * per_image)
             self.accelerator.backward(out.loss.mean() * share)
-            totals["loss"] += out.loss.detach().mean().item() * share
-            totals["deletion"] += out.deletion.mean().item() * share
-            totals["insertion"] += out.insertion.mean().item() * share
+            for name, values in out._asdict().items():
+                totals[name] += values.detach().mean().item() * share
             totals["scores_std"] += maps.detach().std(dim=(1, 2, 3)).mean().item() * share
         norm = self.accelerator.clip_grad_norm_(self.explainer.decoder.parameters(), config.clip)
         if not torch.isfinite(norm):
             raise FloatingPointError(f"the gradient is not finite at step {self.step}: lower the learning rate")
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return {**totals, "grad_norm": float(norm), "lr": lr, "tau": tau}
+        return {**totals, "grad_norm": float(norm), "lr": lr}
 
     @torch.no_grad()
     def _targets(self, images: Tensor, label: Tensor | None) -> Tensor:
@@ -261,19 +343,18 @@ class Trainer:
 
     @torch.no_grad()
     def _diagnose(self, batch: dict[str, Any]) -> dict[str, float]:
-        """Normalised row entropy of the soft permutation on a few images: 0 sorted, 1 uniform."""
+        """What the objective finds in the maps of a few images, on its own or the middle grid."""
         images = batch["image"][:4]
         self.explainer.eval()
         maps = self.explainer(images, self._targets(images, None)[:, 0], precision=self.config.precision)
         self.model.train()
         height, width = images.shape[-2:]
-        regions = grid(height, width, sum(self._cells((height, width))) // 2)
-        tau = temperature(self.step, self.total, *self.tau, self.tau_schedule)
-        scores = self.objective.region_scores(maps, regions)
-        rows = kernels.gumbel_sinkhorn(scores, tau, self.config.n_iters)
-        rows = rows / rows.sum(dim=-1, keepdim=True)
-        entropy = torch.special.entr(rows).sum(dim=-1).mean() / torch.log(torch.tensor(float(regions.count)))
-        return {"row_entropy": float(entropy)}
+        regions = self.objective.regions(height, width)
+        if regions is None:
+            regions = grid(height, width, sum(self._cells((height, width))) // 2)
+        # the temperature of the step that has just been made
+        tau = temperature(self.step - 1, self.total, *self.tau, self.tau_schedule)
+        return self.objective.diagnose(maps, regions, tau)
 
     def _save(self) -> None:
         if self.folder is None or not self.accelerator.is_main_process:
@@ -285,7 +366,8 @@ class Trainer:
         """The settings that a resumed run must share, in JSON types."""
         same = {k: v for k, v in dataclasses.asdict(self.config).items() if k not in ("output", "workers", "log_every")}
         bf16 = uses_bf16(self.config.precision, self.accelerator.device)
-        return json.loads(json.dumps({**same, "total": self.total, "bf16": bf16}))
+        made = {**self.objective.settings(), "references": self.references}
+        return json.loads(json.dumps({**same, **made, "total": self.total, "bf16": bf16}))
 
     def _resume(self, path: Path | None) -> None:
         if path is None:
@@ -384,8 +466,10 @@ class Log:
                 self.writer.add_scalar(name, value, step)
         if self.file is not None:
             self.file.write(json.dumps({"step": step, **values}) + "\n")
-        faithfulness = values["insertion"] - values["deletion"]
-        self.bar.update(self.task, note=f"ins−del {faithfulness:+.3f}  {values['images_per_second']:.1f} images/s")
+        note = f"loss {values['loss']:.3g}"
+        if {"insertion", "deletion"} <= values.keys():
+            note = f"ins−del {values['insertion'] - values['deletion']:+.3f}"
+        self.bar.update(self.task, note=f"{note}  {values['images_per_second']:.1f} images/s")
 
     def close(self) -> None:
         self.bar.stop()

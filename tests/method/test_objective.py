@@ -31,6 +31,23 @@ def loss_and_gradient(objective, images, maps, *arguments):
     return out, gradient
 
 
+def test_without_ends_the_value_is_the_midpoint_rule_with_masks_in_steps(setting):
+    clf, images, maps, target, blank, grid = setting
+    fractions = (torch.arange(4, dtype=torch.float64) + 0.5) / 4
+    masks = kernels.soft_topk_masks(grid.pool(standardize(maps)), fractions, 0.1)
+    deleted, inserted = kernels.perturb(images, blank[0], masks, grid.upsampler(sigma=0))
+    found = [
+        torch.stack([clf.probabilities(part[:, s])[torch.arange(3), target] for s in range(4)], dim=1).mean(dim=1)
+        for part in (deleted, inserted)
+    ]
+    objective = Objective(clf, fractions=4, ends=False, smooth=0.0, chunk=6)
+    out = objective(images, maps, target, blank[:1], grid, 0.1)
+    torch.testing.assert_close(out.deletion, found[0])
+    torch.testing.assert_close(out.insertion, found[1])
+    smooth = dataclasses.replace(objective, smooth=1.0)(images, maps, target, blank[:1], grid, 0.1)
+    assert (smooth.deletion - out.deletion).abs().max() > 1e-5
+
+
 @pytest.mark.parametrize("chunk", [2, 6, 14, 16, 1000])
 @pytest.mark.parametrize("scores", ["standardized", "free"])
 def test_streamed_is_unstreamed(setting, chunk, scores):

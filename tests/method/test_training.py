@@ -158,6 +158,12 @@ def test_options_run(options):
     assert all(torch.isfinite(value).all() for value in fit(dataclasses.replace(CONFIG, **options)).values())
 
 
+@pytest.mark.parametrize("options", [{"tau_schedule": "linear"}, {"ends": False}, {"smooth": 0.0}])
+def test_what_the_ablations_change_changes_the_training(options):
+    plain, other = fit(CONFIG), fit(dataclasses.replace(CONFIG, **options))
+    assert any(not torch.equal(plain[name], other[name]) for name in plain)
+
+
 def test_targets_are_the_prediction_and_the_label_or_runner_up():
     explainer, clf = fresh()
     images = torch.stack([Images()[i]["image"] for i in range(4)])
@@ -208,6 +214,7 @@ def test_default_cells():
         ({"steps": 0}, "steps=0"),
         ({"targets": 3}, "give 1 .prediction. or 2"),
         ({"scores": "raw"}, "choose one of"),
+        ({"tau_schedule": "steep"}, "choose linear or geometric"),
         ({"references": ("white",)}, "choose one or more of black, mean, blur"),
     ],
 )
