@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 REFERENCES = ("black", "mean", "blur")
+# what protocols may name besides: made for measuring, not for training
+MEASURED = (*REFERENCES, "zero", "blur11", "adaptive_blur")
 
 
 def black(images: Tensor) -> Tensor:
@@ -78,12 +80,21 @@ def adaptive_blur(
     return blurred, kernels
 
 
-def make(name: str, images: Tensor, colour: Tensor) -> Tensor:
-    """The reference called ``name`` (black, mean, blur) for ``images``; ``colour`` is the mean colour (C,)."""
+def make(name: str, images: Tensor, colour: Tensor, zero: Tensor | None = None) -> Tensor:
+    """The reference called ``name`` for ``images``, without a look at the classifier (so not "adaptive_blur").
+
+    - black, mean, blur: `black`, `mean` with ``colour`` (C,), `blur`.
+    - blur11: `blur` with kernel 11 and σ 5 (RISE).
+    - zero: the colour ``zero`` (C,) that the classifier's normalisation turns into 0.
+    """
     if name == "black":
         return black(images)
     if name == "mean":
         return mean(images, colour)
     if name == "blur":
         return blur(images)
+    if name == "blur11":
+        return blur(images, 11, 5.0)
+    if name == "zero" and zero is not None:
+        return mean(images, zero)
     raise ValueError(f"reference {name!r} is not known: choose one of {', '.join(REFERENCES)}")

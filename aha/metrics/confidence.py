@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from ..precision import autocast
-from .curves import ByReference, Endpoints, _concatenated, _response
+from . import protocols
+from .by_reference import ByReference, Named
+from .perturbed import Probe, respond
 
 
 class ConfidenceChange(ByReference):
@@ -18,31 +20,32 @@ class ConfidenceChange(ByReference):
     and insertion both depend on the map's values, not only on their order. A constant map points at nothing:
     its Ā is 0, so x' = I0.
 
-    Arguments as in `DeletionInsertion`.
+    Arguments as in `ByReference`.
     """
 
     higher_is_better = True  # of pic; see `directions`
-    directions: ClassVar[dict[str, bool]] = {"adp": False, "pic": True}
+    directions: ClassVar[dict[str, bool]] = protocols.CHANGE
 
-    @torch.no_grad()
-    def _measure(self, images: Tensor, maps: Tensor, ends: Endpoints) -> Tensor:
-        low, high = maps.flatten(1).aminmax(dim=1)
+    def _rows(self, probe: Probe) -> Tensor:
+        low, high = probe.maps.flatten(1).aminmax(dim=1)
         span = (high - low)[:, None, None]
-        shade = torch.where(span > 0, (maps - low[:, None, None]) / span, 0)[:, None]
-        shade = shade.to(images.dtype)
+        shade = torch.where(span > 0, (probe.maps - low[:, None, None]) / span, 0)[:, None].to(probe.images.dtype)
+        size, ends = self.internal_batch_size, probe.ends
         answers = []
-        with autocast("fp32", images.device):
-            step = self.internal_batch_size
+        with autocast("fp32", probe.images.device):
             for reference in ends.references:
-                parts = zip(*(value.split(step) for value in (images, reference, shade, ends.target)), strict=True)
-                answers.append(
-                    _concatenated([_response(self.clf(torch.lerp(r, i, m)), t) for i, r, m, t in parts]).confidence
-                )
+                mixed = torch.lerp(reference, probe.images, shade)
+                answers.append(respond(self.clf, mixed, ends.scored, size).confidence)
         masked = torch.stack(answers, dim=1)
         return torch.stack([ends.original.confidence[:, None].expand_as(masked), masked], dim=-1)  # [B, R, 2]
 
-    def _scores(self) -> dict[str, Tensor]:
-        original, masked = self._seen(len(self.protocol.references), 2).unbind(dim=-1)
+    def _scores(self, rows: Tensor) -> Named:
+        original, masked = rows.view(len(rows), -1, 2).unbind(dim=-1)
         # where the softmax underflows to 0 there is nothing to lose: the drop is 0, not 0/0
         drop = (original - masked).clamp_min(0) / original.clamp_min(torch.finfo(original.dtype).tiny)
-        return {"adp": 100 * drop, "pic": 100 * (masked > original).float()}
+        rise = (masked > original).float().where(torch.isfinite(original), torch.nan)
+        names = self.protocol.references
+        return {
+            "adp": dict(zip(names, (100 * drop).unbind(1), strict=True)),
+            "pic": dict(zip(names, (100 * rise).unbind(1), strict=True)),
+        }

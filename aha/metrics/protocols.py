@@ -2,36 +2,228 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
-from ..references import REFERENCES
+import torch
+from torch import Tensor
+
+from ..references import MEASURED, REFERENCES
+
+# every metric → whether higher is better, by the class that computes it
+CURVES = {
+    "deletion": False,
+    "insertion": True,
+    "ins_minus_del": True,
+    "positive": False,
+    "negative": True,
+    "neg_minus_pos": True,
+}
+CHANGE = {"adp": False, "pic": True}
+ALIGNMENT = {"mas_deletion": False, "mas_insertion": True, "mas_ins_minus_del": True}
+MONOTONICITY = {"monotonicity": True}
+LOCALISATION = {
+    "pointing_game": True,
+    "iou": True,
+    "map": True,
+    "f1": True,
+    "iou_oracle": True,
+    "f1_oracle": True,
+}
+DIRECTIONS = {**CURVES, **CHANGE, **ALIGNMENT, **MONOTONICITY, **LOCALISATION}
+# first − second, computed wherever both are
+DIFFERENCES = {
+    "ins_minus_del": ("insertion", "deletion"),
+    "neg_minus_pos": ("negative", "positive"),
+    "mas_ins_minus_del": ("mas_insertion", "mas_deletion"),
+}
 
 
 @dataclass(frozen=True)
 class Protocol:
-    """How curves are measured.
+    """What is measured, on which images, and how the curves are made.
 
     Attributes:
         name: for tables and files.
-        points: S ≥ 2 evenly spaced fractions of the pixels in [0, 1], both ends included.
-        references: names known to `aha.references.make`; scores are averaged over them.
+        points: S ≥ 2 evenly spaced fractions of the pixels, both ends of ``span`` included; None takes one row of
+            pixels per step, H + 1 points.
+        references: names out of `aha.references.MEASURED`; scores are averaged over them.
+        metrics: what is reported, names out of `DIRECTIONS`.
+        deletion, insertion: those of the references that serve as the replacement while deleting, and as the start
+            while inserting; None is all of them.
+        span: first and last fraction of the pixels. Areas are divided by its length: a mean height, whatever the span.
+        monotone: curves of confidence are scaled so that f(I0) is 0 and f(I) is 1, clipped to [0, 1] and made
+            monotone before the area. They do not compare with areas of plain curves.
+        scored: the class that confidence and accuracy speak of: the explained "target", or the ground-truth "label".
+        confidence: only images that are classified right with at least this top-1 probability take part; None: all.
+        per_class: the cap of `select`.
+        about: paper, steps, references, directions and what the figures compare with.
     """
 
     name: str
-    points: int = 21
+    points: int | None = 21
     references: tuple[str, ...] = REFERENCES
+    metrics: tuple[str, ...] = (*CURVES, *CHANGE)
+    deletion: tuple[str, ...] | None = None
+    insertion: tuple[str, ...] | None = None
+    span: tuple[float, float] = (0.0, 1.0)
+    monotone: bool = False
+    scored: str = "target"
+    confidence: float | None = None
+    per_class: int | None = None
+    about: str = field(default="", compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        if self.points < 2:
+        if self.points is not None and self.points < 2:
             raise ValueError(f"points={self.points}: give at least 2, the two ends of the curve")
-        unknown = [name for name in self.references if name not in REFERENCES]
-        if unknown or not self.references:
-            raise ValueError(f"references={self.references}: give one or more of {', '.join(REFERENCES)}")
+        known = set(DIRECTIONS)
+        if not self.metrics or not known.issuperset(self.metrics):
+            raise ValueError(f"metrics={self.metrics}: give one or more of {', '.join(DIRECTIONS)}")
+        perturbed = not set(LOCALISATION).issuperset(self.metrics)
+        if not set(MEASURED).issuperset(self.references) or (perturbed and not self.references):
+            raise ValueError(f"references={self.references}: give one or more of {', '.join(MEASURED)}")
+        for side in ("deletion", "insertion"):
+            if not set(self.references).issuperset(getattr(self, side) or ()):
+                raise ValueError(f"{side}={getattr(self, side)}: give names out of references={self.references}")
+        low, high = self.span
+        if not 0 <= low < high <= 1:
+            raise ValueError(f"span={self.span}: give two fractions in [0, 1], the smaller one first")
+        aligned = not set(ALIGNMENT).isdisjoint(self.metrics)
+        if (self.monotone or aligned) and self.span != (0, 1):
+            raise ValueError(f"span={self.span}: scaled curves need both ends, give (0, 1)")
+        if self.scored not in ("target", "label"):
+            raise ValueError(f"scored={self.scored!r}: choose target or label")
+
+    @property
+    def deleting(self) -> tuple[str, ...]:
+        """References that pixels are replaced by while deleting."""
+        return self.references if self.deletion is None else self.deletion
+
+    @property
+    def inserting(self) -> tuple[str, ...]:
+        """References that insertion starts from."""
+        return self.references if self.insertion is None else self.insertion
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What must come with the images: "label", "mask", both or none."""
+        label = self.scored == "label" or self.confidence is not None
+        mask = not set(LOCALISATION).isdisjoint(self.metrics)
+        return frozenset(name for name, needed in (("label", label), ("mask", mask)) if needed)
+
+    @property
+    def selective(self) -> bool:
+        """Whether images may take no part, whatever the maps: for their label, their confidence or their blur."""
+        return "label" in self.needs or "adaptive_blur" in self.references
+
+    def counts(self, height: int, width: int) -> list[int]:
+        """Numbers of pixels at the S points of the curves of an image."""
+        return pixel_counts(height * width, height + 1 if self.points is None else self.points, self.span)
+
+    def takes_part(self, labels: Tensor, predicted: Tensor, confidence: Tensor) -> Tensor:
+        """(N,) bool: which images the protocol measures, each judged by itself.
+
+        Args:
+            labels: (N,) ground-truth classes, −1 where unknown.
+            predicted, confidence: (N,) top-1 classes and their softmax probability.
+        """
+        chosen = labels >= 0 if self.scored == "label" else torch.ones_like(labels, dtype=torch.bool)
+        if self.confidence is not None:
+            chosen = chosen & (labels == predicted) & (confidence >= self.confidence)
+        return chosen
+
+    def select(self, labels: Tensor, predicted: Tensor, confidence: Tensor) -> Tensor:
+        """(N,) bool: `takes_part`, and of each class only the first ``per_class`` that do.
+
+        For the (N,) facts of a whole data set in the order of its index: a batch by itself does not know how many of
+        a class came before.
+        """
+        chosen = self.takes_part(labels, predicted, confidence)
+        if self.per_class is None:
+            return chosen
+        classes, order = labels.masked_fill(~chosen, -2).sort(stable=True)
+        place = torch.arange(len(classes), device=classes.device)
+        first = torch.searchsorted(classes, classes)
+        return chosen & torch.empty_like(chosen).scatter_(0, order, place - first < self.per_class)
 
 
+_AHA = Protocol(
+    "aha",
+    about="AHA (arXiv 2604.05819) §4: 21 points in steps of 5 % of the pixels, stable order; black, mean colour and "
+    "blur (kernel 37, σ 37), averaged; softmax in float32, trapezoid. Deletion, positive and ADP ↓, the others ↑. "
+    "Positive and negative perturbation count the explained class as right. Compares with the tables of that "
+    "paper.",
+)
+_RISE = Protocol(
+    "rise",
+    points=None,
+    references=("zero", "blur11"),
+    metrics=("deletion", "insertion", "ins_minus_del"),
+    deletion=("zero",),
+    insertion=("blur11",),
+    about="RISE (Petsiuk et al., BMVC 2018): one row of pixels per step (224 at 224 px: 225 points), both ends; "
+    "deletion ↓ to zeros after normalisation, insertion ↑ from a blur (kernel 11, σ 5; reflected at the border, "
+    "decided here), softmax, trapezoid. Compares with RISE and papers that follow its evaluation.",
+)
+_CHEFER = Protocol(
+    "chefer",
+    points=9,
+    references=("black",),
+    metrics=("positive", "negative", "neg_minus_pos"),
+    span=(0.1, 0.9),
+    scored="label",
+    about="Chefer et al. (CVPR 2021) §4: 10 % … 90 % of the pixels removed, most important first (positive ↓) or least "
+    "important first (negative ↑); accuracy against the ground-truth label, images without one left out. Decided "
+    "here: black is pixel value 0 in [0, 1]; the area is the mean height of the trapezoid over 0.1 … 0.9, which "
+    "times 0.8 is the plain trapezoid. Compares with papers that follow its perturbation test, up to that factor.",
+)
+_MDA = Protocol(
+    "mda",
+    points=225,
+    references=("zero", "adaptive_blur"),
+    metrics=("deletion", "insertion", "ins_minus_del"),
+    deletion=("zero",),
+    insertion=("adaptive_blur",),
+    monotone=True,
+    confidence=0.6,
+    per_class=5,
+    about="MDA (Walker et al., ICLR 2025): images classified right with p ≥ 0.6, at most 5 of a class (`select`); 225 "
+    "points; deletion ↓ to zeros after normalisation, insertion ↑ from a blur per image, kernel = σ = 31 growing "
+    "by 2 until p ≤ 1 %, dropped past 101. Curves are scaled, clipped and made monotone before the area: they "
+    "compare with the paper's own table and with no other protocol. Decided here: scaled by f(I) and f(I0); where "
+    "f(I) ≤ f(I0) the value is NaN.",
+)
 PROTOCOLS = {
-    # the AHA paper: 5 % steps, trapezoid, float32, softmax, mean of three references
-    "aha": Protocol("aha"),
+    protocol.name: protocol
+    for protocol in (
+        _AHA,
+        _RISE,
+        _CHEFER,
+        _MDA,
+        replace(
+            _MDA,
+            name="mas",
+            metrics=(*ALIGNMENT, *_MDA.metrics),
+            about="MAS (Walker et al., 2024), on the images, steps and references of the preset mda as in the MDA "
+            "paper: the monotone response MR punished by |MR − DR|, DR the share of |A| spent so far; deletion ↓, "
+            "insertion ↑. The areas of mda come along from the same perturbed images. Compares with that paper's "
+            "table.",
+        ),
+        Protocol(
+            "monotonicity",
+            metrics=("monotonicity",),
+            deletion=(),
+            about="Spearman's ρ ↑ of the number of inserted pixels, most important first, with the confidence; steps "
+            "and references of the preset aha (decided here). Compares within this library.",
+        ),
+        Protocol(
+            "localisation",
+            references=(),
+            metrics=tuple(LOCALISATION),
+            about="Agreement with a mask, all ↑: pointing game (15 px at 224), average precision, IoU and F1 at the "
+            "map's mean. *_oracle take the best threshold of every image from its mask: upper bounds, not "
+            "comparable with the others. No perturbation. Compares where masks and tolerance are the same.",
+        ),
+    )
 }
 
 
@@ -42,3 +234,9 @@ def get(protocol: str | Protocol) -> Protocol:
     if protocol not in PROTOCOLS:
         raise ValueError(f"protocol {protocol!r} is not known: choose one of {', '.join(PROTOCOLS)} or pass a Protocol")
     return PROTOCOLS[protocol]
+
+
+def pixel_counts(pixels: int, points: int, span: tuple[float, float] = (0.0, 1.0)) -> list[int]:
+    """Numbers of pixels at ``points`` evenly spaced fractions of ``span``, rounded to whole pixels."""
+    low, high = span
+    return [round(low * pixels + i * pixels * (high - low) / (points - 1)) for i in range(points)]

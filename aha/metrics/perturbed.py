@@ -1,0 +1,332 @@
+"""Perturbed images and what the classifier says about them: computed once, shared by all metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import kernels, references
+from ..checks import check_maps
+from ..classifier import Classifier
+from ..precision import autocast
+from . import protocols
+from .protocols import Protocol, pixel_counts
+
+INTERNAL_BATCH_SIZE = 128  # perturbed images in one forward pass
+
+
+class Response(NamedTuple):
+    """What the classifier says about a class, two float32 tensors of one shape.
+
+    Attributes:
+        confidence: its softmax probability, in [0, 1].
+        correct: 1 where it is the top-1 class, else 0.
+    """
+
+    confidence: Tensor
+    correct: Tensor
+
+
+class Endpoints(NamedTuple):
+    """What the curves of all maps of a batch share: f(I) and f(I0) with their inputs. Made by `endpoints`.
+
+    Attributes:
+        target: (B,) int64, the explained class.
+        predicted: (B,) int64, the top-1 class of the unperturbed image.
+        references: (R, B, C, H, W), one set of reference images per name of the protocol.
+        original: response to the images, (B,).
+        replaced: response to the reference images, (R, B); NaN where the protocol's curves do not reach them.
+        confidence: (B,) float32, of the target in the unperturbed image.
+        scored: (B,) int64, the class that all responses speak of: the target, or the label (`Protocol.scored`).
+        takes_part: (B,) bool, whether the protocol measures the image; None where it measures all.
+    """
+
+    target: Tensor
+    predicted: Tensor
+    references: Tensor
+    original: Response
+    replaced: Response
+    confidence: Tensor
+    scored: Tensor
+    takes_part: Tensor | None = None
+
+
+class Sweep(NamedTuple):
+    """Responses (B, S) to images with the top fraction of the pixels replaced, and with only it shown.
+
+    ``deleted.confidence`` is the deletion curve and ``deleted.correct`` positive perturbation.
+    ``inserted.confidence`` is the insertion curve; ``inserted.correct`` read backwards is negative
+    perturbation (least important pixels removed first).
+    """
+
+    deleted: Response
+    inserted: Response
+
+
+def rank_pixels(maps: Tensor) -> Tensor:
+    """(B,H,W) attributions → (B,H,W) int32 ranks: 0 is the most important pixel, ties in reading order."""
+    order = maps.flatten(1).argsort(dim=1, descending=True, stable=True)
+    positions = torch.arange(order.shape[1], dtype=torch.int32, device=maps.device).expand(order.shape)
+    return torch.empty_like(order, dtype=torch.int32).scatter_(1, order, positions).view(maps.shape)
+
+
+@torch.no_grad()
+def endpoints(
+    clf: Classifier,
+    images: Tensor,
+    target: Tensor | Sequence[int] | int | None = None,
+    protocol: str | Protocol = "aha",
+    internal_batch_size: int = INTERNAL_BATCH_SIZE,
+    labels: Tensor | Sequence[int] | None = None,
+) -> Endpoints:
+    """f(I) and f(I0) of ``images`` (B,C,H,W) in [0,1] for all R references: (1 + R)·B forward passes.
+
+    Compute them once per batch and hand them to the `update` of every method's metrics. "adaptive_blur" takes up to 36
+    passes more, for the images that take part.
+
+    Args:
+        target: (B,) classes, one class for all, or None for the predicted class (no pass of its own).
+        labels: (B,) ground-truth classes, −1 where unknown, for protocols that need them.
+
+    Raises:
+        ValueError: for images or targets that `Classifier.check` and `Classifier.resolve_target` refuse, and for labels
+            that are needed and missing, or no classes.
+    """
+    clf.check(images)
+    protocol = protocols.get(protocol)
+    if target is not None:
+        target = clf.resolve_target(images, target)
+    truth = _labels(clf, protocol, labels, images) if "label" in protocol.needs else None
+    size = internal_batch_size
+    with autocast("fp32", images.device):
+        logits = torch.cat([clf(part) for part in images.split(size)])
+        predicted = logits.argmax(dim=-1)
+        target = predicted if target is None else target
+        confidence = _response(logits, target).confidence
+        scored, takes_part = target, None
+        if truth is not None:
+            # an image without a label takes no part: class 0 stands in, so that its rows can be computed
+            scored = truth.clamp_min(0) if protocol.scored == "label" else target
+            takes_part = protocol.takes_part(truth, predicted, _response(logits, predicted).confidence)
+        made = []
+        for name in protocol.references:
+            if name == "adaptive_blur":
+                blurred, takes_part = _adaptive_blur(clf, images, scored, takes_part, size)
+                made.append(blurred)
+            else:
+                made.append(references.make(name, images, clf.mean_colour, clf.mean))
+        stacked = torch.stack(made) if made else images.new_empty(0, *images.shape)
+        replaced = Response(*(stacked.new_full(stacked.shape[:2], torch.nan) for _ in Response._fields))
+        if protocol.span[1] == 1:
+            answers = respond(clf, stacked.flatten(0, 1), scored.repeat(len(made)), size)
+            replaced = Response(*(value.view(stacked.shape[:2]) for value in answers))
+    return Endpoints(target, predicted, stacked, _response(logits, scored), replaced, confidence, scored, takes_part)
+
+
+def _labels(clf: Classifier, protocol: Protocol, labels: Tensor | Sequence[int] | None, images: Tensor) -> Tensor:
+    if labels is None:
+        raise ValueError(f"protocol {protocol.name!r} needs labels: give (B,) ground-truth classes, −1 where unknown")
+    value = torch.as_tensor(labels)
+    if value.is_floating_point() or value.dtype == torch.bool or tuple(value.shape) != (len(images),):
+        raise ValueError(f"labels is {value.dtype} of shape {tuple(value.shape)}: give ({len(images)},) integers")
+    if value.min() < -1 or value.max() >= clf.num_classes:
+        raise ValueError(
+            f"labels span {value.min()} … {value.max()}: give −1 … {clf.num_classes - 1}, −1 where unknown"
+        )
+    return value.to(images.device, torch.int64)
+
+
+def _adaptive_blur(
+    clf: Classifier, images: Tensor, classes: Tensor, takes_part: Tensor | None, size: int
+) -> tuple[Tensor, Tensor]:
+    """The blur of every image that takes part, and which of them still do: those whose class it hides."""
+
+    def confidence(blurred: Tensor, index: Tensor) -> Tensor:
+        return respond(clf, blurred, classes[rows[index]], size).confidence
+
+    takes_part = torch.ones_like(classes, dtype=torch.bool) if takes_part is None else takes_part.clone()
+    rows = takes_part.nonzero()[:, 0]
+    reference = images.clone()
+    reference[rows], kernel = references.adaptive_blur(images[rows], confidence)
+    takes_part[rows] = kernel > 0
+    return reference, takes_part
+
+
+@torch.no_grad()
+def sweep(
+    clf: Classifier,
+    images: Tensor,
+    maps: Tensor,
+    target: Tensor,
+    reference: Tensor,
+    points: int = 21,
+    chunk: int = INTERNAL_BATCH_SIZE,
+    ends: tuple[Response, Response] | None = None,
+) -> Sweep:
+    """One sweep of perturbed images gives all four curves.
+
+    2·(points − 2) forward passes per image, and 2 for the ends unless they are given. A pixel is either kept
+    or replaced; ranks come from a stable sort.
+
+    Args:
+        images: (B, C, H, W) in [0, 1].
+        maps: (B, 1, H, W) or (B, H, W) finite attributions.
+        target: (B,) int64.
+        reference: (B, C, H, W) reference images I0.
+        points: S fractions in [0, 1], both ends included.
+        chunk: perturbed images in one forward pass, ≥ 2; memory is set by it.
+        ends: responses (B,) to ``images`` and to ``reference``, where they are known already.
+    """
+    if chunk < 2:
+        raise ValueError(f"chunk={chunk}: give at least 2, one deleted and one inserted image")
+    ranks = rank_pixels(check_maps(maps, images))
+    if ends is None:
+        with autocast("fp32", images.device):
+            ends = (_response(clf(images), target), _response(clf(reference), target))
+    counts = pixel_counts(images.shape[-2] * images.shape[-1], points)
+    return Sweep(*_swept(clf, images, ranks, target, reference, counts, chunk, ends, (0, 1)))
+
+
+def _swept(
+    clf: Classifier,
+    images: Tensor,
+    ranks: Tensor,
+    classes: Tensor,
+    reference: Tensor,
+    counts: list[int],
+    chunk: int,
+    ends: tuple[Response, Response],
+    sides: tuple[int, ...],
+) -> list[Response]:
+    """Responses (B, S) at ``counts`` (ascending) for each of ``sides``: 0 deletes the top pixels, 1 inserts them."""
+    batch, pixels = len(images), images.shape[-2] * images.shape[-1]
+    # no forward pass for the ends, nor for a count that rounding repeats
+    distinct = sorted(set(counts))
+    inner = [count for count in distinct if 0 < count < pixels]
+    first = distinct.index(inner[0]) if inner else 0
+    curves = images.new_empty(len(sides), 2, batch, len(distinct), dtype=torch.float32)
+    for curve, side in zip(curves, sides, strict=True):
+        # of deletion the image is the first end, of insertion the last
+        for count, end in ((0, ends[side]), (pixels, ends[1 - side])):
+            if count in distinct:
+                curve[..., distinct.index(count)] = torch.stack(end)
+    steps = torch.tensor(inner, dtype=torch.int32, device=images.device)
+    images_at_once = max(1, min(batch, chunk // len(sides)))
+    steps_at_once = max(1, chunk // (len(sides) * images_at_once))
+    with autocast("fp32", images.device):
+        for start in range(0, batch, images_at_once):
+            rows = slice(start, start + images_at_once)
+            for step in range(0, len(inner), steps_at_once):
+                part = steps[step : step + steps_at_once]
+                pair = kernels.perturb_by_rank(images[rows], reference[rows], ranks[rows], part, clf.mean, clf.std)
+                halves = [pair[side].flatten(0, 1) for side in sides]
+                logits = clf.forward_normalized(halves[0] if len(halves) == 1 else torch.cat(halves))
+                repeated = classes[rows].repeat_interleave(len(part)).repeat(len(sides))
+                response = torch.stack(_response(logits, repeated)).view(2, len(sides), -1, len(part))
+                curves[:, :, rows, first + step : first + step + len(part)] = response.transpose(0, 1)
+    if len(distinct) < len(counts):
+        curves = curves[..., [distinct.index(count) for count in counts]]
+    return [Response(*curve) for curve in curves]
+
+
+def _response(logits: Tensor, classes: Tensor) -> Response:
+    confidence = logits.float().softmax(dim=-1).gather(1, classes[:, None])[:, 0]
+    return Response(confidence, (logits.argmax(dim=-1) == classes).float())
+
+
+def respond(clf: Classifier, images: Tensor, classes: Tensor, internal_batch_size: int) -> Response:
+    """Responses (N,) to ``images`` (N,C,H,W) in [0,1]; N may be 0."""
+    if not len(images):
+        return Response(*(images.new_empty(0, dtype=torch.float32) for _ in Response._fields))
+    parts = zip(images.split(internal_batch_size), classes.split(internal_batch_size), strict=True)
+    answers = [_response(clf(part), chosen) for part, chosen in parts]
+    return Response(*(torch.cat(values) for values in zip(*answers, strict=True)))
+
+
+class Probe:
+    """The maps of one method for one batch, of the images that take part; sorted and perturbed when first asked for.
+
+    Attributes:
+        images, maps, ends, masks: of the images that take part; maps are (B,H,W), masks (B,H,W) bool or None.
+        counts: numbers of pixels at the points of the curves.
+    """
+
+    def __init__(
+        self,
+        clf: Classifier,
+        protocol: Protocol,
+        images: Tensor,
+        maps: Tensor,
+        ends: Endpoints,
+        internal_batch_size: int,
+        masks: Tensor | None = None,
+    ):
+        self.clf, self.protocol, self.internal_batch_size = clf, protocol, internal_batch_size
+        self.images, self.maps, self.ends, self.masks = images, maps, ends, masks
+        self.counts = protocol.counts(*images.shape[-2:])
+        self._batch = len(images)
+        self._rows: Tensor | None = None
+        if ends.takes_part is not None:
+            rows = ends.takes_part.nonzero()[:, 0]
+            if len(rows) < len(images):
+                self._rows = rows
+                self.images, self.maps = images[rows], maps[rows]
+                self.masks = masks[rows] if masks is not None else None
+                self.ends = Endpoints(
+                    ends.target[rows],
+                    ends.predicted[rows],
+                    ends.references[:, rows],
+                    Response(*(value[rows] for value in ends.original)),
+                    Response(*(value[:, rows] for value in ends.replaced)),
+                    ends.confidence[rows],
+                    ends.scored[rows],
+                )
+
+    def spread(self, values: Tensor) -> Tensor:
+        """Rows of the images that take part → rows of the whole batch, NaN for the others."""
+        if self._rows is None:
+            return values
+        return values.new_full((self._batch, *values.shape[1:]), torch.nan).index_copy_(0, self._rows, values)
+
+    @cached_property
+    def ranks(self) -> Tensor:
+        """(B,H,W) of `rank_pixels`."""
+        return rank_pixels(self.maps)
+
+    @property
+    def deleted(self) -> dict[str, Response]:
+        """Reference → responses (B, S) with the top pixels replaced."""
+        return self._curves[0]
+
+    @property
+    def inserted(self) -> dict[str, Response]:
+        """Reference → responses (B, S) with only the top pixels shown."""
+        return self._curves[1]
+
+    @cached_property
+    def _curves(self) -> tuple[dict[str, Response], dict[str, Response]]:
+        found: tuple[dict[str, Response], dict[str, Response]] = ({}, {})
+        served = self.protocol.deleting, self.protocol.inserting
+        for i, name in enumerate(self.protocol.references):
+            sides = tuple(side for side in (0, 1) if name in served[side])
+            if not sides:
+                continue
+            replaced = Response(*(value[i] for value in self.ends.replaced))
+            curves = _swept(
+                self.clf,
+                self.images,
+                self.ranks,
+                self.ends.scored,
+                self.ends.references[i],
+                self.counts,
+                self.internal_batch_size,
+                (self.ends.original, replaced),
+                sides,
+            )
+            for side, curve in zip(sides, curves, strict=True):
+                found[side][name] = curve
+        return found

@@ -1,0 +1,160 @@
+"""Everything a protocol measures, for engines that compare many methods on the same images."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..checks import check_maps
+from ..classifier import Classifier
+from . import protocols
+from .by_reference import ByReference, Named, arranged
+from .confidence import ConfidenceChange
+from .curves import DeletionInsertion
+from .localization import Localization, check_masks
+from .mas import MagnitudeAlignment
+from .monotonicity import Monotonicity
+from .perturbed import INTERNAL_BATCH_SIZE, Endpoints, Probe, endpoints
+from .protocols import DIRECTIONS, LOCALISATION, Protocol
+
+KINDS: tuple[type[ByReference], ...] = (DeletionInsertion, ConfidenceChange, MagnitudeAlignment, Monotonicity)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What all methods share on one batch of images. Made by `Suite.begin`.
+
+    Attributes:
+        images: (B, C, H, W) in [0, 1].
+        ends: f(I), f(I0) and the reference images.
+        masks: (B, H, W) bool where the protocol needs them, else None.
+    """
+
+    images: Tensor
+    ends: Endpoints
+    masks: Tensor | None = None
+
+    @property
+    def target(self) -> Tensor:
+        """(B,) int64, the explained classes."""
+        return self.ends.target
+
+    @property
+    def predicted(self) -> Tensor:
+        """(B,) int64, the top-1 classes."""
+        return self.ends.predicted
+
+    @property
+    def confidence(self) -> Tensor:
+        """(B,) float32, softmax probability of the target in the unperturbed image."""
+        return self.ends.confidence
+
+    @property
+    def takes_part(self) -> Tensor:
+        """(B,) bool: the images that the protocol measures; the others are NaN and cost no perturbed image."""
+        chosen = self.ends.takes_part
+        return torch.ones_like(self.target, dtype=torch.bool) if chosen is None else chosen
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What `Suite.measure` found out about the maps of one batch; NaN where an image takes no part.
+
+    Attributes:
+        values: metric → (B,) float32, the mean over the references.
+        by_reference: reference → metric → (B,); {} where there are none.
+        curves: reference → curve → (B, S) over the fractions of `Protocol.counts`; {} where there are none. Deletion,
+            positive and negative run over the removed fraction, insertion over the inserted one.
+    """
+
+    values: dict[str, Tensor]
+    by_reference: dict[str, dict[str, Tensor]]
+    curves: dict[str, dict[str, Tensor]]
+
+
+class Suite:
+    """All metrics of one protocol, without a state: scores of every image as they are measured.
+
+    The same functions as the torchmetrics classes of this package, from one set of perturbed images per map.
+
+    >>> suite = Suite(clf, "aha")
+    >>> batch = suite.begin(images)
+    >>> suite.measure(batch, maps).values["insertion"]
+
+    Args:
+        clf: the classifier that the maps explain.
+        protocol: a preset's name or a `Protocol`.
+        internal_batch_size: perturbed images in one forward pass, ≥ 2.
+
+    Attributes:
+        protocol: what is measured.
+        directions: metric → whether higher is better, in the order of the protocol.
+        references: names of the reference images, () where there are none.
+        needs: what `begin` must be given besides the images: "label", "mask", both or none.
+    """
+
+    def __init__(
+        self, clf: Classifier, protocol: str | Protocol = "aha", internal_batch_size: int = INTERNAL_BATCH_SIZE
+    ):
+        if internal_batch_size < 2:
+            raise ValueError(f"internal_batch_size={internal_batch_size}: give at least 2")
+        self.clf, self.internal_batch_size = clf, internal_batch_size
+        self.protocol = protocols.get(protocol)
+        self.directions = {name: DIRECTIONS[name] for name in self.protocol.metrics}
+        self.references = self.protocol.references
+        self.needs = self.protocol.needs
+        self._metrics = [
+            kind(clf, self.protocol, internal_batch_size)
+            for kind in KINDS
+            if not set(kind.directions).isdisjoint(self.directions)
+        ]
+        self._localization = Localization() if "mask" in self.needs else None
+
+    def begin(
+        self,
+        images: Tensor,
+        target: Tensor | Sequence[int] | int | None = None,
+        labels: Tensor | Sequence[int] | None = None,
+        masks: Tensor | None = None,
+    ) -> Batch:
+        """What all methods share on ``images`` (B,C,H,W) in [0,1]: (1 + R)·B forward passes, see `endpoints`.
+
+        Args:
+            target: (B,) explained classes, one class for all, or None for the predicted class.
+            labels: (B,) ground-truth classes, −1 where unknown.
+            masks: (B,1,H,W) or (B,H,W), boolean or 0 and 1; all 0 where unknown.
+
+        Raises:
+            ValueError: for arguments that do not fit, and for labels or masks that the protocol needs and lacks.
+        """
+        ends = endpoints(self.clf, images, target, self.protocol, self.internal_batch_size, labels)
+        if "mask" not in self.needs:
+            return Batch(images, ends)
+        if masks is None:
+            raise ValueError(f"protocol {self.protocol.name!r} needs masks: give (B, 1, H, W), all 0 where unknown")
+        chosen = check_masks(masks).to(images.device)
+        expected = (len(images), *images.shape[-2:])
+        if tuple(chosen.shape) != expected:
+            raise ValueError(f"masks is {tuple(masks.shape)}: give {expected}, one value per pixel of the images")
+        return Batch(images, ends, chosen)
+
+    @torch.no_grad()
+    def measure(self, batch: Batch, maps: Tensor) -> Scores:
+        """Scores of ``maps`` (B,1,H,W), finite attributions of the images and targets of ``batch``."""
+        maps = check_maps(maps, batch.images)
+        probe = Probe(self.clf, self.protocol, batch.images, maps, batch.ends, self.internal_batch_size, batch.masks)
+        found: Named = {}
+        curves: Named = {}
+        for metric in self._metrics:
+            rows = metric._measure(probe).flatten(1)
+            found.update(metric._scores(rows))
+            for reference, named in metric._named_curves(rows).items():
+                curves.setdefault(reference, {}).update(named)
+        values, by_reference = arranged(found, [name for name in self.directions if name not in LOCALISATION])
+        if self._localization is not None and probe.masks is not None:
+            rows = probe.spread(self._localization._measure(probe.maps, probe.masks))
+            values.update(self._localization._named(rows))
+        return Scores({name: values[name] for name in self.directions}, by_reference, curves)
