@@ -3,9 +3,43 @@
 >>> maps = aha.attributors.create("rollout", clf).attribute(images)
 """
 
-from . import attention, gradient, perturbation
-from .base import Attributor, Metadata, available, create, register, undisturbed
-from .learned import AHA
+from . import (
+    attcam,
+    attention,
+    attention_gradients,
+    caap,
+    cam,
+    chefer,
+    fullgrad,
+    gradient,
+    legrad,
+    libragrad,
+    mda,
+    perturbation,
+    surrogate,
+    tis,
+    vit_cx,
+)
+from .base import Attributor, Metadata, available, create, find, register, undisturbed
+from .fullgrad import FullGradient, full_gradient
+from .learned import AHA, FastSHAP, ViTShapley
+from .libragrad import libra
 from .passes import Passes, count_passes
 
-__all__ = ["AHA", "Attributor", "Metadata", "Passes", "available", "count_passes", "create", "register", "undisturbed"]
+__all__ = [
+    "AHA",
+    "Attributor",
+    "FastSHAP",
+    "FullGradient",
+    "Metadata",
+    "Passes",
+    "ViTShapley",
+    "available",
+    "count_passes",
+    "create",
+    "find",
+    "full_gradient",
+    "libra",
+    "register",
+    "undisturbed",
+]

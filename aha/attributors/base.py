@@ -78,6 +78,7 @@ class Attributor(ABC):
             target = self.clf.resolve_target(images, target)
         maps = []
         with undisturbed(self.clf), autocast("fp32", images.device):
+            target = target.clone() if target is not None and target.is_inference() else target
             for start in range(0, len(images), self.internal_batch_size):
                 part = images[start : start + self.internal_batch_size].detach()
                 # a tensor made in inference mode cannot take part in autograd, its copy can
@@ -96,7 +97,8 @@ class Attributor(ABC):
         enabled, parameters do not require them.
         """
 
-    __call__ = attribute
+    def __call__(self, images: Tensor, target: Tensor | Sequence[int] | int | None = None) -> Tensor:
+        return self.attribute(images, target)
 
 
 @contextmanager
@@ -164,9 +166,14 @@ def create(name: str, clf: Classifier, **options: Any) -> Attributor:
         ValueError: for an unknown name, or a classifier whose architecture the method does not accept.
         ImportError: naming the extra to install, where the method needs one.
     """
+    return find(name)(clf, **options)
+
+
+def find(name: str) -> type[Attributor]:
+    """The class of that name; ValueError for an unknown one."""
     if name not in _REGISTRY:
         close = difflib.get_close_matches(name, _REGISTRY, n=1)
         hint = f" (did you mean {close[0]!r}?)" if close else ""
         known = ", ".join(sorted(_REGISTRY))
         raise ValueError(f"attributor {name!r} is not known{hint}: choose one of {known}")
-    return _REGISTRY[name](clf, **options)
+    return _REGISTRY[name]
