@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from .checks import check_images, check_target
 
+RANDOM = "random:"
+
 
 class Classifier(nn.Module):
     """A frozen image classifier: (B, C, H, W) RGB in [0, 1] → (B, classes) logits.
@@ -245,6 +247,8 @@ def from_source(source: dict[str, Any]) -> Classifier:
         return Classifier.from_timm(source["name"], weights=source.get("weights"), **source.get("options", {}))
     if source["kind"] == "hf":
         return Classifier.from_hf(source["name"])
+    if source["kind"] == "random":
+        return from_name(source["name"])
     if source["kind"] == "scenes":
         from .data import Scenes
         from .demo import classifier as demo
@@ -259,9 +263,19 @@ def from_source(source: dict[str, Any]) -> Classifier:
 
 
 def from_name(name: str, weights: str | Path | None = None) -> Classifier:
-    """A classifier by the name the command line uses: ``scenes``, ``hf:`` and a transformers name, or a timm name."""
+    """A classifier by the name the command line uses: ``scenes``, ``hf:`` and a transformers name, or a timm name.
+
+    ``random:`` and a timm name is that model with random weights from a fixed seed: enough to try a pipeline, to
+    count passes and to measure time.
+    """
     if name == "scenes":
         return from_source({"kind": "scenes"})
+    if name.startswith(RANDOM):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            made = Classifier.from_timm(name.removeprefix(RANDOM), pretrained=False)
+        made.source = {"kind": "random", "name": name}
+        return made
     if name.startswith("hf:"):
         return Classifier.from_hf(name.removeprefix("hf:"))
     return Classifier.from_timm(name, weights=weights)

@@ -25,6 +25,8 @@ class Source:
     """Images kept aside: train leaves them out, evaluate and compare use only them."""
     limit: int | None = None
     """Use only the first images."""
+    masks: Path | None = None
+    """Folder of masks of the object (<image name>.png), for the localisation metrics."""
 
     def load_classifier(self) -> Classifier:
         """The classifier, frozen, on the GPU if there is one."""
@@ -42,8 +44,8 @@ class Source:
         if self.data == "scenes":
             count = self.limit or (4096 if training else 128)
             return Scenes("train" if training else "test", size=count, seed=seed, image_size=side)
-        augment = training and augment
-        data = ImageFolder(self.data, image_size=side, split=self.split, augment=augment, seed=seed)
+        augment, masks = training and augment, None if training else self.masks
+        data = ImageFolder(self.data, image_size=side, split=self.split, augment=augment, seed=seed, masks=masks)
         indices = list(range(len(data)))
         if self.holdout:
             kept, held = hold_out(len(data), self.holdout)

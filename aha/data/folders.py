@@ -21,6 +21,7 @@ INTERPOLATIONS = {
 }
 CROP_PCT = 0.875
 LABELS = "labels.csv"
+MASK = "_mask"  # end of a mask's name where it lies beside its image
 
 
 class ImageReadError(ValueError):
@@ -47,8 +48,13 @@ class ImageFolder(torch.utils.data.Dataset):
     labels: the labels file; None looks for root/labels.csv. Its labels are class names, or integers
         throughout.
     split: subfolder of root to read, such as "train" or "val".
+    masks: folder of masks of the object, for the localisation metrics: <name>.png or <name>_mask.png for an image
+        <name>.jpg, under the image's relative path or directly in the folder; whatever is not black is object.
+        They are resized and cropped like their images. An image without one has an empty mask. Where masks lie
+        beside their images, files ending in _mask are not taken for images.
 
-    Items are dicts: "image" (3, H, W) float32 RGB in [0, 1], "label" int, "path" str.
+    Items are dicts: "image" (3, H, W) float32 RGB in [0, 1], "label" int, "path" str, and with `masks` "mask"
+    (1, H, W) bool.
     FileNotFoundError for a missing folder or one without images; ValueError for an ambiguous folder or a bad
     labels file; ImageReadError, on access, for a file that cannot be read.
     """
@@ -65,7 +71,10 @@ class ImageFolder(torch.utils.data.Dataset):
         labels: str | os.PathLike | None = None,
         split: str | None = None,
         seed: int = 0,
+        masks: str | os.PathLike | None = None,
     ):
+        if augment and masks is not None:
+            raise ValueError("masks are of whole images: leave augment off")
         self.image_size = image_size
         self.resize = _shorter_side(image_size, resize, crop_pct)
         self.resample = _resample(interpolation)
@@ -79,6 +88,10 @@ class ImageFolder(torch.utils.data.Dataset):
         else:
             self.samples, names = _by_folder(folder, names)
         self.class_names = names
+        self.masks: list[Path | None] | None = None
+        if masks is not None:
+            self.samples = [sample for sample in self.samples if not sample[0].stem.endswith(MASK)]
+            self.masks = _masks(Path(masks), folder, [path for path, _ in self.samples])
 
     @property
     def virtual_epochs(self) -> bool:
@@ -101,7 +114,15 @@ class ImageFolder(torch.utils.data.Dataset):
             image = _augmented(image, self.image_size, self.resample, random.Random(f"{self.seed},{index}"))
         else:
             image = _fitted(image, self.image_size, self.resize, self.resample)
-        return {"image": _to_tensor(image), "label": label, "path": str(path)}
+        item = {"image": _to_tensor(image), "label": label, "path": str(path)}
+        return item if self.masks is None else {**item, "mask": self._mask(self.masks[index])}
+
+    def _mask(self, path: Path | None) -> torch.Tensor:
+        """(1, H, W) bool."""
+        if path is None:
+            return torch.zeros(1, self.image_size, self.image_size, dtype=torch.bool)
+        fitted = _fitted(_open(path), self.image_size, self.resize, Image.Resampling.NEAREST)
+        return _to_tensor(fitted).amax(dim=0, keepdim=True) > 0
 
 
 def load_image(
@@ -183,6 +204,25 @@ def _by_folder(folder: Path, names: list[str] | None):
         if name not in index:
             raise ValueError(f"class folder {folder / name} is not among the {len(names)} class names given")
     return [(path, index[name]) for path, name in zip(images, classes, strict=True)], names
+
+
+def _masks(root: Path, folder: Path, images: list[Path]) -> list[Path | None]:
+    """The mask of every image, None where there is none."""
+    if not root.is_dir():
+        raise FileNotFoundError(f"no folder of masks: {root}")
+
+    def of(image: Path) -> Path | None:
+        places = (root / image.relative_to(folder).parent, root)
+        names = (f"{image.stem}.png", f"{image.stem}{MASK}.png")
+        tried = (place / name for place in places for name in names)
+        return next((path for path in tried if path.is_file() and path != image), None)
+
+    found = [of(image) for image in images]
+    if not any(found):
+        raise ValueError(
+            f"{root} holds no mask for {images[0].name} nor for any other image: name it {images[0].stem}.png"
+        )
+    return found
 
 
 def _listed(folder: Path, labels: Path, names: list[str] | None):

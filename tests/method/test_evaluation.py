@@ -12,10 +12,13 @@ from torch import nn
 
 from aha import metrics
 from aha.classifier import Classifier
-from aha.evaluation import FAITHFULNESS, LOCALIZATION, RESAMPLES, Failure, evaluate
+from aha.evaluation import RESAMPLES, Failure, evaluate
 from aha.metrics import ConfidenceChange, DeletionInsertion, Localization, Protocol
 
 SHORT = Protocol("short", points=5)
+FAITHFULNESS = (*DeletionInsertion.directions, *ConfidenceChange.directions)
+LOCALIZATION = tuple(Localization.directions)
+COSTS = ("seconds_per_image", "forward_per_image", "backward_per_image")
 
 
 class Small(nn.Module):
@@ -109,6 +112,8 @@ def test_summary_has_exactly_these_keys(clf):
         "methods",
         "references",
         "protocol",
+        "protocols",
+        "significance",
         "target",
         "seed",
         "versions",
@@ -117,23 +122,26 @@ def test_summary_has_exactly_these_keys(clf):
     }
     assert set(summary["classifier"]) == {"accuracy", "name", "images"}
     measured = {*FAITHFULNESS, *LOCALIZATION}
-    assert set(summary["methods"]["bright"]) == {*measured, "seconds_per_image", "ci95"}
+    assert set(summary["methods"]["bright"]) == {*measured, *COSTS, "ci95"}
     assert set(summary["methods"]["bright"]["ci95"]) == measured
     assert set(summary["references"]) == {"black", "mean", "blur"}
     assert set(summary["references"]["blur"]["bright"]) == set(FAITHFULNESS)
-    assert summary["protocol"] == {"name": "short", "points": 5, "references": ["black", "mean", "blur"]}
+    assert summary["protocol"].items() >= {"name": "short", "points": 5}.items()
+    assert summary["protocol"]["references"] == ["black", "mean", "blur"]
+    assert [protocol["name"] for protocol in summary["protocols"]] == ["localisation"]
     assert {"python", "aha", "torch", "timm"} <= set(summary["versions"])
     assert summary["methods"]["bright"]["seconds_per_image"] > 0
     json.dumps(summary, allow_nan=False)
     bare = run(clf, {"bright": bright}, Images(masks=False)).summary()["methods"]["bright"]
-    assert set(bare) == {*FAITHFULNESS, "seconds_per_image", "ci95"}
+    assert set(bare) == {*FAITHFULNESS, *COSTS, "ci95"}
 
 
 def test_ends_are_computed_once_for_all_methods(clf):
     clf.module.seen = 0
     run(clf, {"bright": bright, "dark": dark, "again": bright}, Images(size=6))
     per_method = 3 * 2 * (5 - 2) + 3  # curves and confidence change, three references
-    assert clf.module.seen == 6 * (1 + 3 + 3 * per_method)
+    # f(I) for the curves and for localisation, f(I0) of three references
+    assert clf.module.seen == 6 * (2 + 3 + 3 * per_method)
 
 
 def test_batch_size_does_not_matter(clf):

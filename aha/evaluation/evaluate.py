@@ -1,0 +1,69 @@
+"""Evaluation of attribution methods on a data set, in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from rich.progress import Progress
+
+from ..classifier import Classifier
+from ..metrics import INTERNAL_BATCH_SIZE, Protocol, Suite
+from .engine import Engine, Method, Row
+from .result import Evaluation
+
+
+def evaluate(
+    clf: Classifier,
+    methods: Mapping[str, Method],
+    data: torch.utils.data.Dataset,
+    target: str = "predicted",
+    protocol: str | Protocol = "aha",
+    batch_size: int = 32,
+    limit: int | None = None,
+    seed: int = 0,
+    progress: bool = True,
+    internal_batch_size: int = INTERNAL_BATCH_SIZE,
+) -> Evaluation:
+    """Measure attribution methods on the images of a data set.
+
+    f(I) and f(I0) are computed once per batch, for all methods and metrics. A method that raises, or returns
+    maps that are not finite or of the wrong shape, is recorded as failed for that batch; so is an image that
+    cannot be read or does not keep the pixel contract. All else goes on.
+
+    Args:
+        clf: the classifier; images are moved to its device.
+        methods: name → an `Attributor` or any callable (images (B,C,H,W), target (B,)) → maps (B,1,H,W).
+        data: items {"image": (C,H,W) in [0,1], "label": int, −1 if unknown, optional "mask": (1,H,W) bool,
+            optional "path"}.
+        target: explain the "predicted" class, or the "true" one, the label.
+        protocol: a preset's name or a `Protocol`. Localisation is measured beside it where masks exist.
+        batch_size: images given to a method at once.
+        limit: number of images, drawn at random with ``seed``; None is all.
+        seed: of that draw and of the bootstrap. Methods have seeds of their own.
+        progress: show a progress bar.
+        internal_batch_size: perturbed images in one forward pass of the metrics.
+
+    Raises:
+        ValueError: for bad arguments, in one line, or if no image could be measured by any method.
+    """
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit={limit}: give at least one image")
+    suites = {name: Suite(clf, name, internal_batch_size) for name in (protocol, "localisation")}
+    keyed = {suite.protocol.name: suite for suite in suites.values()}
+    rows = [Row(name, name, method) for name, method in methods.items()]
+    indices = choose(len(data), limit, seed)  # type: ignore[arg-type]
+    engine = Engine(clf, rows, data, indices, target, keyed, batch_size)
+    with Progress(disable=not progress) as bar:
+        task = bar.add_task("evaluating", total=len(indices) * len(rows))
+        engine.run(lambda name, done: bar.update(task, description=f"evaluating {name}", advance=done))
+    return engine.result(seed)
+
+
+def choose(size: int, limit: int | None, seed: int) -> list[int]:
+    """Indices in ascending order. Random, because folders are sorted by class: the first few would be of
+    one."""
+    if limit is None or limit >= size:
+        return list(range(size))
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randperm(size, generator=generator)[:limit].sort().values.tolist()

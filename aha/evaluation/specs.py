@@ -1,0 +1,96 @@
+"""Methods as they are written on the command line and in tables of settings."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .. import attributors
+from ..classifier import Classifier
+from .store import content_of, fingerprint, slug
+
+
+@dataclass(frozen=True)
+class MethodSpec:
+    """A method of the registry with options.
+
+    Attributes:
+        name: see `aha.attributors.available`.
+        options: of its class.
+        label: its name in tables; default: as it is written, ``name:option=value``.
+    """
+
+    name: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    label: str = ""
+
+    def __post_init__(self) -> None:
+        attributors.find(self.name)
+        if not self.label:
+            written = ",".join(f"{key}={value}" for key, value in self.options.items())
+            object.__setattr__(self, "label", f"{self.name}:{written}" if written else self.name)
+
+    @classmethod
+    def parse(cls, text: str) -> MethodSpec:
+        """``[label@]name[:option=value,…]``, e.g. ``rise:n_masks=4000`` or ``RISE@rise``.
+
+        Values are Python literals, or else text.
+
+        Raises:
+            ValueError: for an unknown method or an option without a value.
+        """
+        label, _, rest = text.rpartition("@")
+        name, _, written = rest.partition(":")
+        options = {}
+        for part in filter(None, written.split(",")):
+            key, equals, value = part.partition("=")
+            if not equals or not key:
+                raise ValueError(f"{text!r}: option {part!r} has no value, write name:option=value,option=value")
+            options[key.strip()] = _literal(value.strip())
+        return cls(name, options, label)
+
+    def create(self, clf: Classifier, seed: int) -> attributors.Attributor:
+        """The method for ``clf``; an option that it does not know is a ValueError."""
+        try:
+            return attributors.create(self.name, clf, **{"seed": seed, **self.options})
+        except TypeError as error:
+            if "unexpected keyword" not in str(error):
+                raise
+            raise ValueError(f"{self.label}: {str(error).split('()')[-1].strip()}: see aha list") from error
+
+    def key(self, seed: int) -> str:
+        """A folder's name that differs where the maps may differ."""
+        # a file or folder named by an option counts with its content
+        options = {
+            key: content_of(Path(value)) if isinstance(value, str) and Path(value).exists() else repr(value)
+            for key, value in self.options.items()
+        }
+        return f"{slug(self.label)}-{fingerprint([self.name, options, seed])}"
+
+
+def parse(texts: Sequence[str]) -> tuple[list[MethodSpec], bool]:
+    """Specs of what is written, and whether ``all`` is among it: then every method of the registry follows.
+
+    Raises:
+        ValueError: for an unknown method, or two with one label.
+    """
+    everything = "all" in texts
+    specs = [MethodSpec.parse(text) for text in texts if text != "all"]
+    if everything:
+        named = {spec.label for spec in specs}
+        specs += [MethodSpec(name) for name in attributors.available() if name not in named]
+    labels = [spec.label for spec in specs]
+    twice = sorted({label for label in labels if labels.count(label) > 1})
+    if twice:
+        raise ValueError(f"{', '.join(twice)} is given twice: write label@name to tell them apart")
+    return specs, everything
+
+
+def _literal(text: str) -> Any:
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
