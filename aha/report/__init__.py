@@ -1,8 +1,9 @@
-"""What a reader sees: overlays, figures and one self-contained HTML page.
+"""What a reader sees: overlays, figures, tables and one self-contained HTML page.
 
-Overlays need the core dependencies only; figures and the page need the extra ``report`` (matplotlib, jinja2).
+Overlays and tables need the core dependencies only; figures and the page need the extra ``report`` (matplotlib,
+jinja2).
 """
 
-from . import figures, html, overlays
+from . import comparison_figures, figures, html, overlays, tables
 
-__all__ = ["figures", "html", "overlays"]
+__all__ = ["comparison_figures", "figures", "html", "overlays", "tables"]

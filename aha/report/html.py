@@ -6,14 +6,19 @@ jinja2 (extra ``report``) is imported when a page is made.
 from __future__ import annotations
 
 import base64
+import contextlib
+import functools
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from PIL import Image
 
-from .figures import LABELS, direction, heading, is_number, is_ours
+from . import columns as names
+from . import comparison_figures
+from .columns import LABELS, direction, heading, is_number, is_ours
+from .tables import ABSENT, ALIKE, UNMEASURED
 
 # file stem → title and caption; other files are shown after these under their own name
 CAPTIONS = {
@@ -32,7 +37,26 @@ CAPTIONS = {
         "Probability of the explained class while pixels are removed or shown, the most important first; "
         "mean over images and references.",
     ),
+    "curves_by_reference": (
+        "Curves by reference",
+        "The same for every reference image on its own.",
+    ),
     "ins_minus_del": ("Faithfulness", "Insertion minus deletion with its 95 % confidence interval."),
+    "tradeoff": (
+        "Faithfulness and time",
+        "Insertion minus deletion over the time to make one map; up and to the left is better.",
+    ),
+    "tradeoff_passes": (
+        "Faithfulness and passes",
+        "The same over the passes through the classifier, which do not depend on the machine.",
+    ),
+    "significance": (
+        "Difference to the best",
+        "Per metric, the method's mean minus the best one's, on the same images.",
+    ),
+    "models": ("Classifiers", "Insertion minus deletion; the deeper the blue, the better in its column."),
+    "qualitative": ("Maps of all methods", "Warm is important; below each map its own insertion minus deletion."),
+    "ablation": ("Ablation", "Band: 95 % interval."),
     "shortcut": ("Shortcut experiment", "Refinement against a classifier that has learned a shortcut."),
     "training": ("Training", "Faint: single values. Solid: running mean."),
 }
@@ -51,39 +75,80 @@ EXPLANATIONS = {
     "map": "average precision of the pixels against the evidence.",
     "f1": "F1 of the map, cut at its mean, against the evidence.",
     "seconds_per_image": "time to make one map.",
+    "forward_per_image": "forward passes through the classifier for one map.",
+    "backward_per_image": "backward passes through the classifier for one map.",
+    "peak_bytes_per_image": "memory at the peak of explaining one image by itself.",
 }
+
+Key = tuple[str, str]  # model and explained class
 
 
 class Cell(NamedTuple):
-    """A value of the table as text: its interval, and whether it is the best (1) or second best (2)."""
+    """A value of the table as text: what stands small below it, whether it is the best (1) or second best (2), and
+    whether its distance to the best may be chance."""
 
     text: str
-    interval: str | None
-    place: int
+    small: str | None = None
+    place: int = 0
+    alike: bool = False
 
 
 def write(folder: str | Path) -> Path:
-    """Make ``folder``/report.html of its ``summary.json`` and ``figures/*.png``. Returns the path.
+    """Make ``folder``/report.html of what a run left there. Returns the path.
+
+    That is ``summary.json`` and ``figures/*.png`` for one classifier and explained class, or one such pair in every
+    sub-folder, at most two levels down, for several. The figures that follow from a summary alone (cost,
+    significance, classifiers side by side) are drawn anew if matplotlib is there.
 
     Raises:
         FileNotFoundError: if there is no summary.json.
-        ValueError: if it is not a summary.
+        ValueError: if one is not a summary.
         ImportError: without jinja2.
     """
     folder = Path(folder)
-    source = folder / "summary.json"
-    if not source.is_file():
+    places = [folder] if (folder / "summary.json").is_file() else _places_of_results(folder)
+    if not places:
         raise FileNotFoundError(f"{folder} holds no summary.json: run `aha evaluate` or `aha demo` into it first")
+    results: dict[Key, Mapping[str, Any]] = {}
+    figures: dict[Key, dict[str, Path]] = {}
+    for place in places:
+        summary = _read(place / "summary.json")
+        key = (summary.get("classifier") or {}).get("name", place.name), str(summary.get("target", ""))
+        if key in results:  # the same classifier and class once more: told apart by the folder
+            key = f"{key[0]} ({place.relative_to(folder)})", key[1]
+        results[key] = summary
+        figures[key] = _drawn(place / "figures", functools.partial(comparison_figures.draw, summary))
+    overview = {}
+    if len(results) > 1:
+        overview = _drawn(folder / "figures", functools.partial(comparison_figures.draw_results, results))
+    return render_results(results, figures, folder / "report.html", overview)
+
+
+def _places_of_results(folder: Path) -> list[Path]:
+    found = {path.parent for pattern in ("*", "*/*") for path in folder.glob(f"{pattern}/summary.json")}
+    return sorted(found)
+
+
+def _read(source: Path) -> Mapping[str, Any]:
     try:
         summary = json.loads(source.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{source} is not JSON ({error}): run the evaluation again") from error
+    _methods(summary)
+    return summary
+
+
+def _drawn(folder: Path, draw: Callable[[Path], object]) -> dict[str, Path]:
+    """The figures of a folder, after drawing what can be drawn: file stem → path, those with captions first."""
+    # without matplotlib the page shows what is there
+    with contextlib.suppress(ImportError):
+        draw(folder)
     known = list(CAPTIONS)
     found = sorted(
-        (folder / "figures").glob("*.png"),
+        folder.glob("*.png"),
         key=lambda path: (known.index(path.stem) if path.stem in CAPTIONS else len(known), path.stem),
     )
-    return render(summary, {path.stem: path for path in found}, folder / "report.html")
+    return {path.stem: path for path in found}
 
 
 def render(
@@ -92,7 +157,7 @@ def render(
     out: str | Path,
     extra: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Write one self-contained page. Returns the path.
+    """Write one self-contained page on one classifier. Returns the path.
 
     Args:
         summary: what `aha evaluate` writes to summary.json.
@@ -104,9 +169,33 @@ def render(
         ValueError: if the summary has no methods.
         ImportError: without jinja2.
     """
-    methods = summary.get("methods") if isinstance(summary, Mapping) else None
-    if not isinstance(methods, Mapping) or not methods:
-        raise ValueError("the summary has no methods: give the summary.json of an evaluation")
+    return render_results({("", ""): summary}, {("", ""): figures}, out, extra=extra)
+
+
+def render_results(
+    results: Mapping[Key, Mapping[str, Any]],
+    figures: Mapping[Key, Mapping[str, str | Path]],
+    out: str | Path,
+    overview: Mapping[str, str | Path] | None = None,
+    extra: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write one self-contained page on several classifiers or explained classes. Returns the path.
+
+    Args:
+        results: (model, target) → summary; with several the page starts with all of them side by side.
+        figures: (model, target) → title → image file, as in `render`.
+        out: the HTML file; its folder is made.
+        overview: figures of all results together.
+        extra: further facts about the run.
+
+    Raises:
+        ValueError: if there are no results or one has no methods.
+        ImportError: without jinja2.
+    """
+    if not results:
+        raise ValueError("there are no results: give (model, target) → summary")
+    for summary in results.values():
+        _methods(summary)
     try:
         import jinja2
     except ImportError as error:
@@ -118,31 +207,18 @@ def render(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    classifier = summary.get("classifier") or {}
-    table = _table(methods)
+    parts = [
+        _part(key, summary, figures.get(key, {}), (extra or {}) if len(results) == 1 else {})
+        for key, summary in results.items()
+    ]
+    named = next((str(summary["title"]) for summary in results.values() if summary.get("title")), None)
     page = environment.get_template("report.html.j2").render(
-        classifier=classifier.get("name", "classifier"),
-        facts=_facts(summary, classifier),
-        headline=_headline(methods),
-        table=table,
-        explanations=[(heading(m), EXPLANATIONS[m]) for m in table["metrics"] if m in EXPLANATIONS],
-        references={
-            name: _table(of) for name, of in (summary.get("references") or {}).items() if isinstance(of, Mapping) and of
-        },
-        shortcut=_shortcut(summary.get("shortcut")),
-        figures=[_figure(title, Path(path)) for title, path in figures.items()],
-        comparisons=_comparisons(summary.get("comparisons")),
-        failures=_failures(summary.get("failures")),
-        run=[
-            (title, [(name.replace("_", " "), text) for name, text in _flat(facts)])
-            for title, facts in (
-                ("Protocol", {**_named("name", summary.get("protocol")), **_pick(summary, "target", "seed")}),
-                ("Classifier", classifier),
-                ("Versions", {**_named("version", summary.get("versions")), **_pick(summary, "device")}),
-                ("More", extra or {}),
-            )
-            if facts
-        ],
+        title=named or (parts[0]["classifier"] if len(parts) == 1 else f"{len(parts)} comparisons"),
+        parts=parts,
+        level=names.LEVEL,
+        overview=_overview(results, [part["name"] for part in parts]) if len(parts) > 1 else None,
+        overview_figures=[_figure(title, Path(path)) for title, path in (overview or {}).items()],
+        overview_facts=[(name.replace("_", " "), text) for name, text in _flat(extra)] if extra else [],
     )
     out = Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -150,58 +226,179 @@ def render(
     return out
 
 
-def _table(methods: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Metrics that any method has, and rows of cells, the most faithful method first."""
-    seen = {key for values in methods.values() for key, value in values.items() if is_number(value)}
-    metrics = [m for m in LABELS if m in seen] + sorted(m for m in seen if m not in LABELS)
-    columns = {m: _places({name: values.get(m) for name, values in methods.items()}, m) for m in metrics}
+def _methods(summary: Any) -> Mapping[str, Mapping[str, Any]]:
+    methods = summary.get("methods") if isinstance(summary, Mapping) else None
+    if not isinstance(methods, Mapping) or not methods:
+        raise ValueError("the summary has no methods: give the summary.json of an evaluation")
+    return methods
+
+
+def _part(
+    key: Key, summary: Mapping[str, Any], figures: Mapping[str, str | Path], extra: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What the page says about one result."""
+    methods = _methods(summary)
+    classifier = summary.get("classifier") or {}
+    significance = summary.get("significance") or {}
+    metrics = _metrics(methods)
+    order = _order(methods, metrics)
+    own, others = ([m for m in metrics if bool(names.split(m)[0]) is other] for other in (False, True))
+    return {
+        "name": f"{key[0]}, {key[1]} class" if all(key) else key[0],
+        "classifier": classifier.get("name", "classifier"),
+        "facts": _facts(summary, classifier),
+        "headline": _headline(methods, significance),
+        "table": _table(methods, own, order, significance),
+        "protocols": _table(methods, others, order, significance) if others else None,
+        "explanations": _explanations(metrics),
+        "references": {
+            name: _table(of, *_chosen(of))
+            for name, of in (summary.get("references") or {}).items()
+            if isinstance(of, Mapping) and of
+        },
+        "differences": _differences(significance, order),
+        "shortcut": _shortcut(summary.get("shortcut")),
+        "figures": [_figure(title, Path(path)) for title, path in figures.items()],
+        "comparisons": _comparisons(summary.get("comparisons")),
+        "failures": _failures(summary.get("failures")),
+        "run": [
+            (title, [(name.replace("_", " "), text) for name, text in _flat(facts)])
+            for title, facts in (
+                ("Protocol", {**_named("name", summary.get("protocol")), **_pick(summary, "target", "seed")}),
+                ("Classifier", classifier),
+                ("Versions", {**_named("version", summary.get("versions")), **_pick(summary, "device")}),
+                ("More", extra),
+            )
+            if facts
+        ],
+    }
+
+
+def _metrics(methods: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Metrics that any method has a number of: those of the protocol aha first, what leads a page before its parts."""
+    seen = dict.fromkeys(key for values in methods.values() for key, value in values.items() if is_number(value))
+    protocols = list(dict.fromkeys(["", *(names.split(metric)[0] for metric in seen)]))
+    known = list(LABELS)
+
+    def place(metric: str) -> tuple[int, int, str]:
+        protocol, name = names.split(metric)
+        return protocols.index(protocol), known.index(name) if name in LABELS else len(known), name
+
+    return sorted(seen, key=place)
+
+
+def _order(methods: Mapping[str, Mapping[str, Any]], metrics: list[str]) -> list[str]:
+    """Names of the methods, the best of the first metric first."""
     order = list(methods)
     if metrics and (better := direction(metrics[0])) is not None:
         known = {n: v for n in order if is_number(v := methods[n].get(metrics[0]))}
         order.sort(key=lambda n: -known.get(n, -float("inf")) if better else known.get(n, float("inf")))
+    return order
+
+
+def _chosen(methods: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], list[str]]:
+    metrics = _metrics(methods)
+    return metrics, _order(methods, metrics)
+
+
+def _table(
+    methods: Mapping[str, Mapping[str, Any]],
+    metrics: list[str],
+    order: list[str],
+    significance: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Headings and rows of cells."""
+    columns = {m: names.places({name: values.get(m) for name, values in methods.items()}, m) for m in metrics}
+    rows: list[dict[str, Any]] = []
+    for name in order:
+        cells = []
+        for m in metrics:
+            found = ((significance or {}).get(m) or {}).get(name)
+            place = columns[m].get(name, 0)
+            alike = place != 1 and names.inseparable(found)
+            cells.append(Cell(_text(methods[name], m), _interval(methods[name], m), place, alike))
+        rows.append({"name": name, "ours": is_ours(name), "cells": cells})
+    marked = any(cell.alike for row in rows for cell in row["cells"])
+    return {"headings": [heading(m) for m in metrics], "rows": rows, "alike": ALIKE if marked else None}
+
+
+def _overview(results: Mapping[Key, Mapping[str, Any]], titles: list[str]) -> dict[str, Any] | None:
+    """Insertion minus deletion of every method in every result."""
+    metric = "ins_minus_del"
+    tables = [_table(s["methods"], [metric], list(s["methods"]), s.get("significance")) for s in results.values()]
+    cells = [{row["name"]: row["cells"][0] for row in table["rows"]} for table in tables]
+    methods = list(dict.fromkeys(name for column in cells for name in column))
+    means = {
+        name: [v for s in results.values() if is_number(v := s["methods"].get(name, {}).get(metric))]
+        for name in methods
+    }
+    if not any(means.values()):
+        return None
+    # methods that ran everywhere come first: a mean of fewer results does not compare
+    methods.sort(key=lambda n: (-len(means[n]), -sum(means[n])))
+    rows = [
+        {"name": n, "ours": is_ours(n), "cells": [column.get(n, Cell(ABSENT)) for column in cells]} for n in methods
+    ]
+    alike = next((table["alike"] for table in tables if table["alike"]), None)
+    return {"headings": titles, "rows": rows, "alike": alike, "metric": heading(metric)}
+
+
+def _differences(significance: Mapping[str, Any], order: list[str]) -> dict[str, Any] | None:
+    """Method minus the best of each metric, with the corrected p below."""
+    tested = [m for m in LABELS if significance.get(m)] + sorted(
+        m for m in significance if significance[m] and m not in LABELS
+    )
+    if not tested:
+        return None
     rows = []
     for name in order:
-        intervals = methods[name].get("ci95") or {}
-        cells = [
-            Cell(_text(methods[name].get(m), m), _interval(intervals.get(m), m), columns[m].get(name, 0))
-            for m in metrics
-        ]
+        cells = []
+        for metric in tested:
+            found = significance[metric].get(name) or {}
+            best = any(of.get("best") == name for of in significance[metric].values())
+            difference, p = found.get("difference"), found.get("p")
+            if best:
+                cells.append(Cell("best", None, 1))
+            elif is_number(difference):
+                text = f"{'+' if difference > 0 else ''}{names.number(metric, difference)}"
+                cells.append(Cell(text, f"p {p:.2g}" if is_number(p) else None, 0, names.inseparable(found)))
+            else:
+                cells.append(Cell(ABSENT))
         rows.append({"name": name, "ours": is_ours(name), "cells": cells})
-    return {"metrics": metrics, "headings": [heading(m) for m in metrics], "rows": rows}
+    return {"headings": [heading(m) for m in tested], "rows": rows, "alike": ALIKE}
 
 
-def _places(values: Mapping[str, Any], metric: str) -> dict[str, int]:
-    """Method → 1 for the best value, 2 for the second; ties share a place. Empty without a direction."""
-    better = direction(metric)
-    distinct = sorted({v for v in values.values() if is_number(v)}, reverse=bool(better))
-    if better is None or len(distinct) < 2:
-        return {}
-    return {n: distinct.index(v) + 1 for n, v in values.items() if is_number(v) and v in distinct[:2]}
+def _text(row: Mapping[str, Any], metric: str) -> str:
+    value = row.get(metric)
+    if is_number(value):
+        return names.number(metric, value)
+    return UNMEASURED if metric in row else ABSENT
 
 
-def _text(value: Any, metric: str, digits: int = 4) -> str:
-    if not is_number(value):
-        return "–"
-    if metric == "seconds_per_image":
-        return f"{value:.{digits - 1}g}"
-    return f"{value:.{digits - 2 * (metric in ('adp', 'pic'))}f}"
-
-
-def _interval(bounds: Any, metric: str) -> str | None:
-    if not isinstance(bounds, (list, tuple)) or len(bounds) != 2 or not all(map(is_number, bounds)):
+def _interval(row: Mapping[str, Any], metric: str) -> str | None:
+    bounds = names.interval(row, metric)
+    if bounds is None:
         return None
-    low, high = (_text(bound, metric, digits=3) for bound in bounds)
+    low, high = (names.number(metric, bound, digits=3) for bound in bounds)
     return f"{low}\N{THIN SPACE}…\N{THIN SPACE}{high}"  # narrow: twelve columns share a page
 
 
-def _headline(methods: Mapping[str, Mapping[str, Any]]) -> str | None:
+def _explanations(metrics: list[str]) -> list[tuple[str, str]]:
+    seen = dict.fromkeys(names.split(metric)[1] for metric in metrics)
+    return [(heading(name), EXPLANATIONS[name]) for name in seen if name in EXPLANATIONS]
+
+
+def _headline(methods: Mapping[str, Mapping[str, Any]], significance: Mapping[str, Any]) -> str | None:
     scored = {n: v["ins_minus_del"] for n, v in methods.items() if is_number(v.get("ins_minus_del"))}
     if not scored:
         return None
     best = max(scored, key=scored.__getitem__)
-    interval = _interval((methods[best].get("ci95") or {}).get("ins_minus_del"), "ins_minus_del")
+    interval = _interval(methods[best], "ins_minus_del")
     text = f"Most faithful: {best}, insertion − deletion {scored[best]:.4f}"
-    return text + (f" (95 % interval {interval})." if interval else ".")
+    text += f" (95 % interval {interval})." if interval else "."
+    tested = significance.get("ins_minus_del") or {}
+    alike = [name for name, found in tested.items() if name != best and names.inseparable(found)]
+    return text + (f" Not separable from it: {', '.join(alike)}." if alike else "")
 
 
 def _facts(summary: Mapping[str, Any], classifier: Mapping[str, Any]) -> list[str]:

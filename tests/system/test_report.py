@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from aha.report import figures, html, overlays
+from aha.report import columns, comparison_figures, drawing, figures, html, labels, overlays
 
 METHODS = ("random", "grad_cam", "aha T=0", "aha T=3")
 METRICS = ("deletion", "insertion", "ins_minus_del", "adp", "pic", "seconds_per_image")
@@ -49,9 +49,39 @@ def summary():
     }
 
 
-def opened(path):
+def many(count=28):
+    """A summary of many methods under several protocols, with costs and significance; the last is the best."""
+    generator = np.random.default_rng(count)
+    methods = {}
+    for i in range(count):
+        name = "random" if i == 0 else f"aha T={i}" if i > count - 3 else f"method_{i}"
+        deletion, insertion = 0.4 - 0.01 * i, 0.4 + 0.01 * i
+        values = {"deletion": deletion, "insertion": insertion, "ins_minus_del": insertion - deletion, "adp": 70.0 - i}
+        values |= {f"{protocol}/{m}": values[m] / 2 for protocol in ("rise", "mda") for m in ("deletion", "insertion")}
+        intervals = {metric: [value - 0.01, value + 0.01] for metric, value in values.items()}
+        costs = {"seconds_per_image": float(10 ** generator.uniform(-3, 1)), "forward_per_image": 3.0 * i}
+        costs |= {"backward_per_image": float(i % 2), "peak_bytes_per_image": 2.0**20 * (i + 1)}
+        methods[name] = {**values, **costs, "ci95": intervals}
+    best = list(methods)[-1]
+    significance = {
+        metric: {
+            name: {
+                "best": best,
+                "difference": row[metric] - methods[best][metric],
+                "p": 0.5 if name == f"aha T={count - 2}" else 0.001,
+            }
+            for name, row in methods.items()
+            if name != best
+        }
+        for metric in ("deletion", "insertion", "ins_minus_del")
+    }
+    classifier = {"accuracy": 0.9, "name": "vit", "images": 100}
+    return {"classifier": classifier, "methods": methods, "significance": significance, "target": "predicted"}
+
+
+def opened(path, budget=drawing.BUDGET):
     """The figure as an array, after the checks that hold for each of them."""
-    assert path.stat().st_size <= figures.BUDGET
+    assert path.stat().st_size <= budget
     with Image.open(path) as picture:
         assert picture.format == "PNG"
         pixels = np.asarray(picture.convert("RGB"))
@@ -216,6 +246,151 @@ def test_the_callers_matplotlib_settings_are_left_alone(tmp_path):
     assert dict(matplotlib.rcParams) == before
 
 
+# ---- figures of a comparison
+
+
+@pytest.mark.parametrize("better", [True, False])
+def test_front_holds_what_nothing_beats(better):
+    generator = np.random.default_rng(0)
+    points = {str(i): tuple(generator.integers(0, 12, 2).tolist()) for i in range(60)}
+
+    def beats(a, b):
+        gain = a[1] - b[1] if better else b[1] - a[1]
+        return a[0] <= b[0] and gain >= 0 and a != b
+
+    expected = {b for b in points.values() if not any(beats(a, b) for a in points.values())}
+    front = comparison_figures._front(points, better)
+    assert set(front) == expected
+    assert front == sorted(front)
+
+
+def test_names_cover_neither_names_nor_points():
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    generator = np.random.default_rng(3)
+    points = {f"some_method_{i}": (float(x), float(y)) for i, (x, y) in enumerate(generator.random((26, 2)))}
+    points["some_method_26"] = points["some_method_0"]  # two at one place
+    figure = Figure(figsize=(7.4, 4.6), dpi=drawing.DPI)
+    axes = figure.add_axes((0.1, 0.1, 0.85, 0.85), xlim=(-0.1, 1.1), ylim=(-0.1, 1.1))
+    labels.place(figure, axes, points, dict.fromkeys(points), sorted(points.values())[:3])
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    frame = axes.get_window_extent(renderer)
+    boxes = {text.get_text().replace(" ", "_"): text.get_window_extent(renderer) for text in figure.texts}
+    assert set(boxes) == set(points)
+    for name, box in boxes.items():
+        assert frame.x0 <= box.x0 < box.x1 <= frame.x1
+        assert frame.y0 <= box.y0 < box.y1 <= frame.y1
+        assert not any(box.overlaps(other) for of, other in boxes.items() if of != name)
+        for x, y in map(axes.transData.transform, points.values()):
+            assert not (box.x0 - 4 < x < box.x1 + 4 and box.y0 - 4 < y < box.y1 + 4)
+
+
+def test_tradeoff(tmp_path):
+    rows = many()["methods"]
+    for cost in ("seconds_per_image", "passes", "peak_bytes_per_image"):
+        opened(comparison_figures.tradeoff(rows, tmp_path / f"{cost}.png", cost=cost))
+    few = {name: rows[name] for name in ("random", "method_1")}  # random costs no pass
+    opened(comparison_figures.tradeoff(few, tmp_path / "few.png", "rise/deletion", "passes"))
+    one = {"a": {"ins_minus_del": 0.5, "seconds_per_image": 0.0}}
+    opened(comparison_figures.tradeoff(one, tmp_path / "one.png"))
+    for arguments, words in (
+        ({"cost": "money"}, "choose one of"),
+        ({"metric": "mystery"}, "no better direction"),
+        ({"metric": "iou"}, "no method has both"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            comparison_figures.tradeoff(rows, tmp_path / "bad.png", **arguments)
+
+
+def test_matrices_say_what_may_be_chance(tmp_path, monkeypatch):
+    summary = many(8)
+    seen = []
+    draw = comparison_figures._matrix
+    monkeypatch.setattr(comparison_figures, "_matrix", lambda *given: seen.append(given) or draw(*given))
+    opened(comparison_figures.significance_matrix(summary, tmp_path / "significance.png"))
+    _, methods, heads, texts, colors, *_ = seen.pop()
+    assert heads == ["Deletion ↓", "Insertion ↑", "Ins − Del ↑"]
+    assert methods[:2] == ["aha T=7", "aha T=6"]
+    assert texts[0] == ["best"] * 3
+    assert texts[1] == ["+0.0100", "−0.0100", "−0.0200"]
+    assert set(colors[1]) == {comparison_figures._ALIKE}
+    assert comparison_figures._ALIKE not in colors[2]
+    pairs = {("a", "b"): {"difference": 0.2, "p": 0.01}, ("c", "a"): {"difference": 0.001, "p": 0.9}}
+    opened(comparison_figures.pairwise_matrix(pairs, tmp_path / "pairs.png"))
+    _, methods, _, texts, colors, *_ = seen.pop()
+    cells = {(a, b): (texts[i][j], colors[i][j]) for i, a in enumerate(methods) for j, b in enumerate(methods)}
+    assert methods[-1] == "b"
+    assert cells["a", "b"][0] == "+0.200"
+    assert cells["b", "a"][0] == "−0.200"
+    assert cells["a", "b"][1] != cells["b", "a"][1]
+    assert cells["a", "c"] == ("−0.001", "#ffffff")
+    assert cells["b", "c"] == ("", "#ffffff")  # nobody compared them
+    results = {("vit", "true"): summary, ("a_very_long_name_of_a_model", "true"): many(5)}
+    opened(comparison_figures.models(results, tmp_path / "models.png", "deletion"))
+    _, methods, heads, texts, *_, bold = seen.pop()
+    assert heads == ["vit", "a_very_long_name_of_a_model"]
+    assert texts[methods.index("aha T=7")] == ["0.330", "–"]
+    assert {(methods[row], column) for row, column in bold} == {("aha T=7", 0), ("aha T=4", 1)}
+    for call in (
+        lambda: comparison_figures.significance_matrix({"methods": {}}, tmp_path / "bad.png"),
+        lambda: comparison_figures.pairwise_matrix({}, tmp_path / "bad.png"),
+        lambda: comparison_figures.models(results, tmp_path / "bad.png", "iou"),
+    ):
+        with pytest.raises(ValueError, match=r"no significance|at least one pair|no result"):
+            call()
+
+
+def test_many_methods_go_onto_further_lines(images, maps, tmp_path, monkeypatch):
+    seen = []
+    draw = drawing.image_grid
+    monkeypatch.setattr(comparison_figures, "image_grid", lambda *given: seen.append(given) or draw(*given))
+    methods = [f"method_{i}" for i in range(12)] + ["aha T=3"]
+    layers = dict.fromkeys(methods, maps["grad_cam"])
+    scores = {name: torch.tensor([i / 100, -i / 100, 0.5]) for i, name in enumerate(methods[:-1])}
+    masks = torch.zeros(3, 1, 64, 64, dtype=torch.bool)
+    masks[:, :, 20:40, 20:40] = True
+    path = tmp_path / "qualitative.png"
+    comparison_figures.qualitative(images, layers, path, ["a", "b", "c"], scores, masks)
+    opened(path, comparison_figures.GRID_BUDGET)
+    bands, titles = seen.pop()
+    assert titles == ["a", "b", "c"]
+    assert [list(band.names) for band in bands] == [["input", *methods[:7]], ["input", *methods[7:]]]
+    assert bands[0].notes[1] == ["Ins − Del", "0.00", *(f"−0.0{i}" for i in range(1, 7))]
+    assert bands[1].notes[0][-1] == ""  # no score, no number
+    assert [[list(best) for best in band.best] for band in bands] == [
+        [[], [1], [1, 2, 3, 4, 5, 6, 7]],
+        [[5], [], [1, 2, 3, 4, 5]],
+    ]
+    comparison_figures.qualitative(images, layers, path)
+    bare = seen.pop()[0]
+    for with_outline, without in zip(bands, bare, strict=True):
+        for lines in zip(with_outline.panels, without.panels, strict=True):
+            assert all((a != b).any() for a, b in zip(*lines, strict=True))  # outlined in every panel
+        assert not without.notes[0]
+    with pytest.raises(ValueError, match="scores of method_0 have shape"):
+        comparison_figures.qualitative(images, layers, path, scores={"method_0": torch.zeros(2)})
+    with pytest.raises(ValueError, match="at least one method"):
+        comparison_figures.qualitative(images, {}, path)
+
+
+def test_ablation_and_curves_by_reference(tmp_path):
+    rows = many(6)["methods"]
+    lines = {"one": dict(enumerate(rows.values())), "two": {4: rows["random"], 32: rows["method_1"]}}
+    opened(comparison_figures.ablation(lines, tmp_path / "ablation.png"))
+    opened(comparison_figures.ablation({"two": lines["two"]}, tmp_path / "log.png", ["adp"], "fractions S"))
+    with pytest.raises(ValueError, match="no row has a value of iou"):
+        comparison_figures.ablation(lines, tmp_path / "bad.png", ["iou"])
+    ramp = np.linspace(0, 1, 21)
+    curves = {}
+    for i, name in enumerate(many()["methods"]):
+        both = {"insertion": ramp ** (1 - i / 40), "deletion": 1 - ramp ** (1 - i / 40)}
+        curves[name] = {"black": both, "a longer name": both}
+    opened(comparison_figures.curves_by_reference(curves, tmp_path / "curves.png"))
+    with pytest.raises(ValueError, match="at least one method"):
+        comparison_figures.curves_by_reference({}, tmp_path / "bad.png")
+
+
 # ---- the page
 
 
@@ -235,7 +410,7 @@ def page(tmp_path_factory):
 
 def test_page_fetches_nothing(page):
     sources = re.findall(r"""(?:src|href|url|action)\s*[=(]\s*["']?([^"'\s>)]+)""", page)
-    assert len(sources) == 4
+    assert len(sources) == 5  # the icon, three figures that were there and one that follows from the summary
     assert all(source.startswith("data:") for source in sources)
     assert "<script" not in page
     assert "http" not in re.sub(r"base64,[^\"]+", "", page)
@@ -270,7 +445,7 @@ def test_page_escapes_text_and_tells_the_rest(page):
         assert fact in page
     assert page.count("<details>") == 2  # one per reference
     titles = re.findall(r"<figcaption><b>(\w+)", page)
-    assert titles == ["Maps", "Training", "zebra"]
+    assert titles == ["Maps", "Faithfulness", "Training", "zebra"]
 
 
 def test_ties_and_gaps(tmp_path):
@@ -305,3 +480,80 @@ def test_what_is_not_a_summary_is_one_clear_line(tmp_path, content, error, words
     with pytest.raises(error, match=words) as caught:
         html.write(tmp_path)
     assert "\n" not in str(caught.value)
+
+
+def balanced(page):
+    """Whether every element of the page is closed where it must be."""
+    from html.parser import HTMLParser
+
+    open_ones = []
+
+    class Parser(HTMLParser):
+        def handle_starttag(self, tag, attrs):
+            if tag not in ("meta", "link", "img"):
+                open_ones.append(tag)
+
+        def handle_endtag(self, tag):
+            assert open_ones.pop() == tag
+
+    Parser().feed(page)
+    return not open_ones
+
+
+def test_page_of_many_methods(tmp_path):
+    summary = many()
+    page = html.render(summary, {}, tmp_path / "page.html").read_text(encoding="utf-8")
+    assert balanced(page)
+    own, others = page[page.index("<h2>Results") :].split("<h3>Other protocols</h3>")
+    headings = re.findall(r'<th scope="col">([^<]+)</th>', own)[1:]
+    assert headings[:4] == ["Ins − Del ↑", "Insertion ↑", "Deletion ↓", "ADP ↓"]
+    assert headings[4:] == ["s / image ↓", "F / image ↓", "B / image ↓", "MiB / image ↓"]
+    assert own.count('<th scope="row">') == len(summary["methods"])
+    assert "RISE Deletion ↓" in others
+    for name, row in summary["methods"].items():
+        line = re.search(rf'<th scope="row">{re.escape(name)}</th>.*?</tr>', own, re.DOTALL)[0]
+        # no interval of costs
+        assert line.count("<small>") == 4
+        assert f">{columns.number('forward_per_image', row['forward_per_image'])}" in line
+        assert ("†" in line) == (name == "aha T=26")
+    assert "Not separable from it: aha T=26." in page
+    differences = page[page.index("Differences to the best") :]
+    assert differences.count("<small>p 0.001</small>") == 3 * (len(summary["methods"]) - 2)
+    assert "not measured" not in page
+    summary["methods"]["method_3"]["adp"] = None
+    page = html.render(summary, {}, tmp_path / "page.html").read_text(encoding="utf-8")
+    assert page.count("not measured") == 1
+
+
+def test_page_of_several_classifiers(tmp_path):
+    for place, name, target, count in (
+        ("a/predicted", "vit", "predicted", 6),
+        ("a/true", "vit", "true", 6),
+        ("b", "deit", "true", 4),
+    ):
+        folder = tmp_path / place
+        folder.mkdir(parents=True)
+        summary = many(count)
+        summary |= {"target": target, "classifier": {**summary["classifier"], "name": name}}
+        (folder / "summary.json").write_text(json.dumps(summary), encoding="utf-8")
+    page = html.write(tmp_path).read_text(encoding="utf-8")
+    assert balanced(page)
+    assert re.findall(r'<h1 class="part" id="part-\d">([^<]+)', page) == [
+        *("vit, predicted class", "vit, true class", "deit, true class"),
+    ]
+    assert re.findall(r'<a href="#part-(\d)">', page) == ["1", "2", "3"]
+    overview = page[: page.index('class="part"')]
+    row = re.search(r'<th scope="row">aha T=5</th>.*?</tr>', overview, re.DOTALL)[0]
+    assert row.count("<b>0.1000</b>") == 2
+    assert row.count("–") == 1
+    # one of all, and per result two trade-offs and the significance
+    assert page.count("data:image/png;base64") == 1 + 3 * 3
+    assert (tmp_path / "figures" / "models.png").is_file()
+
+
+def test_write_without_matplotlib_shows_what_is_there(tmp_path, monkeypatch):
+    (tmp_path / "summary.json").write_text(json.dumps(many(4)), encoding="utf-8")
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    page = html.write(tmp_path).read_text(encoding="utf-8")
+    assert "data:image/png" not in page
+    assert "<h2>Results</h2>" in page

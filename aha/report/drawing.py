@@ -1,0 +1,247 @@
+"""The look of every figure: style, colours, panels of images, and files within `BUDGET` bytes."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import textwrap
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image
+
+from .columns import is_ours
+from .overlays import enlarge, enlargement, to_numpy
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+BUDGET = 400_000  # bytes per figure: a report inlines them all, and a README loads them
+DPI = 200
+PAGE = 1900  # width of an image grid in pixels, about: more columns make smaller panels
+
+# Okabe & Ito's colours, told apart by colour-blind readers; vermilion is kept for AHA
+ACCENT = "#d55e00"
+PALETTE = ("#0072b2", "#009e73", "#cc79a7", "#56b4e9", "#b8860b", "#4b3f8f")
+DASHES: tuple[Any, ...] = ("-", (0, (4, 1.5)), (0, (1, 1.2)), (0, (5, 1.5, 1, 1.5)))
+INK, FAINT = "#24292f", "#6e7781"
+_STYLE: dict[Any, Any] = {
+    "font.family": "DejaVu Sans",  # ships with matplotlib: the same page everywhere
+    "font.size": 9,
+    "text.color": INK,
+    "axes.edgecolor": "#afb8c1",
+    "axes.labelcolor": INK,
+    "axes.titlecolor": INK,
+    "axes.titlesize": 10,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.labelsize": 9,
+    "axes.linewidth": 0.8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#eaeef2",
+    "grid.linewidth": 0.8,
+    "xtick.color": FAINT,
+    "ytick.color": FAINT,
+    "xtick.major.size": 0,
+    "ytick.major.size": 0,
+    "xtick.labelsize": 8,
+    "ytick.labelsize": 8,
+    "legend.frameon": False,
+    "legend.fontsize": 8,
+    "lines.linewidth": 1.4,
+    "lines.solid_capstyle": "round",
+    "figure.facecolor": "white",
+}
+
+
+def looks(methods: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Colour and dash per method: AHA in vermilion, the last of them solid; random in dotted grey."""
+    ours = [name for name in methods if is_ours(name)]
+    others = [name for name in methods if not is_ours(name) and name != "random"]
+    found: dict[str, dict[str, Any]] = {"random": {"color": FAINT, "linestyle": (0, (1, 1.4))}}
+    for i, name in enumerate(reversed(ours)):
+        found[name] = {"color": ACCENT, "linestyle": DASHES[i % len(DASHES)], "linewidth": 2.2}
+    for i, name in enumerate(others):
+        dash = DASHES[i // len(PALETTE) % len(DASHES)]
+        found[name] = {"color": PALETTE[i % len(PALETTE)], "linestyle": dash}
+    return found
+
+
+# ---- panels of images
+
+
+def batch(name: str, value: Any, count: int | None = None) -> np.ndarray:
+    """Images or maps as float32, N of them; ``count`` is the N that is asked for. ValueError for another shape."""
+    array = to_numpy(value)
+    if array.ndim != 4 or not len(array) or (count is not None and len(array) != count):
+        wanted = "(N, 3, H, W)" if count is None else f"({count}, 1, H, W)"
+        raise ValueError(f"{name} has shape {array.shape}: give {wanted}")
+    return array
+
+
+def outlined(pixels: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
+    """The enlarged image, with a two-tone line just outside the mask: visible on bright and on dark."""
+    scale = enlargement(pixels.shape[:2])
+    large = enlarge(pixels, scale)
+    if mask is None:
+        return large
+    inside = (mask[0] > 0.5).repeat(scale, axis=0).repeat(scale, axis=1)
+    width = max(1, min(large.shape[:2]) // 160)
+    near = _dilated(inside, width)
+    large[_dilated(near, width) & ~near] = 0
+    large[near & ~inside] = 255
+    return large
+
+
+def _dilated(mask: np.ndarray, steps: int) -> np.ndarray:
+    for _ in range(steps):
+        wider = mask.copy()
+        wider[1:] |= mask[:-1]
+        wider[:-1] |= mask[1:]
+        wider[:, 1:] |= mask[:, :-1]
+        wider[:, :-1] |= mask[:, 1:]
+        mask = wider
+    return mask
+
+
+@dataclass
+class Band:
+    """Rows of panels under one line of names.
+
+    Attributes:
+        names: of the columns.
+        panels: rows of (H, W, 3) uint8, all of one size.
+        notes: per row what stands below its panels, or nothing.
+        best: per row the columns whose note is bold.
+    """
+
+    names: Sequence[str]
+    panels: list[list[np.ndarray]]
+    notes: Sequence[Sequence[str]] = ()
+    best: Sequence[Collection[int]] = ()
+
+
+def image_grid(bands: Sequence[Band], titles: Sequence[str] | None = None) -> Figure:
+    """Panels edge to edge at whole pixels, so that repeated pixels stay square; names above, notes below.
+
+    Bands stand under each other; ``titles`` stand at the left of the rows of each.
+    """
+    from matplotlib.figure import Figure
+
+    rows = len(bands[0].panels)
+    if titles is not None and len(titles) != rows:
+        raise ValueError(f"{len(titles)} titles for {rows} images: give one per image")
+    columns = max(len(band.names) for band in bands)
+    shrunk = [[[_shrunk(pixels, PAGE // columns) for pixels in line] for line in band.panels] for band in bands]
+    height, width = shrunk[0][0][0].shape[:2]
+    gap, left = 10, 40 if titles else 10
+    size = _size_of_names([name for band in bands for name in band.names], width)
+    heads = [[_broken(name, width, size=size) for name in band.names] for band in bands]
+    tops = [14 + round(30 * size / 9) * max(head.count("\n") + 1 for head in line) for line in heads]
+    note_height = 34
+    notes = [[band.notes[row] if row < len(band.notes) else () for row in range(rows)] for band in bands]
+    total_w = left + columns * (width + gap)
+    total_h = sum(tops) + len(bands) * rows * (height + gap) + note_height * sum(bool(n) for of in notes for n in of)
+    total_h += 2 * gap * (len(bands) - 1)
+    figure = Figure(figsize=(total_w / DPI, total_h / DPI), dpi=DPI)
+
+    def write_at(x: float, y: float, text: str, **style: Any) -> None:
+        figure.text(x / total_w, 1 - y / total_h, text, ha="center", **style)
+
+    y = 0
+    for band, pictures, head, top, below in zip(bands, shrunk, heads, tops, notes, strict=True):
+        y += top
+        for column, name in enumerate(band.names):
+            weight = "bold" if is_ours(name) else "normal"
+            middle = left + column * (width + gap) + width / 2
+            write_at(middle, y - 13, head[column], va="baseline", weight=weight, size=size, linespacing=1.1)
+        for row, line in enumerate(pictures):
+            for column, pixels in enumerate(line):
+                x = left + column * (width + gap)
+                box = (x / total_w, 1 - (y + height) / total_h, width / total_w, height / total_h)
+                axes = figure.add_axes(box)
+                axes.imshow(pixels, interpolation="nearest", aspect="auto")
+                axes.set_axis_off()
+                if below[row]:
+                    weight = "bold" if band.best and column in band.best[row] else "normal"
+                    color = FAINT if column == 0 else INK
+                    note = below[row][column]
+                    write_at(
+                        x + width / 2, y + height + 6, note, va="top", size=min(8, size), color=color, weight=weight
+                    )
+            if titles:
+                title = _broken(titles[row], height, lines=1)
+                write_at(18, y + height / 2, title, rotation=90, va="center", size=8, color=FAINT)
+            y += height + gap + (note_height if below[row] else 0)
+        y += 2 * gap
+    return figure
+
+
+def _shrunk(pixels: np.ndarray, width: int) -> np.ndarray:
+    if pixels.shape[1] <= width:
+        return pixels
+    size = (width, max(1, round(pixels.shape[0] * width / pixels.shape[1])))
+    return np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.LANCZOS))
+
+
+def _size_of_names(names: Sequence[str], width: int) -> float:
+    """The largest size in points, 9 at most and 7 at least, that breaks no word in a panel of ``width`` pixels."""
+    longest = max(len(word) for name in names for word in name.replace("_", " ").split() or [""])
+    return next((size for size in (9, 8, 7.5) if longest <= _letters(width, size)), 7)
+
+
+def _letters(pixels: int, size: float) -> int:
+    return max(6, int(pixels / (16 * size / 9)))
+
+
+def _broken(name: str, pixels: int, lines: int = 3, size: float = 9) -> str:
+    """A name on as many lines as fit a panel's side of ``pixels``; what is too long for them is cut."""
+    words = name.replace("_", " ")
+    return "\n".join(textwrap.wrap(words, _letters(pixels, size), max_lines=lines, placeholder="…"))
+
+
+# ---- files
+
+
+@contextlib.contextmanager
+def drawing() -> Iterator[None]:
+    """The house style, for one figure; ImportError with what to install if there is no matplotlib."""
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise ImportError("figures need matplotlib: pip install aha-attribution[report]") from error
+    with matplotlib.rc_context(_STYLE):
+        yield
+
+
+def write(figure: Figure, path: str | Path, budget: int = BUDGET) -> Path:
+    """Save as PNG of at most ``budget`` bytes: first with fewer colours, then with fewer pixels."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    picture = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
+    data = _png(picture)
+    full = picture.size
+    for share in (1.0, 0.85, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2):
+        if len(data) <= budget:
+            break
+        size = [max(1, round(side * share)) for side in full]
+        smaller = picture.resize(size, Image.Resampling.LANCZOS)
+        data = _png(smaller.quantize(255, Image.Quantize.MEDIANCUT), DPI * share)
+    path.write_bytes(data)
+    return path
+
+
+def _png(picture: Image.Image, dpi: float = DPI) -> bytes:
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG", optimize=True, dpi=(dpi, dpi))
+    return buffer.getvalue()
