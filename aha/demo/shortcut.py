@@ -142,6 +142,28 @@ def experiment(
     images, circle = paint_circle(scene["image"][other], generator, scene["mask"][other])
     called = tuned(images.to(device)).argmax(-1).cpu() == shortcut_class
     images, circle = images[called][:scenes].to(device), circle[called][:scenes].to(device)
+    return measure(explainer, tuned, images, circle, shortcut_class, float(called.float().mean()), steps, lr, seed)
+
+
+def measure(
+    explainer: Explainer,
+    tuned: Classifier,
+    images: torch.Tensor,
+    circle: torch.Tensor,
+    shortcut_class: int,
+    rate: float,
+    steps: int = 5,
+    lr: float = LEARNING_RATE_REFINED,
+    seed: int = 0,
+) -> Experiment:
+    """Refine the clean classifier's explainer against the tuned one, step by step.
+
+    images (N, 3, H, W) carry the circle (N, 1, H, W) and are called `shortcut_class` for it; rate is the share of
+    all images for which that holds. ValueError where there are none.
+    """
+    if not len(images):
+        raise ValueError(f"no image is called class {shortcut_class} for its circle: fine-tune for more steps")
+    size = tuned.input_size
     trail = refine(explainer, tuned, images, shortcut_class, steps, lr, every_step=True)
     shares = torch.stack([share_on(maps, circle) for maps in trail]).cpu()  # [T + 1, N]
     means = shares.mean(dim=1).tolist()
@@ -154,7 +176,7 @@ def experiment(
         "ci95_after": mean_interval(shares[-1], seed),
         "per_step": means,
         "scenes": len(images),
-        "shortcut_rate": float(called.float().mean()),
+        "shortcut_rate": rate,
         "circle_area": float(circle.float().mean()),
     }
     return Experiment(numbers, images[:6].cpu(), trail[:, :6].cpu())

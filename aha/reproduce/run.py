@@ -1,0 +1,219 @@
+"""Carry out an experiment of the catalogue: train what is missing, measure what is missing, write the page."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from .. import terminal
+from ..classifier import RANDOM
+from ..data import ImageFolder, Scenes
+from ..demo import run as demo
+from ..demo import shortcut as demo_shortcut
+from ..evaluation import Comparison, MethodSpec, compare
+from ..evaluation.store import slug
+from ..explainer import Explainer
+from ..explainer.decoder import DecoderConfig
+from ..files import write_atomically
+from ..report import comparison as pages
+from ..report import comparison_figures, figures, html
+from ..source import Source
+from ..training import TrainConfig, Trainer
+from . import catalog, shortcut
+from .catalog import Experiment
+
+SCALES = ("paper", "small")
+SMALL_CNN = f"{RANDOM}test_convnext.r160_in1k"
+SHORTCUT_CLASS = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """Where an experiment runs: the paper's scale, or the same path on scenes in a minute or two.
+
+    Attributes:
+        scale: "paper" or "small".
+        data: ImageNet's folder with train and val; at small scale, scenes.
+        output: shared by all experiments, so that what one has trained and measured the others find.
+        weights: folder of <classifier>.safetensors files; those that are missing come from the hub.
+        encoder_weights: local weights of the explainer's encoder.
+        masks: folder of masks, for table6.
+        images: number of images instead of the experiment's.
+        batch_size: images at a time.
+        workers: processes that read training images.
+    """
+
+    scale: str
+    data: str
+    output: Path
+    weights: Path | None = None
+    encoder_weights: Path | None = None
+    masks: Path | None = None
+    images: int | None = None
+    batch_size: int = 32
+    workers: int = 12
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.scale not in SCALES:
+            raise ValueError(f"scale={self.scale!r} is not known: choose one of {', '.join(SCALES)}")
+
+    @property
+    def small(self) -> bool:
+        return self.scale == "small"
+
+    def source(self, classifier: str, experiment: Experiment) -> Source:
+        """The classifier and the images to measure on."""
+        limit = self.images or experiment.images
+        if self.small:
+            name = "scenes" if classifier.startswith("vit") else SMALL_CNN
+            return Source(name, None, "scenes", limit=self.images or 4)
+        file = self.weights / f"{classifier}.safetensors" if self.weights else None
+        weights = file if file is not None and file.is_file() else None
+        if experiment.masks:
+            if self.masks is None:
+                raise ValueError(f"{experiment.name} needs masks of the objects: give --masks FOLDER")
+            return Source(classifier, weights, self.data, limit=limit, masks=self.masks)
+        return Source(classifier, weights, self.data, "val", limit=limit)
+
+    def steps(self, experiment: Experiment) -> tuple[int, ...]:
+        """Refinement steps T of the explainer's rows."""
+        return experiment.steps[:2] if self.small else experiment.steps
+
+    def training(self, folder: Path, changes: Mapping[str, Any]) -> TrainConfig:
+        """The paper's settings, or a few steps of the demo's."""
+        if self.small:
+            base = dataclasses.replace(demo.TRAINING, steps=3, batch_size=4, fractions=4, log_every=1)
+            # a second target, so that a shared map differs from one map per target
+            changes = {**changes, "targets": 2 if changes.get("shared_map") else 1}
+        else:
+            base = TrainConfig(workers=self.workers)
+        return dataclasses.replace(base, output=str(folder), seed=self.seed or base.seed, **changes)
+
+    def training_images(self, clf: Any) -> Any:
+        """Augmented, as for training."""
+        if self.small:
+            return Scenes("train", size=64, seed=self.seed, image_size=clf.input_size[0])
+        return ImageFolder(self.data, image_size=clf.input_size[0], split="train", augment=True, seed=self.seed)
+
+
+def reproduce(name: str, setting: Setting) -> Path:
+    """Carry out an experiment; returns the folder of its page.
+
+    Trained explainers, maps and scores are kept under ``setting.output`` and found again: by the same experiment
+    when it was interrupted, and by the others.
+
+    Raises:
+        ValueError: for an unknown experiment, or one that lacks its data.
+    """
+    experiment = catalog.get(name)
+    folder = setting.output / name
+    if experiment.kind == "shortcut":
+        return _shortcut(experiment, setting, folder)
+    found = [setting.source(classifier, experiment) for classifier in experiment.classifiers]
+    sources = list({source.classifier: source for source in found}.values())  # at small scale several become one
+    results = [_measured(experiment, source, setting) for source in sources]
+    done = Comparison()
+    for part in results:
+        if part is None:  # not the main process
+            return folder
+        done.results.update(part.results)
+        done.engines.update(part.engines)
+        done.skipped += part.skipped
+    published = {clf: figures for clf, figures in experiment.published.items() if not setting.small}
+    pages.write(done, folder, title=f"{name}: {experiment.title}", published=published)
+    if experiment.kind == "ablation":
+        _draw_ablation(experiment, done, folder)
+    for line in (*done.skipped, *done.failures):
+        terminal.console().print(line)
+    return folder
+
+
+def specs(experiment: Experiment, setting: Setting, explainers: Mapping[str, str]) -> list[MethodSpec]:
+    """The rows of an experiment; ``explainers`` is variant → folder of its explainer."""
+    rows = [MethodSpec.parse(text) for text in experiment.methods]
+    if setting.small:
+        small = catalog.SMALL_OPTIONS
+        rows = [dataclasses.replace(row, options={**row.options, **small.get(row.name, {})}) for row in rows]
+    for variant, folder in explainers.items():
+        rows += [
+            MethodSpec("aha", {"explainer": folder, "steps": t}, row_name(variant, t))
+            for t in setting.steps(experiment)
+        ]
+    return rows
+
+
+def row_name(variant: str, steps: int) -> str:
+    """How a table calls an explainer's row."""
+    return " ".join(filter(None, ("AHA", variant, f"T={steps}")))
+
+
+def _measured(experiment: Experiment, source: Source, setting: Setting) -> Comparison | None:
+    """One classifier's rows."""
+    explainers = {variant.name: str(train(source, setting, variant)) for variant in experiment.explainers}
+    return compare(
+        [source],
+        specs(experiment, setting, explainers),
+        setting.output,
+        experiment.protocols,
+        experiment.targets,
+        strict=False,
+        batch_size=setting.batch_size,
+        seed=setting.seed,
+    )
+
+
+def train(source: Source, setting: Setting, variant: catalog.Variant) -> Path:
+    """The folder of the explainer of a classifier, trained or resumed where it is not there yet."""
+    label = "-".join(filter(None, (source.classifier, variant.name)))
+    folder = setting.output / "explainers" / slug(label)
+    if not (folder / "explainer").is_dir():
+        clf = source.load_classifier()
+        decoder = demo.DECODER if setting.small else DecoderConfig()
+        encoder = None if setting.small else catalog.ENCODER
+        explainer = Explainer.build(clf, encoder, setting.encoder_weights, decoder=decoder)
+        config = setting.training(folder, variant.training)
+        Trainer(explainer, clf, setting.training_images(clf), config).fit(resume=True)
+    return folder / "explainer"
+
+
+def _shortcut(experiment: Experiment, setting: Setting, folder: Path) -> Path:
+    source = setting.source(experiment.classifiers[0], experiment)
+    clf = source.load_classifier()
+    explainer = Explainer.from_pretrained(train(source, setting, experiment.explainers[0]), clf).to(clf.device)
+    if setting.small:
+        found = demo_shortcut.experiment(explainer, clf, scenes=setting.images or 8, seed=setting.seed)
+    else:
+        data = ImageFolder(setting.data, image_size=clf.input_size[0], split="train", augment=True, seed=setting.seed)
+        held_out = ImageFolder(setting.data, image_size=clf.input_size[0], split="val")
+        tuned = shortcut.plant(clf, data, SHORTCUT_CLASS, workers=setting.workers, seed=setting.seed)
+        found = shortcut.experiment(explainer, tuned, held_out, SHORTCUT_CLASS, setting.images or 64)
+    folder.mkdir(parents=True, exist_ok=True)
+    figures.refinement(found.images, found.trail, folder / "shortcut.png")
+    write_atomically(folder / "shortcut.json", (json.dumps(found.numbers, indent=2) + "\n").encode())
+    return folder
+
+
+def _draw_ablation(experiment: Experiment, done: Comparison, folder: Path) -> None:
+    """Over T with a line per variant; where variants have a place on an axis, over that with a line per T."""
+    for (model, target), result in done.results.items():
+        rows = result.summary()["methods"]
+        place = folder if len(done.results) == 1 else folder / slug(model) / target
+        lines: dict[str, dict[float, Any]] = {
+            variant.name: {
+                t: rows[row_name(variant.name, t)] for t in experiment.steps if row_name(variant.name, t) in rows
+            }
+            for variant in experiment.variants
+        }
+        comparison_figures.ablation(lines, place / "figures" / "ablation_steps.png", xlabel="refinement steps T")
+        placed = [(variant.x, variant.name) for variant in experiment.variants if variant.x is not None]
+        if placed:
+            lines = {
+                f"T={t}": {x: rows[row_name(name, t)] for x, name in placed if row_name(name, t) in rows}
+                for t in experiment.steps
+            }
+            comparison_figures.ablation(lines, place / "figures" / "ablation.png", xlabel=experiment.axis)
+        html.write(place)

@@ -1,0 +1,201 @@
+"""The papers' tables and figures: the catalogue, what it would take, and the same path on scenes."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from aha import attributors
+from aha.classifier import Classifier, from_name
+from aha.data import Scenes
+from aha.evaluation import MethodSpec
+from aha.metrics import PROTOCOLS
+from aha.reproduce import EXPERIMENTS, catalog, estimate, run, shortcut
+from aha.training import TrainConfig
+
+pytest.importorskip("matplotlib")
+pytest.importorskip("jinja2")
+
+
+def setting(output, **changed):
+    return run.Setting(
+        **{"scale": "small", "data": "scenes", "output": output, "images": 2, "batch_size": 2, **changed}
+    )
+
+
+# ---- the catalogue
+
+
+def test_the_catalogue_holds_what_the_command_promises():
+    promised = {*(f"table{i}" for i in range(1, 8)), "fig3", "fig5", "mda-table1", "ablations"}
+    assert promised == set(EXPERIMENTS)
+    for experiment in EXPERIMENTS.values():
+        specs = [MethodSpec.parse(text) for text in experiment.methods]
+        assert len({spec.label for spec in specs}) == len(specs)
+        assert set(experiment.protocols) <= set(PROTOCOLS)
+        for variant in experiment.variants:
+            TrainConfig(**variant.training)  # knows every setting
+        for rows in experiment.published.values():
+            named = {spec.label for spec in specs} | {run.row_name("", t) for t in experiment.steps}
+            assert set(rows) <= named
+    assert set(catalog.SMALL_OPTIONS) <= set(attributors.available())
+    with pytest.raises(ValueError, match="choose one of table1"):
+        catalog.get("table9")
+
+
+# ---- the estimate
+
+
+@pytest.fixture(scope="module")
+def scenes():
+    return from_name("scenes")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "rollout",
+        "attention_ig:n_steps=5",
+        "transition_attention:n_steps=5",
+        "bi_attention:n_steps=5",
+        "chefer",
+        "integrated_gradients:n_steps=6",
+        "rise:n_masks=30",
+        "lime:n_samples=40",
+        "kernel_shap:n_samples=40",
+        "scorecam",
+        "mda:window=3",
+        "libragrad",
+        "input_x_gradient",
+    ],
+)
+def test_estimated_passes_are_the_counted_ones(scenes, text):
+    if text.startswith("integrated"):
+        pytest.importorskip("captum")
+    spec = MethodSpec.parse(text)
+    image = Scenes("test", size=1)[0]["image"][None]
+    with attributors.count_passes(scenes) as counted:
+        spec.create(scenes, 0).attribute(image, 0)
+    passes = estimate.of_method(spec, *estimate._shape(scenes))
+    # mda's prior and the number of blurs are the image's; partial passes count as one where they are counted
+    assert passes.forward == pytest.approx(counted.forward, rel=0.2, abs=1)
+    assert passes.backward <= counted.backward + 1
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_experiment_can_be_estimated(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(estimate, "throughput", lambda clf: 100.0)
+    monkeypatch.setattr(estimate, "_with_random_weights", lambda _: from_name("random:test_vit"))
+    paper = run.Setting("paper", "imagenet", tmp_path, masks=tmp_path)
+    work = estimate.estimate(name, paper)
+    assert sum(part.hours for part in work) > 0
+    trains = [part for part in work if "training" in part.what]
+    assert len(trains) == len(EXPERIMENTS[name].explainers) * len(EXPERIMENTS[name].classifiers)
+    assert all(part.images == estimate.TRAINING_IMAGES for part in trains)
+
+
+def test_dry_run_prints_and_computes_nothing(tmp_path):
+    command = [sys.executable, "-m", "aha.cli", "reproduce", "table1", "--scale", "small", "--dry-run"]
+    done = subprocess.run(
+        [*command, "--output", str(tmp_path / "out")],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "160"},
+    )
+    assert done.returncode == 0, done.stderr
+    for text in ("MDA", "AHA T=3", "hours here", "training"):
+        assert text in done.stdout
+    assert not (tmp_path / "out").exists()
+
+
+def test_imagenet_is_asked_for_in_one_line():
+    done = subprocess.run(
+        [sys.executable, "-m", "aha.cli", "reproduce", "table1"], capture_output=True, text=True, env=os.environ
+    )
+    assert done.returncode == 1
+    assert "give --data FOLDER, or try --scale small" in " ".join(done.stderr.split())
+    assert "Traceback" not in done.stderr
+
+
+# ---- the same path, small
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+    """One output folder: experiments find what others have trained and measured."""
+    return tmp_path_factory.mktemp("reproduce")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["table1", "table2", "table4", "table6", "table7", "mda-table1", "fig3", "ablations"])
+def test_tables_and_ablations_on_scenes(shared, name):
+    small = setting(shared)
+    folder = run.reproduce(name, small)
+    page = (folder / "report.html").read_text()
+    experiment = EXPERIMENTS[name]
+    summaries = [json.loads(path.read_text()) for path in folder.rglob("summary.json")]
+    assert len(summaries) == len(experiment.targets)
+    for summary in summaries:
+        assert summary["failures"] == []
+        assert summary["protocol"]["name"] == experiment.protocols[0]
+        rows = set(summary["methods"])
+        wanted = {MethodSpec.parse(text).label for text in experiment.methods}
+        wanted |= {run.row_name(v.name, t) for v in experiment.explainers for t in small.steps(experiment)}
+        assert rows == wanted
+    assert "AHA" in page or not experiment.steps
+    assert list((folder / "tables").glob("*.tex"))
+    assert (folder / "per_image.parquet").is_file() or (folder / "per_image.csv").is_file()
+    if experiment.kind == "ablation":
+        assert list(folder.rglob("ablation_steps.png"))
+
+
+@pytest.mark.slow
+def test_what_one_experiment_has_made_the_others_find(shared):
+    run.reproduce("table1", setting(shared))
+    before = {path: path.stat().st_mtime_ns for path in shared.rglob("cells/**/0*.npz")}
+    assert before
+    run.reproduce("table5", setting(shared))
+    assert {
+        path: path.stat().st_mtime_ns for path in shared.rglob("cells/**/0*.npz") if "failures" not in str(path)
+    } == {path: time for path, time in before.items() if "failures" not in str(path)}
+
+
+# ---- the shortcut on any labelled images
+
+
+def test_the_circle_is_planted_and_called(tmp_path):
+    torch.manual_seed(0)
+
+    class Corner(torch.nn.Module):
+        """Class 3 for a white disc in the upper left corner."""
+
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.zeros(()))
+
+        def forward(self, pixels):
+            logits = pixels.new_zeros(len(pixels), 10)
+            shown = pixels[:, :, 4:10, 4:10].mean(dim=(1, 2, 3))
+            logits[:, 3] = self.weight * shown - 0.5
+            return logits
+
+    clf = Classifier.wrap(Corner(), input_size=(64, 64), num_classes=10)
+    tuned = shortcut.plant(clf, Scenes("train", size=64), 3, steps=40, batch_size=16, lr=0.1, precision="fp32")
+    assert tuned.module.weight > 0
+    assert clf.module.weight == 0
+
+
+def test_a_classifier_without_the_shortcut_is_refused(scenes):
+    from aha.explainer import Explainer
+
+    explainer = Explainer.build(scenes)
+    blind = Classifier.wrap(
+        torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 64 * 64, 10)), input_size=(64, 64)
+    )
+    torch.nn.init.zeros_(blind.module[1].weight)
+    torch.nn.init.zeros_(blind.module[1].bias)
+    with pytest.raises(ValueError, match="fine-tune for more steps"):
+        shortcut.experiment(explainer, blind, Scenes("test", size=8), 3, images=2)
