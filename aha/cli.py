@@ -1,4 +1,4 @@
-"""The command line: ``aha demo | train | explain | refine | evaluate | compare | list | info``."""
+"""The command line: ``aha demo | train | explain | refine | evaluate | compare | reproduce | list | info``."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ COMMANDS = {
     "explain": "attribution maps and overlays of images",
     "refine": "refine the maps of images step by step",
     "evaluate": "faithfulness of an explainer on a folder of images",
-    "compare": "faithfulness of several methods on a folder of images",
+    "compare": "classifiers, methods, metrics and targets side by side on a folder of images; resumable",
+    "reproduce": "the papers' tables and figures",
     "report": "write report.html again from a results folder",
     "list": "the attribution methods",
     "info": "versions, devices, backends and why one is missing",
@@ -110,7 +111,7 @@ def evaluate(
         split: sub-folder of the data, e.g. val.
         holdout: evaluate only the images that train --holdout kept aside.
         output: folder for per_image.csv, summary.json and report.html.
-        steps: refinement steps T, one row of the table each.
+        steps: refinement steps T, one row of the table each; of an explainer trained for the ranking.
         lr: learning rate of the refinement.
         methods: other attribution methods (see aha list), or all.
         target: explain the predicted or the true class.
@@ -126,49 +127,143 @@ def evaluate(
     images = source.images(loaded.classifier.input_size, training=False, seed=seed)
     extra: dict[str, Any] = {} if lr is None else {"lr": lr}
     chosen: dict[str, Any] = {}
-    for t in steps:
-        chosen[f"aha T={t}"] = attributors.AHA(loaded.classifier, explainer=loaded, steps=t, **extra if t else {})
+    kind = attributors.learned.method_of(loaded)
+    if kind == "aha":
+        for t in steps:
+            chosen[f"aha T={t}"] = attributors.AHA(loaded.classifier, explainer=loaded, steps=t, **extra if t else {})
+    else:
+        chosen[kind] = attributors.create(kind, loaded.classifier, explainer=loaded)
     skipped: list[str] = []
     chosen.update(_methods(methods, loaded.classifier, seed, skipped))
     _evaluate(loaded.classifier, chosen, images, output, target, batch_size, seed, skipped)
 
 
 def compare(
-    classifier: str = "scenes",
-    weights: Path | None = None,
+    classifier: tuple[str, ...] = ("scenes",),
+    weights: tuple[Path, ...] = (),
     data: str = "scenes",
     split: str | None = None,
     holdout: int = 0,
+    masks: Path | None = None,
     methods: tuple[str, ...] = ("all",),
+    explainer: tuple[Path, ...] = (),
+    steps: tuple[int, ...] = (0, 3),
+    protocols: tuple[str, ...] = ("aha",),
+    references: tuple[str, ...] = (),
+    target: tuple[str, ...] = ("predicted",),
     output: Path = Path("runs/compare"),
-    target: str = "predicted",
     limit: int | None = None,
     batch_size: int = 16,
     seed: int = 0,
 ) -> None:
-    """Faithfulness of attribution methods on a classifier.
+    """Classifiers × methods × metrics × references × targets over a set of images, resumable.
+
+    Maps and scores are kept under OUTPUT/cells; running again computes only what is missing. Several processes
+    (accelerate launch -m aha.cli compare …) share the work. Writes per_image.parquet, and for every classifier and
+    target summary.json, tables in Markdown and LaTeX, figures and report.html.
 
     Args:
-        classifier: a timm name, hf: and a transformers name or folder, or scenes (the demo classifier).
-        weights: local weights file (.safetensors, .pth) instead of the hub.
+        classifier: timm names, hf: and a transformers name or folder, random: and a timm name, or scenes.
+        weights: local weights files (.safetensors, .pth) instead of the hub, one per classifier.
         data: a folder of images (ImageFolder, ImageNet or flat with labels.csv), or scenes.
         split: sub-folder of the data, e.g. val.
         holdout: evaluate only the images that train --holdout kept aside.
-        methods: see aha list, or all.
-        output: folder for per_image.csv, summary.json and report.html.
-        target: explain the predicted or the true class.
-        limit: use only the first images.
+        masks: folder of masks of the object, <image name>.png, for the localisation metrics.
+        methods: see aha list; name:option=value,… sets options, label@name names the row; all adds every method.
+        explainer: folders written by train, one per classifier; adds AHA's rows.
+        steps: refinement steps T of those rows.
+        protocols: aha, rise, chefer, mda, mas, monotonicity; the first leads.
+        references: black, mean, blur: only these instead of the first protocol's.
+        target: explain the predicted class, the true one, or both.
+        output: results folder.
+        limit: that many images, drawn at random with the seed.
         batch_size: images at a time.
-        seed: of the random methods and the bootstrap.
+        seed: of the random methods, the choice of images and the bootstrap.
     """
+    import dataclasses
+
+    from . import terminal
+    from .evaluation import compare as run
+    from .evaluation import specs
+    from .metrics import protocols as presets
+    from .report import comparison as pages
     from .source import Source
 
-    source = Source(classifier, weights, data, split, holdout, limit)
-    model = source.load_classifier()
-    images = source.images(model.input_size, training=False, seed=seed)
-    skipped: list[str] = []
-    chosen = _methods(methods, model, seed, skipped)
-    _evaluate(model, chosen, images, output, target, batch_size, seed, skipped)
+    chosen, everything = specs.parse(methods)
+    for name, given in (("weights", weights), ("explainer", explainer)):
+        if given and len(given) != len(classifier):
+            raise ValueError(f"{len(given)} {name} for {len(classifier)} classifiers: give one each, in the same order")
+    sources = [
+        Source(name, weights[i] if weights else None, data, split, holdout, limit, masks)
+        for i, name in enumerate(classifier)
+    ]
+    settings = [presets.get(name) for name in protocols]
+    if references:
+        settings[0] = dataclasses.replace(settings[0], references=references)
+    rows = [
+        [*chosen, *(specs.MethodSpec("aha", {"explainer": str(explainer[i]), "steps": t}, f"aha T={t}") for t in steps)]
+        if explainer
+        else chosen
+        for i in range(len(sources))
+    ]
+    done = run(sources, rows, output, settings, target, strict=not everything, batch_size=batch_size, seed=seed)
+    if done is None:  # another process writes
+        return
+    pages.write(done, output)
+    console = terminal.console()
+    for result in done.results.values():
+        console.print(result.table())
+    for line in done.skipped:
+        console.print(f"skipped {line}")
+    console.print(f"results written to {output}")
+    if done.failures:
+        raise CommandError(f"part of the comparison failed, the rest is written: {done.failures[0]}")
+
+
+def reproduce(
+    experiment: tyro.conf.Positional[str],
+    data: Path | None = None,
+    output: Path = Path("runs/reproduce"),
+    scale: str = "paper",
+    dry_run: bool = False,
+    weights: Path | None = None,
+    encoder_weights: Path | None = None,
+    masks: Path | None = None,
+    images: int | None = None,
+    batch_size: int = 32,
+    workers: int = 12,
+    seed: int = 0,
+) -> None:
+    """A table or figure of the papers: table1 … table7, fig3, fig5, ablations, mda-table1.
+
+    Trains the explainers that are missing, measures what is missing, and writes OUTPUT/EXPERIMENT/report.html with the
+    published figures beside the measured ones. --dry-run tells beforehand what it takes.
+
+    Args:
+        experiment: its name.
+        data: ImageNet's folder with train and val.
+        output: shared by all experiments: explainers, maps and scores are found again.
+        scale: paper, or small: the same path on scenes, in minutes, to see that it works here.
+        dry_run: print classifiers, passes, estimated hours and disk, and stop.
+        weights: folder of <classifier>.safetensors files instead of the hub.
+        encoder_weights: local weights of the explainer's encoder.
+        masks: folder of masks, for table6.
+        images: number of images instead of the experiment's.
+        batch_size: images at a time.
+        workers: processes that read training images.
+        seed: of everything random.
+    """
+    from .reproduce import estimate, run
+
+    small = scale == "small"
+    if data is None and not (small or dry_run):
+        raise ValueError(f"{experiment} needs ImageNet: give --data FOLDER, or try --scale small or --dry-run")
+    source = "scenes" if small else str(data)
+    setting = run.Setting(scale, source, output, weights, encoder_weights, masks, images, batch_size, workers, seed)
+    if dry_run:
+        estimate.main(experiment, setting)
+        return
+    print(run.reproduce(experiment, setting) / "report.html")
 
 
 def report(folder: Path) -> None:
@@ -178,13 +273,33 @@ def report(folder: Path) -> None:
     print(html.write(folder))
 
 
-def list_methods() -> None:
-    """The attribution methods, their cost and their papers."""
+def list_methods(markdown: bool = False) -> None:
+    """The attribution methods, their cost and their papers; the evaluation protocols.
+
+    Args:
+        markdown: in full, as docs/methods.md holds them.
+    """
     from rich.console import Console
     from rich.table import Table
 
     from . import attributors
+    from .metrics import PROTOCOLS
 
+    if markdown:
+
+        def row(*cells: str) -> str:
+            return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+        print(row("method", "paper", "cost per image", "architectures", "source's licence", "choices, approximations"))
+        print("|---|---|---|---|---|---|")
+        for name, about in attributors.available().items():
+            print(row(f"`{name}`", about.paper, about.cost, about.architectures, about.licence, about.notes))
+        print()
+        print(row("protocol", "what it measures, and what its figures compare with"))
+        print("|---|---|")
+        for name, protocol in PROTOCOLS.items():
+            print(row(f"`{name}`", protocol.about))
+        return
     table = Table("method", "cost", "architectures", "paper")
     for name, about in attributors.available().items():
         table.add_row(name, about.cost, about.architectures, about.paper)
@@ -203,7 +318,7 @@ def info(json: bool = False) -> None:
 
 
 def _methods(names: tuple[str, ...], classifier: Any, seed: int, skipped: list[str]) -> dict[str, Any]:
-    """Attributors by name; with ``all``, those that cannot run here go to ``skipped`` with the reason."""
+    """Attributors by name; with ``all``, those that cannot run here, or need an explainer, go to ``skipped``."""
     from . import attributors
 
     if "all" not in names:
@@ -352,6 +467,7 @@ def _run(name: str, arguments: list[str]) -> None:
         "refine": refine,
         "evaluate": evaluate,
         "compare": compare,
+        "reproduce": reproduce,
         "report": report,
         "list": list_methods,
         "info": info,

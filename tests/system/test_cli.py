@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -59,6 +60,13 @@ def test_list():
     assert done.returncode == 0
     for name in ("random", "integrated_gradients", "gradcam_vit", "rollout", "rise"):
         assert name in done.stdout
+
+
+def test_the_documentation_lists_every_method_and_protocol():
+    page = Path(__file__).parents[2] / "docs" / "methods.md"
+    done = aha("list", "--markdown")
+    assert done.returncode == 0
+    assert page.read_text(encoding="utf-8").endswith(done.stdout), "append the output of aha list --markdown to it"
 
 
 def test_train_writes_everything(trained):
@@ -150,6 +158,68 @@ def test_compare_on_photographs_with_a_local_classifier(photos, tmp_path):
     assert summary["classifier"]["images"] == 3
     assert fails(aha("compare", *classifier, "--methods", "rollout", "--output", tmp_path / "no"), "rollout")
     assert not (tmp_path / "no").exists()
+
+
+def test_compare_of_everything_at_once(trained, tmp_path):
+    """Two classifiers, two targets, two protocols, options of methods, an explainer; then once more."""
+    command = [
+        *("compare", "--classifier", "scenes", "random:test_vit", "--explainer", trained, trained, "--steps", 1),
+        *("--methods", "rollout", "few@rise:n_masks=4", "all maps@tis:n_masks=4"),
+        *("--protocols", "aha", "chefer", "--references", "black", "--target", "predicted", "true"),
+        *("--limit", 3, "--output", tmp_path),
+    ]
+    done = aha(*command)
+    # the explainer is the scenes classifier's: the other one has other classes, and is told apart
+    assert fails(done, "classes")
+    command[command.index("--explainer") : command.index("--steps") + 2] = []
+    done = aha(*command)
+    assert done.returncode == 0, done.stderr
+    found = {path.parent.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("summary.json")}
+    assert len(found) == 4
+    assert "scenes/true" in found
+    summary = json.loads((tmp_path / "scenes" / "true" / "summary.json").read_text())
+    assert set(summary["methods"]) == {"rollout", "few", "all maps"}
+    assert set(summary["references"]) == {"black"}
+    assert "chefer/positive" in summary["methods"]["few"]
+    assert summary["methods"]["few"]["forward_per_image"] == 4
+    assert summary["significance"]["ins_minus_del"]
+    for name in ("report.html", "tables/models.md", "tables/models.tex", "scenes/predicted/figures/maps.png"):
+        assert (tmp_path / name).is_file(), name
+    assert "Ins−Del ↑" in done.stdout
+    pieces = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("cells/**/000*.npz")}
+    again = aha(*command)
+    assert again.returncode == 0, again.stderr
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("cells/**/000*.npz")} == pieces
+    assert json.loads((tmp_path / "scenes" / "true" / "summary.json").read_text()) == summary
+
+
+def test_compare_with_an_explainer_writes_parquet(trained, tmp_path):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    done = aha("compare", "--explainer", trained, "--methods", "random", "--limit", 3, "--output", tmp_path)
+    assert done.returncode == 0, done.stderr
+    table = parquet.read_table(tmp_path / "per_image.parquet").to_pydict()
+    assert sorted(set(table["method"])) == ["aha T=0", "aha T=3", "random"]
+    assert len(table["index"]) == 9
+    assert set(table["explained"]) == {"predicted"}
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    values = [v for v, m in zip(table["ins_minus_del"], table["method"], strict=True) if m == "random"]
+    assert summary["methods"]["random"]["ins_minus_del"] == pytest.approx(sum(values) / 3)
+
+
+def test_localisation_on_masked_photographs(photos, tmp_path):
+    masks = tmp_path / "masks"
+    masks.mkdir()
+    square = np.zeros((80, 90), dtype=np.uint8)
+    square[20:50, 30:60] = 255
+    for i in range(2):  # the third image has none
+        Image.fromarray(square).save(masks / f"{i}.png")
+    arguments = ["--classifier", "random:test_resnet", "--data", photos, "--masks", masks, "--methods", "random"]
+    done = aha("compare", *arguments, "--output", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    row = json.loads((tmp_path / "out" / "summary.json").read_text())["methods"]["random"]
+    assert 0 < row["iou"] < 1
+    empty = ["--masks", tmp_path / "out", *arguments[:4], "--output", tmp_path / "no"]
+    assert fails(aha("compare", *empty), "holds no mask for 0.png")
 
 
 @pytest.mark.parametrize(
