@@ -26,7 +26,7 @@ from rich.table import Table
 from aha import terminal
 from aha.files import write_atomically
 
-from . import peers, step, table
+from . import mda, peers, step, table
 from .cases import CASES
 
 ROOT = Path(__file__).parent.parent
@@ -54,6 +54,7 @@ def stages(
     # a classifier that keeps a GPU busy, and one that leaves a CPU time for other things
     gpu = ["--model", "vit_base_patch16_224", "--batch", "8", "--fractions", "16"]
     found["step"] = [*python, "bench.step", *common, *(gpu if device == "cuda" else ["--fractions", "6"])]
+    found["mda"] = [*python, "bench.mda", *common, *(["--images", "16", "--steps", "8"] if device == "cuda" else [])]
     unknown = set(only) - set(found)
     if unknown:
         raise SystemExit(f"{', '.join(sorted(unknown))}: no such stage; choose among {', '.join(found)}")
@@ -103,6 +104,8 @@ def pages(out: Path) -> None:
             parts.append(f"![Time against K]({device}.png)\n")
         if steps := _read(out / f"step_{device}.json"):
             parts.append("\n".join(["## Training step", "", *(f"- {step.line(found)}" for found in steps), ""]))
+        if found := _read(out / f"mda_{device}.json"):
+            parts.append(f"## MDA\n\n- {mda.line(found)}\n")
         if found := _read(out / f"peers_{device}.json"):
             parts.append(peers.section(found))
         if report := _read(out / f"report_{device}.json"):

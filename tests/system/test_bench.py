@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from aha import kernels
+from aha.evaluation import MethodSpec
 from aha.kernels import dispatch
-from bench import cases, memory, operators, peers, report, rows, step, table, timing
+from bench import cases, faithfulness, mda, memory, metrics, operators, peers, report, rows, step, table, timing
 from bench.cases import CASES, TINY
 
 
@@ -277,3 +278,32 @@ def test_stages_of_a_gpu_begin_with_the_build(tmp_path):
     assert set(CASES) < set(names) and not {"build", "memcheck"} & set(report.stages("cpu", tmp_path, "the", 1.0))
     with pytest.raises(SystemExit, match="no such stage"):
         report.stages("cpu", tmp_path, "the", 1.0, ["everything"])
+
+
+# ---- methods and metrics
+
+
+def test_mda_in_batches_against_one_by_one():
+    """Asserts inside that both find the same order in the same number of passes."""
+    found = mda.measure("test_vit", images=2, steps=3, window=4, seconds=0, rounds=2)
+    assert found["passes"] == 2 * 3 * 4
+    assert found["ratio"] > 0
+    assert "the same order" in mda.line(found)
+
+
+def test_the_share_of_the_forward_pass_is_measured(tmp_path):
+    metrics.main("test_vit", ("aha", "localisation"), points=4, out=tmp_path / "shares.json")
+    rows = json.loads((tmp_path / "shares.json").read_text())["protocols"]
+    assert 0 < rows["aha"]["share"] <= 1
+    assert rows["aha"]["forward_passes_per_image"] == 3 * (2 * 2 + 1)
+    assert rows["localisation"]["share"] is None
+
+
+def test_the_passes_of_a_refinement_are_those_it_takes(explainer, tmp_path):
+    explainer.save_pretrained(tmp_path)
+    spec = MethodSpec("aha", {"explainer": str(tmp_path), "steps": 2})
+    clf = explainer.classifier
+    forward, backward = faithfulness.refinement_passes(spec, clf)
+    # three references: two ends each, and 2·14 perturbed images, before, between and after two steps
+    assert forward == 3 * 3 * (2 + 28)
+    assert backward == 2 * 3 * 28
