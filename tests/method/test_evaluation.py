@@ -163,6 +163,22 @@ def test_true_class(clf):
         run(clf, {"bright": bright}, unlabelled, target="true")
 
 
+@pytest.mark.parametrize("name", metrics.PROTOCOLS)
+def test_every_protocol_can_be_evaluated(clf, name):
+    result = run(clf, {"bright": bright, "dark": dark}, Images(), protocol=name)
+    preset = metrics.PROTOCOLS[name]
+    assert {column.name for column in result.columns} == {*preset.metrics, *LOCALIZATION}
+    # an image may take no part, and then has no value; a value is that of the protocol's suite
+    suite = metrics.Suite(clf, name)
+    data = Images()
+    batch = suite.begin(data.images, labels=[i % 3 for i in range(7)], masks=data.masks)
+    expected = suite.measure(batch, bright(data.images, None)).values
+    for metric, values in expected.items():
+        assert result.per_image[metric][:7] == pytest.approx(values.tolist(), abs=1e-4, nan_ok=True), metric
+    json.dumps(result.summary(), allow_nan=False)
+    result.table()
+
+
 def test_limit_draws_images_with_the_seed(clf):
     def chosen(seed):
         return run(clf, {"bright": bright}, Images(size=20), limit=5, seed=seed).per_image["index"]

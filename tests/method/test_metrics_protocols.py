@@ -8,7 +8,6 @@ from torch import nn
 
 from aha import metrics, references
 from aha.classifier import Classifier
-from aha.evaluation import evaluate
 from aha.metrics import (
     PROTOCOLS,
     ConfidenceChange,
@@ -583,6 +582,3 @@ def test_protocols_refuse_what_they_cannot_do(small):
             Protocol("test", **options)
     with pytest.raises(ValueError, match="at least 2"):
         Suite(small, internal_batch_size=1)
-    for name in set(PROTOCOLS) - {"aha"}:
-        with pytest.raises(ValueError, match=f"protocol '{name}' does not measure deletion"):
-            evaluate(small, {"map": lambda images, target: images}, [], protocol=name)
