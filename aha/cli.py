@@ -209,8 +209,11 @@ def compare(
     done = run(sources, rows, output, settings, target, strict=not everything, batch_size=batch_size, seed=seed)
     if done is None:  # another process writes
         return
-    pages.write(done, output)
     console = terminal.console()
+    try:
+        pages.write(done, output)
+    except ImportError as error:  # tables and numbers are written before it needs the extra
+        console.print(f"no figures and no report.html: {error}")
     for result in done.results.values():
         console.print(result.table())
     for line in done.skipped:
@@ -236,8 +239,8 @@ def reproduce(
 ) -> None:
     """A table or figure of the papers: table1 … table7, fig3, fig5, ablations, mda-table1.
 
-    Trains the explainers that are missing, measures what is missing, and writes OUTPUT/EXPERIMENT/report.html with the
-    published figures beside the measured ones. --dry-run tells beforehand what it takes.
+    Trains the explainers that are missing, measures what is missing, and writes tables, figures and report.html into
+    OUTPUT/EXPERIMENT, with the published figures beside the measured ones. --dry-run tells beforehand what it takes.
 
     Args:
         experiment: its name.
@@ -263,7 +266,7 @@ def reproduce(
     if dry_run:
         estimate.main(experiment, setting)
         return
-    print(run.reproduce(experiment, setting) / "report.html")
+    print(f"results written to {run.reproduce(experiment, setting)}")
 
 
 def report(folder: Path) -> None:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import csv
 import functools
 import importlib.metadata
-import io
 import itertools
 import json
 import math
@@ -22,7 +20,7 @@ from rich.table import Table
 from torch import Tensor
 
 from .._version import __version__
-from ..files import write_atomically
+from ..files import write_atomically, write_csv
 from ..metrics import Protocol
 from . import bootstrap
 
@@ -258,12 +256,7 @@ class Evaluation:
     def write(self, folder: str | os.PathLike) -> None:
         """Write ``per_image.csv`` and ``summary.json`` into ``folder``, each completely or not at all."""
         folder = Path(folder)
-        text = io.StringIO(newline="")
-        writer = csv.writer(text)
-        writer.writerow(self.per_image)
-        for row in zip(*self.per_image.values(), strict=True):
-            writer.writerow(["" if isinstance(v, float) and math.isnan(v) else v for v in row])
-        write_atomically(folder / "per_image.csv", text.getvalue().encode())
+        write_csv(self.per_image, folder / "per_image.csv")
         summary = json.dumps(self.summary(), indent=2, ensure_ascii=False, allow_nan=False)
         write_atomically(folder / "summary.json", f"{summary}\n".encode())
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..evaluation.store import slug
-from ..files import write_atomically
+from ..files import write_atomically, write_csv
 from . import comparison_figures, figures, html, tables
 
 if TYPE_CHECKING:
@@ -43,21 +43,25 @@ def write(
     folder.mkdir(parents=True, exist_ok=True)
     write_rows(done.per_image(), folder)
     summaries = {key: result.summary() for key, result in done.results.items()}
-    for (model, target), summary in summaries.items():
+    places = {
+        (model, target): folder if len(summaries) == 1 else folder / slug(model) / target for model, target in summaries
+    }
+    for key, summary in summaries.items():
         if title:
             summary["title"] = title
-        place = folder if len(summaries) == 1 else folder / slug(model) / target
         content = json.dumps(summary, indent=2, ensure_ascii=False, allow_nan=False)
-        write_atomically(place / "summary.json", f"{content}\n".encode())
-        _draw(done.results[model, target], done.engines[model, target], summary, place / "figures")
-        if len(summaries) > 1:
-            html.write(place)
+        write_atomically(places[key] / "summary.json", f"{content}\n".encode())
     tables.write(summaries, folder / "tables")
     for (model, target), summary in summaries.items():
         theirs = (published or {}).get(model)
         # the papers' figures are of the predicted class
         if theirs and target == "predicted":
             _beside(summary["methods"], theirs).write(folder / "tables" / f"published_{slug(model)}.md")
+    # last, for they need the extra ``report``
+    for key, summary in summaries.items():
+        _draw(done.results[key], done.engines[key], summary, places[key] / "figures")
+        if len(summaries) > 1:
+            html.write(places[key])
     return html.write(folder)
 
 
@@ -67,24 +71,12 @@ def write_rows(columns: Mapping[str, Sequence[Any]], folder: Path) -> Path:
         import pyarrow as pa
         import pyarrow.parquet as pq
     except ImportError:
-        return _write_csv(columns, folder / "per_image.csv")
+        return write_csv(columns, folder / "per_image.csv")
     table = pa.table({name: pa.array(_nulls(values), from_pandas=True) for name, values in columns.items()})
     content = io.BytesIO()
     pq.write_table(table, content, compression="zstd")
     path = folder / "per_image.parquet"
     write_atomically(path, content.getvalue())
-    return path
-
-
-def _write_csv(columns: Mapping[str, Sequence[Any]], path: Path) -> Path:
-    import csv
-
-    text = io.StringIO(newline="")
-    writer = csv.writer(text)
-    writer.writerow(columns)
-    for row in zip(*map(_nulls, columns.values()), strict=True):
-        writer.writerow(["" if value is None else value for value in row])
-    write_atomically(path, text.getvalue().encode())
     return path
 
 

@@ -163,6 +163,15 @@ def test_what_one_experiment_has_made_the_others_find(shared):
     } == {path: time for path, time in before.items() if "failures" not in str(path)}
 
 
+@pytest.mark.slow
+def test_the_shortcut_experiment_on_scenes(shared):
+    folder = run.reproduce("fig5", setting(shared, images=8))
+    numbers = json.loads((folder / "shortcut.json").read_text())
+    assert len(numbers["per_step"]) == 6
+    assert numbers["scenes"] == 8
+    assert (folder / "shortcut.png").is_file()
+
+
 # ---- the shortcut on any labelled images
 
 
