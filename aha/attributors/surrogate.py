@@ -177,4 +177,6 @@ class KernelShap(Surrogate):
         rest = values[:, 2:] - nothing - share * size
         gram = centred.T @ (weights[:, None] * centred)
         moments = (rest * weights) @ centred  # [B, M]
-        return share + moments @ torch.linalg.pinv(gram, hermitian=True)
+        # eigenvalues that are zero but for rounding, that of equal shares among them, must not be inverted: the default
+        # tolerance is within the rounding of some processors' linear algebra
+        return share + moments @ torch.linalg.pinv(gram, rtol=math.sqrt(torch.finfo(gram.dtype).eps), hermitian=True)
