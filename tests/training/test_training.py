@@ -259,7 +259,7 @@ def test_a_failed_checkpoint_leaves_the_old_ones(tmp_path, monkeypatch):
 
 SCRIPT = """
 import sys, torch, aha
-from tests.method.test_training import CONFIG, Images, fresh
+from tests.training.test_training import CONFIG, Images, fresh
 explainer, clf = fresh()
 import dataclasses
 config = dataclasses.replace(CONFIG, batch_size=int(sys.argv[1]), accumulate=1, steps=2, clip=1e9)

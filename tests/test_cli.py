@@ -63,7 +63,7 @@ def test_list():
 
 
 def test_the_documentation_lists_every_method_and_protocol():
-    page = Path(__file__).parents[2] / "docs" / "methods.md"
+    page = Path(__file__).parents[1] / "docs" / "methods.md"
     done = aha("list", "--markdown")
     assert done.returncode == 0
     assert page.read_text(encoding="utf-8").endswith(done.stdout), "append the output of aha list --markdown to it"

@@ -18,7 +18,7 @@ from aha.regions import grid
 from aha.shapley import ShapleyObjective, TokenMasks, coalitions, player_grid, size_probabilities
 from aha.training import checkpoint
 
-from ..conftest import TINY_DECODER, tiny_vit
+from .conftest import TINY_DECODER, tiny_vit
 
 METHODS = ("fastshap", "vit_shapley")
 CONFIG = aha.TrainConfig(

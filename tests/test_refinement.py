@@ -10,7 +10,7 @@ from aha.objective import Objective
 from aha.references import REFERENCES, make
 from aha.regions import grid
 
-from ..conftest import tiny_vit
+from .conftest import tiny_vit
 
 OPTIONS = {"precision": "fp32", "cells": (6,), "fractions": 6, "chunk": 32, "lr": 5e-3}
 

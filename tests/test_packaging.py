@@ -15,7 +15,7 @@ import torch
 
 import aha
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 SETUP = (sys.executable, "setup.py")
 PIP = (sys.executable, "-m", "pip")
 MANGLED = re.compile(r"\b_Z\w*?\d*(c10|2at|5torch)")

@@ -148,7 +148,7 @@ def run(rank, world):
 SCRIPT = """
 import json, sys
 import torch
-from tests.method.test_metrics_index import run
+from tests.metrics.test_metrics_index import run
 store, rank, written = sys.argv[1], int(sys.argv[2]), sys.argv[3]
 torch.distributed.init_process_group("gloo", init_method="file://" + store, rank=rank, world_size=2)
 found = run(rank, 2)

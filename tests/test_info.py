@@ -81,7 +81,7 @@ def test_missing_extra_names_the_command(monkeypatch):
 
 def test_extras_are_those_of_the_project():
     tomllib = pytest.importorskip("tomllib")
-    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
     assert set(info.EXTRAS) == set(project["optional-dependencies"]) - {"test", "dev"}
 
 
