@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .checks import check_images, check_target
+from .checks import check_answers, check_colour, check_images, check_normalisation, check_size, check_target
+from .protection import protected, steady
 
 RANDOM = "random:"
 
@@ -17,16 +19,26 @@ RANDOM = "random:"
 class Classifier(nn.Module):
     """A frozen image classifier: (B, C, H, W) RGB in [0, 1] → (B, classes) logits.
 
-    Make one with `from_timm`, `from_hf` or `wrap`. Parameters are frozen and the module stays in evaluation mode;
-    gradients still flow to the images.
+    Make one with `from_timm`, `from_hf` or `wrap`. It is probed once, by one blank pass when it is made: what does not
+    return logits, or takes other pixels than it says, is refused in one line. Parameters are frozen and the module
+    stays in evaluation mode; gradients still flow to the images.
+
+    What `torch.compile` made is taken as it was before, so that methods can look inside. One logit is the sigmoid of
+    the second of two classes. A module that returns a tuple, a dict or an object with ``logits`` is read where that
+    is unambiguous.
+
+    Several threads may explain one network: whatever patches it takes its lock (see `aha.protection`).
 
     Attributes:
         module: the network on normalised pixels.
-        mean, std: (C,) of its normalisation; the mean is also the colour of the "mean" reference unless given.
+        mean, std: (C,) of its normalisation, for pixels in [0, 1]; the mean is also the colour of the "mean" reference
+            unless given.
         input_size: (H, W) it was made for.
         num_classes: number of classes.
         class_names: one per class, or None.
         source: how to make it again (written into saved explainers), e.g. ``{"kind": "timm", "name": …}``.
+        differentiable: whether gradients reach the images (not through quantised layers).
+        traced: whether it is a TorchScript module, in which hooks see nothing.
     """
 
     mean: Tensor
@@ -38,23 +50,38 @@ class Classifier(nn.Module):
         module: nn.Module,
         mean: Sequence[float],
         std: Sequence[float],
-        input_size: tuple[int, int],
-        num_classes: int,
+        input_size: tuple[int, int] | int,
+        num_classes: int | None = None,
         class_names: Sequence[str] | None = None,
         mean_colour: Sequence[float] | None = None,
         source: dict[str, Any] | None = None,
     ):
         super().__init__()
-        if class_names is not None and len(class_names) != num_classes:
-            raise ValueError(f"{len(class_names)} class names for {num_classes} classes: give one per class")
+        module = getattr(module, "_orig_mod", module)  # torch.compile keeps the original there
+        if not isinstance(module, nn.Module) or isinstance(module, Classifier):
+            raise ValueError(f"module is a {type(module).__name__}: give a torch.nn.Module from pixels to logits")
+        channels = check_normalisation(mean, std)
+        colour = check_colour(mean if mean_colour is None else mean_colour, channels)
+        self.input_size = check_size("input_size", input_size)
+        if any(isinstance(value, nn.parameter.UninitializedTensorMixin) for value in module.parameters()):
+            raise ValueError(
+                f"{type(module).__name__} has lazy parameters without a shape: run it once on a batch first"
+            )
         self.module = module.requires_grad_(False).eval()
-        for name, value in (("mean", mean), ("std", std), ("mean_colour", mean_colour or mean)):
-            # cloned: one tensor registered twice would confuse safetensors and DDP
-            self.register_buffer(name, torch.as_tensor(value, dtype=torch.float32).clone(), persistent=False)
-        self.input_size = input_size
-        self.num_classes = num_classes
-        self.class_names = list(class_names) if class_names is not None else None
+        with torch.inference_mode(False):  # a tensor made in it could never take part in autograd
+            for name, value in (("mean", mean), ("std", std), ("mean_colour", colour)):
+                # cloned: one tensor registered twice would confuse safetensors and DDP
+                self.register_buffer(name, torch.as_tensor(value, dtype=torch.float32).clone(), persistent=False)
+        self.to(_device(module))
         self.source = source or {"kind": "module", "name": type(module).__name__}
+        self.traced = isinstance(module, torch.jit.ScriptModule)
+        self._reads, self.num_classes, self.differentiable = _probe(self)
+        self._sizes = {self.input_size}
+        if num_classes is not None and num_classes != self.num_classes and (num_classes, self.num_classes) != (1, 2):
+            raise ValueError(f"{self.name} returns {self.num_classes} logits, num_classes={num_classes}: leave it out")
+        if class_names is not None and len(class_names) != self.num_classes:
+            raise ValueError(f"{len(class_names)} class names for {self.num_classes} classes: give one per class")
+        self.class_names = list(class_names) if class_names is not None else None
 
     @property
     def name(self) -> str:
@@ -65,25 +92,39 @@ class Classifier(nn.Module):
     def device(self) -> torch.device:
         return self.mean.device
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights, to which pixels are cast."""
+        return dtype_of(self.module)
+
+    @property
+    def guarded(self) -> nn.Module:
+        """Whose lock this wrapper shares."""
+        return self.module
+
     @classmethod
     def wrap(
         cls,
         module: nn.Module,
         mean: Sequence[float] = (0.0, 0.0, 0.0),
         std: Sequence[float] = (1.0, 1.0, 1.0),
-        input_size: tuple[int, int] = (224, 224),
+        input_size: tuple[int, int] | int = (224, 224),
         num_classes: int | None = None,
         **options: Any,
     ) -> Classifier:
-        """Wrap any module that maps normalised (B,C,H,W) to logits (B,classes)."""
-        if num_classes is None:
-            parameter = next(module.parameters(), None)
-            device = parameter.device if parameter is not None else "cpu"
-            with torch.no_grad():
-                num_classes = module.eval()(torch.zeros(1, len(mean), *input_size, device=device)).shape[1]
-        made = cls(module, mean, std, input_size, num_classes, **options)
-        parameter = next(module.parameters(), None)
-        return made.to(parameter.device) if parameter is not None else made
+        """Wrap any module that maps normalised pixels (B,C,H,W) to logits (B,classes).
+
+        Args:
+            mean, std: of the normalisation, for pixels in [0, 1]; one value per channel.
+            input_size: (H, W), or one number for both.
+            num_classes: checked against what the module returns.
+
+        Raises:
+            ValueError: in one line, for a module whose blank pass is not that of a classifier.
+        """
+        if hasattr(module, "base_model_prefix") and hasattr(module, "config"):
+            module = HFLogits(module)
+        return cls(module, mean, std, input_size, num_classes, **options)
 
     @classmethod
     def from_timm(
@@ -146,8 +187,8 @@ class Classifier(nn.Module):
         return cls(HFLogits(model), mean, std, (height, width), len(names), names, source=source)
 
     def normalize(self, images: Tensor) -> Tensor:
-        """(…,C,H,W) RGB in [0,1] → what the network expects."""
-        return (images - self.mean[:, None, None]) / self.std[:, None, None]
+        """(…,C,H,W) RGB in [0,1] → what the network expects, in the dtype of its weights."""
+        return ((images - self.mean[:, None, None]) / self.std[:, None, None]).to(self.dtype)
 
     def forward(self, images: Tensor) -> Tensor:
         """(B,C,H,W) RGB in [0,1] → logits (B,classes). Trusts its input; see `check`."""
@@ -155,26 +196,196 @@ class Classifier(nn.Module):
 
     def forward_normalized(self, pixels: Tensor) -> Tensor:
         """Logits of pixels that are already normalised (the perturbation kernels do it while they blend)."""
-        return self.module(pixels)
+        with steady(self.module):
+            return self.read(self.module(pixels.to(self.dtype)))
+
+    def read(self, out: Any) -> Tensor:
+        """What the network, or its head alone, returned → logits (B, classes), float32 or float64."""
+        logits = self._reads(out)
+        return logits if logits.dtype == torch.float64 else logits.float()
 
     def probabilities(self, images: Tensor) -> Tensor:
         """(B,C,H,W) → softmax (B,classes), float32."""
         return self(images).float().softmax(dim=-1)
 
     def check(self, images: Tensor) -> Tensor:
-        """Return ``images`` if they keep the pixel contract, else raise ValueError in one line."""
-        return check_images(images, channels=len(self.mean))
+        """``images`` as the library works on them, or ValueError in one line: the door that all images enter by.
 
-    def resolve_target(self, images: Tensor, target: Tensor | Sequence[int] | int | None = None) -> Tensor:
-        """(B,) int64 class indices: None means the predicted class; an int serves all images; a wrong length raises."""
-        if target is None:
-            with torch.no_grad():
-                return self(images).argmax(dim=-1)
-        return check_target(target, len(images), self.num_classes, images.device)
+        They must keep the pixel contract (`aha.checks.check_images`), lie on the classifier's device and have a size
+        that it takes. They come back in float32 (float64 for a classifier in float64), and never as an inference
+        tensor, which autograd refuses.
+        """
+        check_images(images, channels=len(self.mean))
+        if images.device != self.device:
+            raise ValueError(
+                f"images are on {images.device}, the classifier is on {self.device}: move them with .to(clf.device)"
+            )
+        size = (int(images.shape[-2]), int(images.shape[-1]))
+        if size not in self._sizes:
+            try:
+                _blank_pass(self, size)
+            except ValueError as error:
+                height, width = self.input_size
+                raise ValueError(f"{error}: resize the images to {height}×{width}") from error
+            self._sizes.add(size)
+        with torch.inference_mode(False):
+            images = images.to(torch.float64 if self.dtype == torch.float64 else torch.float32)
+            return images.clone() if images.is_inference() else images
+
+    def resolve_target(
+        self,
+        images: Tensor,
+        target: Tensor | Sequence[int] | int | None = None,
+        internal_batch_size: int | None = None,
+    ) -> Tensor:
+        """(B,) int64 class indices: None means the predicted class; an int serves all images; a wrong length raises.
+
+        ``internal_batch_size`` images go through the classifier at a time, all at once by default.
+        """
+        if target is not None:
+            return check_target(target, len(images), self.num_classes, images.device)
+        with protected(self), torch.no_grad():
+            parts = images.split(internal_batch_size or len(images))
+            return torch.cat([check_answers(self(part), self.name).argmax(dim=-1) for part in parts])
+
+    def require(self, who: str, gradients: bool, inside: bool) -> None:
+        """ValueError in one line if ``who`` needs gradients, or a look inside, which this network does not give."""
+        advice = "choose a method for any classifier, such as rise"
+        if inside and self.traced:
+            raise ValueError(
+                f"{who} looks inside the classifier, {self.name} is a TorchScript module: give the module as it was "
+                f"before, or {advice}"
+            )
+        if gradients and not self.differentiable:
+            raise ValueError(
+                f"{who} needs gradients, and none reach the images through {self.name} (quantised, or run without "
+                f"gradients): give the module as it was before, or {advice}"
+            )
 
     def train(self, mode: bool = True) -> Classifier:
         """A frozen classifier stays in evaluation mode."""
         return super().train(False)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Classifier:
+        """Moves and casts; the normalisation keeps at least float32, in which images are."""
+        before = {name: getattr(self, name) for name in ("mean", "std", "mean_colour")}
+        super()._apply(fn, recurse)
+        for name, value in before.items():
+            now = getattr(self, name)
+            if now.dtype in (torch.float16, torch.bfloat16):
+                setattr(self, name, value.to(now.device))
+        return self
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Where the logits are in what a network returns.
+
+    Attributes:
+        place: "" for the tensor itself, "logits" for an attribute or entry of that name, a number for that of a tuple.
+        binary: one logit, of the second of two classes.
+    """
+
+    place: str | int = ""
+    binary: bool = False
+
+    def __call__(self, out: Any) -> Tensor:
+        if not isinstance(out, Tensor):  # a head alone gives a tensor, whatever the network makes of it
+            out = out[self.place] if isinstance(self.place, int) or isinstance(out, Mapping) else out.logits
+        if not self.binary:
+            return out
+        logit = out.reshape(len(out), 1)
+        return torch.cat([torch.zeros_like(logit), logit], dim=1)
+
+
+def _read_of(out: Any, name: str) -> Reading:
+    """How to read ``out``; ValueError if that is not plain."""
+    place: str | int = ""
+    logits = out
+    if not isinstance(out, Tensor):
+        found = out.get("logits") if isinstance(out, Mapping) else getattr(out, "logits", None)
+        if isinstance(found, Tensor):
+            place, logits = "logits", found
+        elif isinstance(out, (tuple, list)):
+            rows = [value for value in out if isinstance(value, Tensor) and value.ndim == 2]
+            # auxiliary logits have the same width; features beside the logits have another one
+            if rows and rows[0] is out[0] and len({value.shape[1] for value in rows}) == 1:
+                place, logits = 0, out[0]
+    if not isinstance(logits, Tensor):
+        kind = type(out).__name__
+        if isinstance(out, Mapping):
+            kind += f" of {', '.join(map(str, out))}"
+        elif isinstance(out, (tuple, list)):
+            kind += f" of {', '.join(str(tuple(v.shape)) if isinstance(v, Tensor) else type(v).__name__ for v in out)}"
+        raise ValueError(f"{name} returns a {kind}: wrap it in a module that returns logits (B, classes)")
+    shape = tuple(logits.shape)
+    if shape in ((1,), (1, 1)):
+        return Reading(place, binary=True)
+    if len(shape) != 2 or shape[0] != 1 or not logits.is_floating_point():
+        dtype = str(logits.dtype).removeprefix("torch.")
+        raise ValueError(
+            f"{name} returns {dtype} of shape {shape} for one image: give a module with a head, that returns floating "
+            "point logits (B, classes)"
+        )
+    return Reading(place)
+
+
+def _probe(clf: Classifier) -> tuple[Reading, int, bool]:
+    """How to read the network's answers, its number of classes, whether gradients reach the images: one blank pass."""
+    module, name = clf.module, clf.name
+    if any(value.is_inference() for value in module.parameters()):
+        raise ValueError(f"{name} was made in inference_mode, so no gradient can pass it: make it outside")
+    places = {str(value.device) for value in (*module.parameters(), *module.buffers())}
+    if len(places) > 1:
+        raise ValueError(f"{name} lies on {', '.join(sorted(places))}: load it onto one device")
+    heads = [part for part_name, part in module.named_children() if part_name in _HEADS]
+    if getattr(module, "num_classes", None) == 0 or (heads and all(isinstance(h, nn.Identity) for h in heads)):
+        raise ValueError(f"{name} has no classification head: give a model with one, it explains a class")
+    out = _blank_pass(clf, clf.input_size, watched=True)
+    reads = _read_of(out, name)
+    logits = reads(out)
+    if logits.is_meta:  # a network without weights: enough to plan with
+        return reads, logits.shape[1], logits.requires_grad
+    check_answers(logits, f"{name}, for a blank image,")
+    total, low = float(logits.detach().double().sum()), float(logits.detach().min())
+    if not reads.binary and low >= 0 and abs(total - 1) < 1e-3 and logits.shape[1] > 1:
+        raise ValueError(f"{name} returns probabilities: leave its softmax out, so that it returns logits")
+    return reads, logits.shape[1], logits.requires_grad
+
+
+# what networks call their last layer; nn.Identity is how a head is taken away
+_HEADS = ("fc", "head", "heads", "classifier")
+
+
+def _blank_pass(clf: Classifier, size: tuple[int, int], watched: bool = False) -> Any:
+    """What the network returns for one image of the mean colour; ``watched``, as a function of it."""
+    with protected(clf):
+        pixels = torch.zeros(1, len(clf.mean), *size, device=clf.device, dtype=clf.dtype).requires_grad_(watched)
+        try:
+            with torch.set_grad_enabled(watched):
+                return clf.module(pixels)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # networks refuse what they do not take in many ways
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            raise ValueError(
+                f"{clf.name} does not take {tuple(pixels.shape)}, {len(clf.mean)} channels of {size[0]}×{size[1]} "
+                f"pixels ({reason})"
+            ) from error
+
+
+def _device(module: nn.Module) -> torch.device:
+    value = next(module.parameters(), next(module.buffers(), None))
+    return value.device if value is not None else torch.device("cpu")
+
+
+def dtype_of(module: nn.Module) -> torch.dtype:
+    """Of the weights: that of the first floating point parameter, or buffer; float32 where there is none."""
+    for values in (module.parameters(), module.buffers()):
+        for value in values:
+            if value.is_floating_point():
+                return value.dtype
+    return torch.float32
 
 
 class HFLogits(nn.Module):

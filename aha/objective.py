@@ -11,8 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import kernels
+from .checks import check_answers, check_target
 from .classifier import Classifier
 from .precision import autocast, stepwise_attention, uses_bf16
+from .protection import protected
 from .regions import Regions
 
 SCORE_SCALES = ("standardized", "free")
@@ -104,7 +106,15 @@ class Objective:
             references: reference images (B,C,H,W); their losses are averaged.
             regions: the grid on which the maps are ranked.
             tau, noise, seed: of the soft permutation, see `aha.kernels.soft_topk_masks`.
+
+        Raises:
+            ValueError: in one line, for arguments that do not fit, and where the classifier is not finite.
         """
+        with protected(self.classifier, gradients=False):
+            return self._losses(images, maps, target, references, regions, tau, noise, seed)
+
+    def _losses(self, images, maps, target, references, regions, tau, noise, seed) -> Losses:
+        images, maps, target, references = check_game(self.classifier, images, maps, target, references)
         if self.ends:
             fractions = torch.linspace(0, 1, self.fractions, dtype=torch.float64)[1:-1]
         else:
@@ -116,6 +126,7 @@ class Objective:
         upsampler = regions.upsampler(self.smooth, device=images.device)
         curve, deletion, insertion = self._curves(images, masks, target, references, upsampler)
         penalty = sharpness(standardize(maps) if self.scores == "standardized" else maps)
+        check_answers(torch.stack([deletion, insertion], dim=1), self.classifier.name)
         return Losses(curve + self.weight_regularizer * penalty, deletion, insertion, penalty.detach())
 
     def _curves(self, images, masks, target, references, upsampler) -> tuple[Tensor, Tensor, Tensor]:
@@ -147,7 +158,7 @@ class Objective:
         clf = self.classifier
         batch, steps = masks.shape[:2]
         deleted, inserted = kernels.perturb(
-            images, reference, masks, upsampler, clf.mean, clf.std, backend=self.backend
+            images, reference, masks, upsampler, clf.mean, clf.std, clf.dtype, backend=self.backend
         )
         pixels = torch.cat([deleted.flatten(0, 1), inserted.flatten(0, 1)])
         repeated = target.repeat_interleave(steps, dim=0).repeat(2, 1)
@@ -163,6 +174,28 @@ class Objective:
                 insertion = insertion + shown / len(references)
         loss = self.weight_deletion * deletion - self.weight_insertion * insertion
         return loss, deletion.detach(), insertion.detach()
+
+
+def check_game(
+    clf: Classifier, images: Tensor, maps: Tensor, target: Tensor, references: Sequence[Tensor]
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    """What a training objective works on: images, maps, target and references in one precision, or ValueError."""
+    images = clf.check(images)
+    shape = (len(images), 1, *images.shape[-2:])
+    if not isinstance(maps, Tensor) or tuple(maps.shape) != shape:
+        got = tuple(maps.shape) if isinstance(maps, Tensor) else type(maps).__name__
+        raise ValueError(f"maps is {got}: give {shape}, one value per pixel of the images")
+    flat = torch.as_tensor(target)
+    if flat.ndim not in (1, 2) or len(flat) != len(images):
+        raise ValueError(f"target has shape {tuple(flat.shape)}: give ({len(images)},), or ({len(images)}, M) classes")
+    target = check_target(flat.flatten(), flat.numel(), clf.num_classes, images.device).view(flat.shape)
+    blanks: list[Tensor] = []
+    for reference in references:
+        if tuple(reference.shape) != tuple(images.shape):
+            came, size = tuple(reference.shape), tuple(images.shape)
+            raise ValueError(f"a reference is {came}: give that of the images, {size}")
+        blanks.append(reference.to(images))
+    return images, maps, target, blanks
 
 
 class _Streamed(torch.autograd.Function):

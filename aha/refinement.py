@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -9,9 +10,11 @@ from torch import Tensor
 from torch.func import functional_call, vmap
 
 from . import references as reference_images
+from .checks import check_integer, finite_maps
 from .classifier import Classifier
 from .explainer import Explainer
 from .objective import Objective
+from .protection import protected
 from .regions import Regions, default_cells, grid
 
 
@@ -41,7 +44,7 @@ def refine(
         classifier: the model to be faithful to; may differ from the one the explainer was trained on.
         images: (B,C,H,W) RGB in [0,1].
         target: class per image, one int for all, or None: the classifier's prediction.
-        steps: T ≥ 0; 0 returns ``explainer.attribute(images, target)``.
+        steps: T ≥ 0; 0 is ``explainer.attribute(images, target)``, one pass of the explainer.
         lr: learning rate of AdamW (no decay).
         references: names of the reference images whose losses are averaged.
         cells: the grids to rank on, as cells along the shorter side; the references take them in turn, so that no
@@ -54,16 +57,49 @@ def refine(
 
     Returns:
         (B,1,H,W) float32 maps.
+
+    Raises:
+        ValueError: in one line, for arguments that do not fit, and where the classifier or a map is not finite.
     """
-    if steps < 0:
-        raise ValueError(f"steps={steps}: give 0 or more")
-    classifier.check(images)
-    target = classifier.resolve_target(images, target)
-    if len(images) > internal_batch_size:
-        options = (steps, lr, references, cells, fractions, chunk, precision, every_step)
-        parts = zip(images.split(internal_batch_size), target.split(internal_batch_size), strict=True)
-        done = [refine(explainer, classifier, part, classes, *options) for part, classes in parts]
-        return torch.cat(done, dim=1 if every_step else 0)
+    steps, size = check_integer("steps", steps, 0), check_integer("internal_batch_size", internal_batch_size, 1)
+    if not 0 < lr < math.inf:
+        raise ValueError(f"lr={lr}: give a learning rate above 0")
+    classifier.require("refinement", gradients=steps > 0, inside=False)
+    images = classifier.check(images).detach()
+    known = explainer.classifier.num_classes
+    parts = []
+    with protected(classifier, *explainer.networks):
+        target = classifier.resolve_target(images, target, size)
+        if target.max() >= known:
+            raise ValueError(
+                f"target {int(target.max())} is beyond the {known} classes that the explainer was trained for: give "
+                "one of those, or an explainer for this classifier"
+            )
+        for image, classes in zip(images.split(size), target.split(size), strict=True):
+            if steps:
+                options = (steps, lr, references, cells, fractions, chunk, precision)
+                trail = _refined(explainer, classifier, image, classes, *options)
+                parts.append(trail if every_step else trail[-1])
+            else:
+                maps = explainer.attribute(image, classes)
+                parts.append(maps[None] if every_step else maps)
+    return torch.cat(parts, dim=1 if every_step else 0)
+
+
+def _refined(
+    explainer: Explainer,
+    classifier: Classifier,
+    images: Tensor,
+    target: Tensor,
+    steps: int,
+    lr: float,
+    references: Sequence[str],
+    cells: Sequence[int] | None,
+    fractions: int,
+    chunk: int,
+    precision: str,
+) -> Tensor:
+    """(T+1,B,1,H,W): the best maps after 0 … T steps, for checked arguments."""
     height, width = images.shape[-2:]
     finest = (explainer.settings.get("cells") or default_cells(height, width))[1]
     grids = [grid(height, width, g) for g in cells or (round(3 / 4 * finest), round(7 / 8 * finest), finest)]
@@ -73,29 +109,23 @@ def refine(
     blank = [reference_images.make(name, images, classifier.mean_colour) for name in references]
     pairs = [(reference, grids[i % len(grids)]) for i, reference in enumerate(blank)]
     tau = explainer.settings["temperature"]
-    training = explainer.training
-    explainer.eval()
-    try:
-        with torch.no_grad():
-            dense = explainer.dense(images, target)
-        heads, shared = _per_image(explainer, len(images))
-        optimizer = torch.optim.AdamW(list(heads.values()), lr=lr, weight_decay=0.0)
-        best = Best(len(images), images.device)
-        trail = []
-        for step in range(steps + 1):
-            with torch.set_grad_enabled(step < steps):
-                maps = _maps(explainer, heads, shared, dense, (height, width))
-                # with nothing to compare, T = 0 needs no pass through the classifier
-                losses = _losses(objective, images, maps, target, pairs, tau) if steps else maps.new_zeros(len(images))
-            trail.append(best.keep(maps.detach(), losses.detach()))
-            if step < steps:
-                optimizer.zero_grad()
-                # a sum, not a mean: an image's gradient must not depend on the size of the batch
-                losses.sum().backward()
-                optimizer.step()
-    finally:
-        explainer.train(training)
-    return torch.stack(trail) if every_step else trail[-1]
+    with torch.no_grad():
+        dense = explainer.dense(images, target)
+    heads, shared = _per_image(explainer, len(images))
+    optimizer = torch.optim.AdamW(list(heads.values()), lr=lr, weight_decay=0.0)
+    best = Best(len(images), images.device)
+    trail = []
+    for step in range(steps + 1):
+        with torch.set_grad_enabled(step < steps):
+            maps = _maps(explainer, heads, shared, dense, (height, width))
+            losses = _losses(objective, images, maps, target, pairs, tau)
+        trail.append(best.keep(maps.detach(), losses.detach()))
+        if step < steps:
+            optimizer.zero_grad()
+            # a sum, not a mean: an image's gradient must not depend on the size of the batch
+            losses.sum().backward()
+            optimizer.step()
+    return finite_maps(torch.stack(trail).transpose(0, 1), "refined maps").transpose(0, 1)
 
 
 def _losses(

@@ -16,10 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from . import kernels
+from .checks import check_answers
 from .classifier import Classifier
-from .explainer.explainer import fingerprint
-from .objective import full_precision
+from .identity import fingerprint
+from .objective import check_game, full_precision
 from .precision import autocast
+from .protection import protected
 from .regions import Regions, grid
 
 # how a player is absent → the method that trains with it
@@ -137,9 +139,17 @@ class ShapleyObjective:
             regions: the players.
             tau, noise: of a ranking; unused.
             seed: of the coalitions; every seed gives an unbiased estimate.
+
+        Raises:
+            ValueError: in one line, for arguments that do not fit, and where the classifier is not finite.
         """
         if regions.count < 2:
             raise ValueError(f"a game of {regions.count} player has nothing to share: give a finer grid of players")
+        with protected(self.classifier, self.value_model, gradients=False):
+            return self._losses(images, maps, target, references, regions, seed)
+
+    def _losses(self, images, maps, target, references, regions, seed) -> ShapleyLosses:
+        images, maps, target, references = check_game(self.classifier, images, maps, target, references)
         generator = torch.Generator().manual_seed(seed)
         sets = coalitions(len(images), self.coalitions // 2, regions.count, generator).to(images.device)
         values, change, empty = self._play(images, references, sets, target, regions)
@@ -163,10 +173,12 @@ class ShapleyObjective:
         self, images: Tensor, maps: Tensor, target: Tensor, references: Sequence[Tensor], regions: Regions
     ) -> Tensor:
         """Efficient φ (B,n) of ``maps``: Σφ = v(N) − v(∅), at the price of these two passes."""
-        none = torch.empty(len(images), 0, regions.count, dtype=torch.bool, device=images.device)
-        _, change, _ = self._play(images, references, none, target, regions)
-        share = self.shares(maps, regions)
-        return share + (change - share.sum(dim=1))[:, None] / regions.count
+        with protected(self.classifier, self.value_model, gradients=False):
+            images, maps, target, blanks = check_game(self.classifier, images, maps, target, references)
+            none = torch.empty(len(images), 0, regions.count, dtype=torch.bool, device=images.device)
+            _, change, _ = self._play(images, blanks, none, target, regions)
+            share = self.shares(maps, regions)
+            return share + (change - share.sum(dim=1))[:, None] / regions.count
 
     def _play(self, images, references, sets, target, regions) -> tuple[Tensor, Tensor, Tensor]:
         """Values (B,2,M) of the sets and their complements, v(N) − v(∅) and v(∅) (B,)."""
@@ -204,7 +216,7 @@ class ShapleyObjective:
                         cols = slice(start, start + sets_at_once)
                         part = (images[rows], reference[rows], sets[rows, cols], target[rows])
                         values[rows, :, cols] += self._confidence(*part, upsampler) / len(blanks)
-        return values
+        return check_answers(values, self.value_model.name)
 
     def _confidence(self, images, reference, sets, target, upsampler) -> Tensor:
         """(B,2,M), all of it in one pass."""
@@ -213,7 +225,7 @@ class ShapleyObjective:
         if self._tokens is None:
             present = sets.to(full_precision(images[:0]).dtype)
             without, within = kernels.perturb(
-                images, reference, present, upsampler, model.mean, model.std, backend=self.backend
+                images, reference, present, upsampler, model.mean, model.std, model.dtype, backend=self.backend
             )
             logits = model.forward_normalized(torch.stack([within, without], dim=1).flatten(0, 2))
         else:

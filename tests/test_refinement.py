@@ -10,7 +10,7 @@ from aha.objective import Objective
 from aha.references import REFERENCES, make
 from aha.regions import grid
 
-from .conftest import tiny_vit
+from .toys import tiny_classifier
 
 OPTIONS = {"precision": "fp32", "cells": (6,), "fractions": 6, "chunk": 32, "lr": 5e-3}
 
@@ -87,7 +87,7 @@ def test_references_take_the_grids_in_turn(explainer, classifier, images):
 
 
 def test_another_classifier_can_be_the_target(explainer, images):
-    other = aha.Classifier.wrap(tiny_vit(seed=5), (0.5,) * 3, (0.5,) * 3, (32, 32))
+    other = tiny_classifier(seed=5)
     target = other.resolve_target(images)
     ours = aha.refine(explainer, explainer.classifier, images, target, steps=2, **OPTIONS)
     theirs = aha.refine(explainer, other, images, target, steps=2, **OPTIONS)
@@ -95,5 +95,5 @@ def test_another_classifier_can_be_the_target(explainer, images):
 
 
 def test_negative_steps(explainer, classifier, images):
-    with pytest.raises(ValueError, match="0 or more"):
+    with pytest.raises(ValueError, match="an integer ≥ 0"):
         aha.refine(explainer, classifier, images, steps=-1)

@@ -18,45 +18,26 @@ from aha.regions import grid
 from aha.shapley import ShapleyObjective, TokenMasks, coalitions, player_grid, size_probabilities
 from aha.training import checkpoint
 
-from .conftest import TINY_DECODER, tiny_vit
+from .attributors import architectures
+from .toys import TINY_DECODER, tiny_vit
 
 METHODS = ("fastshap", "vit_shapley")
 CONFIG = aha.TrainConfig(
     steps=6, batch_size=4, accumulate=2, coalitions=4, targets=1, save_every=0, log_every=2, precision="fp32"
 )
-SMALL = {"embed_dim": 24, "num_heads": 3, "depth": 3, "num_classes": 4}
-TINY = {"img_size": 32, "patch_size": 8}
+# as kinds of tests/attributors/architectures.py
 ARCHITECTURES = {
-    "vit": ("vit_tiny_patch16_224", TINY),
-    "oblong": ("vit_tiny_patch16_224", {**TINY, "img_size": (32, 48)}),
-    "registers": ("vit_tiny_patch16_224", {**TINY, "reg_tokens": 4}),
+    **{kind: (kind, {}) for kind in ("vit", "oblong", "registers", "distilled", "dinov3", "eva02", "beit", "parallel")},
     # without a norm behind the pooling, which would hide its scale
-    "average": ("vit_tiny_patch16_224", {**TINY, "class_token": False, "global_pool": "avg", "fc_norm": False}),
-    "average_of_all": (
-        "vit_tiny_patch16_224",
-        {**TINY, "global_pool": "avg", "pool_include_prefix": True, "fc_norm": False},
-    ),
-    "distilled": ("deit_tiny_distilled_patch16_224", TINY),
-    "dinov3": ("vit_small_patch16_dinov3", TINY),
-    "eva02": ("eva02_tiny_patch14_336", TINY),
-    "beit": ("beit_base_patch16_224", TINY),
-    "parallel": (
-        "vit_tiny_patch16_224",
-        {**TINY, "block_fn": timm.models.vision_transformer.ParallelScalingBlock, "qk_norm": True},
-    ),
+    "average": ("average", {"fc_norm": False}),
+    "average_of_all": ("vit", {"global_pool": "avg", "pool_include_prefix": True, "fc_norm": False}),
 }
 BY_HAND = ("vit", "oblong", "registers", "average", "average_of_all", "distilled")
 
 
 def make(kind):
     name, options = ARCHITECTURES[kind]
-    torch.manual_seed(0)
-    module = timm.create_model(name, **SMALL, **options)
-    for parameter in module.parameters():
-        nn.init.normal_(parameter, std=0.3)
-    size = options["img_size"]
-    size = size if isinstance(size, tuple) else (size, size)
-    return Classifier.wrap(module, (0.5,) * 3, (0.25,) * 3, input_size=size, num_classes=4)
+    return architectures.make(name, **options)
 
 
 class Tangled(nn.Module):
@@ -282,7 +263,7 @@ def test_a_surrogate_plays_in_the_classifiers_place(classifier, images):
 
 def test_players(classifier):
     assert player_grid(classifier, 32, 32) == (4, 4)
-    convolutional = Classifier.wrap(nn.Conv2d(3, 2, 1), num_classes=2)
+    convolutional = Classifier.wrap(nn.Sequential(nn.Conv2d(3, 2, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten()))
     assert player_grid(convolutional, 224, 224) == (14, 14)
     assert player_grid(convolutional, 64, 96) == (8, 12)
     assert player_grid(convolutional, 8, 8) == (2, 2)

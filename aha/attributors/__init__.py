@@ -3,6 +3,7 @@
 >>> maps = aha.attributors.create("rollout", clf).attribute(images)
 """
 
+from ..protection import undisturbed
 from . import (
     attcam,
     attention,
@@ -20,7 +21,7 @@ from . import (
     tis,
     vit_cx,
 )
-from .base import Attributor, Metadata, available, create, find, register, undisturbed
+from .base import Attributor, Metadata, available, create, find, register
 from .fullgrad import FullGradient, full_gradient
 from .learned import AHA, FastSHAP, ViTShapley
 from .libragrad import libra

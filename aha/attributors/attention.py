@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..classifier import Classifier
-from .base import Metadata, register, undisturbed
+from ..protection import undisturbed
+from .base import Metadata, register
 from .transformer import TransformerAttributor
 
 _ARCHITECTURES = "timm vision transformers with softmax attention (ViT, DeiT, BEiT, EVA, DINOv3)"
@@ -86,6 +87,7 @@ class AttentionAttributor(TransformerAttributor):
 class RawAttention(AttentionAttributor):
     """Attention of the readout to the patches in the last block, mean over heads."""
 
+    gradients = False
     metadata = Metadata(
         paper="baseline of Chefer et al., CVPR 2021",
         cost="1F",
@@ -106,6 +108,7 @@ class RawAttention(AttentionAttributor):
 class Rollout(AttentionAttributor):
     """Attention rollout: the readout's row of Π_l norm(I + E_h A_l), rows normalised to sum to 1."""
 
+    gradients = False
     metadata = Metadata(
         paper="Abnar and Zuidema, ACL 2020",
         cost="1F",

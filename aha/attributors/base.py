@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import difflib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from ..checks import check_integer, check_seed, finite_maps
 from ..classifier import Classifier
-from ..precision import autocast, switched_off
+from ..protection import protected
 
 
 @dataclass(frozen=True)
@@ -48,20 +48,29 @@ class Attributor(ABC):
     metadata: ClassVar[Metadata]
     # False where the map is the same for all classes: then no pass is spent on finding the predicted one
     class_specific: ClassVar[bool] = True
+    # what the classifier must give: gradients to the images or to what is inside, and hooks on its parts
+    gradients: ClassVar[bool] = True
+    inside: ClassVar[bool] = False
 
     def __init__(self, clf: Classifier, internal_batch_size: int = 64, seed: int = 0):
-        if internal_batch_size < 1:
-            raise ValueError(f"internal_batch_size={internal_batch_size}: give at least one image")
+        if not isinstance(clf, Classifier):
+            raise ValueError(f"clf is a {type(clf).__name__}: wrap it with aha.Classifier.wrap(module, mean, std)")
+        clf.require(self.name, self.gradients, self.inside)
         self.clf = clf
-        self.internal_batch_size = internal_batch_size
-        self.seed = seed
+        self.internal_batch_size = check_integer("internal_batch_size", internal_batch_size, 1)
+        self.seed = check_seed(seed)
+
+    @property
+    def networks(self) -> tuple[nn.Module, ...]:
+        """All that a map is made with, the classifier first."""
+        return (self.clf,)
 
     def attribute(self, images: Tensor, target: Tensor | Sequence[int] | int | None = None) -> Tensor:
         """Attribute the classifier's decision to the pixels.
 
         Whatever the computation changes in the classifier (hooks, gradient flags, fused attention, training
-        mode) is put back, also after an exception. Works inside ``torch.no_grad`` and ``inference_mode``, and
-        computes in float32 also under autocast.
+        mode) is put back, also after an exception. Works inside ``torch.no_grad`` and ``inference_mode``,
+        computes in float32 also under autocast, and threads that share a classifier wait for one another.
 
         Args:
             images: (B, C, H, W) RGB in [0, 1] on the classifier's device.
@@ -71,23 +80,21 @@ class Attributor(ABC):
             (B, 1, H, W) float32 on the same device, on the method's own scale; higher is more important.
 
         Raises:
-            ValueError: for images or targets that do not fit, in one line.
+            ValueError: for images or targets that do not fit, and where the classifier or the map is not finite, in
+                one line.
         """
-        self.clf.check(images)
+        images = self.clf.check(images)
         if target is not None:
             target = self.clf.resolve_target(images, target)
         maps = []
-        with undisturbed(self.clf), autocast("fp32", images.device):
-            target = target.clone() if target is not None and target.is_inference() else target
+        with protected(*self.networks):
             for start in range(0, len(images), self.internal_batch_size):
                 part = images[start : start + self.internal_batch_size].detach()
-                # a tensor made in inference mode cannot take part in autograd, its copy can
-                part = part.clone() if part.is_inference() else part
                 classes = None if target is None else target[start : start + self.internal_batch_size]
                 if self.class_specific:
                     classes = self.clf.resolve_target(part, classes)
                 maps.append(self._attribute(part, classes).detach().float())
-        return torch.cat(maps)
+            return finite_maps(torch.cat(maps), f"{self.name}: maps of {self.clf.name}")
 
     @abstractmethod
     def _attribute(self, images: Tensor, target: Any) -> Tensor:
@@ -100,41 +107,6 @@ class Attributor(ABC):
     def __call__(self, images: Tensor, target: Tensor | Sequence[int] | int | None = None) -> Tensor:
         return self.attribute(images, target)
 
-
-@contextmanager
-def undisturbed(
-    module: nn.Module, hooks: Sequence[tuple[nn.Module, Callable]] = (), unfused: bool = False
-) -> Iterator[None]:
-    """The module in evaluation mode, parameters without gradients, autograd on; all as before on exit.
-
-    Args:
-        hooks: pairs of a submodule and a forward hook that live as long as the context.
-        unfused: compute attention step by step, so that hooks see its softmax, and without checkpointing,
-            which would run the hooks twice.
-    """
-    switches = ("fused_attn", "grad_checkpointing") if unfused else ()
-    modules = list(module.modules())
-    training = [(m, m.training) for m in modules]
-    requiring = [(p, p.requires_grad) for p in module.parameters()]
-    with ExitStack() as stack:
-        stack.enter_context(switched_off(module, *switches))
-        try:
-            for submodule, hook in hooks:
-                stack.callback(submodule.register_forward_hook(hook).remove)
-            for m, _ in training:
-                m.training = False
-            for p, _ in requiring:
-                p.requires_grad_(False)
-            with torch.inference_mode(False), torch.enable_grad():
-                yield
-        finally:
-            for m, mode in training:
-                m.training = mode
-            for p, flag in requiring:
-                p.requires_grad_(flag)
-
-
-# ---- registry
 
 _REGISTRY: dict[str, type[Attributor]] = {}
 A = TypeVar("A", bound=type[Attributor])

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import references
+from ..checks import check_images
 from ..classifier import Classifier
 from .base import Metadata, register
 from .tokens import TokenAttributor
@@ -32,6 +33,7 @@ class CAAP(TokenAttributor):
         internal_batch_size: images times patches in one pass.
     """
 
+    gradients = False
     metadata = Metadata(
         paper="CAAP, arXiv 2603.13652",
         cost="2F, per patch F of the blocks from the first patched one on",
@@ -60,13 +62,13 @@ class CAAP(TokenAttributor):
             known = ", ".join(references.REFERENCES)
             raise ValueError(f"neutral={neutral!r} is not known: choose one of {known}, or give images in [0, 1]")
         if isinstance(neutral, Tensor):
-            neutral = clf.check(neutral[None] if neutral.ndim == 3 else neutral).detach()
+            neutral = check_images(neutral[None] if neutral.ndim == 3 else neutral, len(clf.mean)).detach()
         self.neutral = neutral
 
     def attribute(self, images: Tensor, target: Tensor | Sequence[int] | int | None = None) -> Tensor:
         if isinstance(self.neutral, str):
             return super().attribute(images, target)
-        self.clf.check(images)
+        images = self.clf.check(images)
         if self.neutral.shape[1:] != images.shape[1:] or len(self.neutral) not in (1, len(images)):
             raise ValueError(
                 f"neutral images {tuple(self.neutral.shape)} for images {tuple(images.shape)}: "

@@ -22,8 +22,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..classifier import Classifier
+from ..geometry import as_maps
 from ..precision import switched_off
-from .base import Attributor, Metadata, register, undisturbed
+from ..protection import undisturbed
+from .base import Attributor, Metadata, register
 from .transformer import TransformerAttributor
 
 ARCHITECTURES = "timm CNNs (ConvNeXt, ResNet, …) and Swin, timm vision transformers; others with layer="
@@ -54,22 +56,31 @@ class LayerAttributor(Attributor):
     Refuses, when it is made, networks without a layer that is known to give maps.
 
     Args:
-        layer: a module of the classifier, or its name; it gives (B, C, h, w), or (B, h, w, C) in timm models
-            that say so (Swin), or the tokens of a timm vision transformer. None: see the module's docstring.
+        layer: a module of the classifier, or its name; it gives maps (B, C, h, w) or (B, h, w, C) with the proportions
+            of the image, or the tokens of a vision transformer. None: see the module's docstring.
+        channels_last: which of the two; None: what timm models say, else what fits the image.
 
     Attributes:
         accepts, tokens_only: for messages, and whether the maps have to be a transformer's patch tokens.
     """
 
+    inside = True
     accepts: ClassVar[str] = ARCHITECTURES
     tokens_only: ClassVar[bool] = False
 
-    def __init__(self, clf: Classifier, layer: nn.Module | str | None = None, **options: Any):
+    def __init__(
+        self,
+        clf: Classifier,
+        layer: nn.Module | str | None = None,
+        channels_last: bool | None = None,
+        **options: Any,
+    ):
         super().__init__(clf, **options)
         self._transformer = _Tokens.of(clf)
         if self.tokens_only and self._transformer is None:
             self._refuse("has no patch tokens")
-        self._channels_last = getattr(clf.module, "output_fmt", "NCHW") == "NHWC"
+        declared = getattr(clf.module, "output_fmt", None) if layer is None else None
+        self.channels_last = declared == "NHWC" if channels_last is None and declared else channels_last
         # None stands for what forward_features returns: not every network has a module that gives it
         self.layer = self._default_layer() if layer is None else self._named_layer(layer)
         blocks = self._transformer.blocks if self._transformer else []
@@ -77,18 +88,23 @@ class LayerAttributor(Attributor):
 
     def maps(self, output: Tensor, images: Tensor) -> Tensor:
         """A view of the layer's output (N, …) as maps (N, C, h, w); prefix tokens are left out."""
-        if output.dim() == 4:
-            return output.permute(0, 3, 1, 2) if self._channels_last else output
+        size = (int(images.shape[-2]), int(images.shape[-1]))
+        found = None
         if output.dim() == 3 and self._transformer:
             rows, cols = self._transformer.grid(images)
             prefix = output.shape[1] - rows * cols
             # CaiT's class token joins behind the blocks
             if prefix in (0, self._transformer.prefix):
-                return output[:, prefix:].transpose(1, 2).unflatten(-1, (rows, cols))
-        raise ValueError(
-            f"{self.name}: layer {self.layer_name} of {self.clf.name} gives {tuple(output.shape)}, not maps "
-            f"(B, C, h, w) or a transformer's patch tokens: pass layer=, a module or its name, that does"
-        )
+                found = output[:, prefix:].transpose(1, 2).unflatten(-1, (rows, cols))
+        elif output.dim() in (3, 4):
+            found = as_maps(output, size, self.channels_last)
+        if found is None:
+            raise ValueError(
+                f"{self.name}: layer {self.layer_name} of {self.clf.name} gives {tuple(output.shape)} for images of "
+                f"{size[0]}×{size[1]}, not maps (B, C, h, w), or (B, h, w, C), of these proportions or a transformer's "
+                "patch tokens: pass layer=, a module or its name, that does, or channels_last="
+            )
+        return found
 
     @property
     def layer_name(self) -> str:
@@ -142,7 +158,7 @@ class LayerAttributor(Attributor):
         if captured.last:
             module: Any = self.clf.module
             with switched_off(module, "grad_checkpointing"):
-                return module.forward_head(output).float()
+                return self.clf.read(module.forward_head(output))
         with self._replacing(lambda _: output):
             if captured.entering is None or self._transformer is None or self._block is None:
                 return self.clf(captured.images.repeat_interleave(copies, dim=0)).float()
@@ -208,6 +224,7 @@ class LayerAttributor(Attributor):
 class _Tokens(TransformerAttributor):
     """A vision transformer's blocks, prefix, grid and partial passes, lent to a CAM; no method of its own."""
 
+    gradients = False
     name = "cam"
 
     @classmethod
@@ -348,6 +365,7 @@ class ScoreCam(CamAttributor):
         internal_batch_size: masked images in one pass.
     """
 
+    gradients = False
     metadata = Metadata(
         paper="Wang et al., CVPR workshops 2020",
         cost="C F",
@@ -359,7 +377,7 @@ class ScoreCam(CamAttributor):
 
     @torch.no_grad()
     def cam(self, images: Tensor, target: Tensor) -> Tensor:
-        maps = self.maps(self.capture(images).output.detach(), images)
+        maps = self.maps(self.capture(images).output.detach(), images).to(images.dtype)
         pixels = self.clf.normalize(images)
         scores = []
         for part in maps.split(max(1, self.internal_batch_size // len(images)), dim=1):
@@ -384,6 +402,7 @@ class AblationCam(CamAttributor):
         internal_batch_size: ablated copies in one pass.
     """
 
+    gradients = False
     metadata = Metadata(
         paper="Desai and Ramaswamy, WACV 2020",
         cost="1F, C F of what follows the layer",

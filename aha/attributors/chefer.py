@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..classifier import Classifier
+from ..protection import undisturbed
 from .attention import AttentionAttributor
-from .base import Metadata, register, undisturbed
+from .base import Metadata, register
 from .relevance import NoRule, Propagation
 
 RELEVANCES = ("propagation", "gradient")

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ..classifier import Classifier
-from ..precision import autocast, switched_off
-from .base import Metadata, register, undisturbed
+from ..precision import switched_off
+from ..protection import protected
+from .base import Metadata, register
 from .libragrad import depends, operation
 from .transformer import TransformerAttributor
 
@@ -52,7 +53,7 @@ def full_gradient(
     ...     terms = full_gradient(clf, images, 3, at=clf.module.blocks[5])
 
     Args:
-        images: (B, C, H, W) in [0, 1]; the computation is in their precision and the classifier's.
+        images: (B, C, H, W) in [0, 1].
         target: (B,) classes, or one for all.
         at: the submodule whose first input is the cut; everything must pass through it, as through a block. Default:
             the normalised pixels.
@@ -60,9 +61,9 @@ def full_gradient(
     Raises:
         ValueError: if the classifier's output does not depend on what enters ``at``.
     """
-    clf.check(images)
+    images = clf.check(images)
     target = clf.resolve_target(images, target)
-    with undisturbed(clf), switched_off(clf.module, "grad_checkpointing"), autocast("fp32", images.device):
+    with protected(clf), switched_off(clf.module, "grad_checkpointing"):
         pixels = clf.normalize(images.detach().clone())
         biases = pixels.new_zeros(len(images))
         cut: list[Tensor] = [] if at is not None else [pixels.requires_grad_()]

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import references
 from ..classifier import Classifier
 from ..explainer import Explainer
-from ..explainer.explainer import fingerprint
+from ..identity import fingerprint
 from ..refinement import refine
 from ..shapley import METHODS, ShapleyObjective
 from .base import Attributor, Metadata, register
@@ -29,6 +29,8 @@ class LearnedAttributor(Attributor):
     Attributes:
         objective: what the explainer must have been trained for.
     """
+
+    gradients = False
 
     objective: ClassVar[str]
 
@@ -54,6 +56,10 @@ class LearnedAttributor(Attributor):
                 f"{trained}: use it as {method_of(explainer)}"
             )
         self.explainer = explainer
+
+    @property
+    def networks(self) -> tuple[nn.Module, ...]:
+        return (self.clf, *self.explainer.networks)
 
 
 def objective_of(explainer: Explainer) -> str:
@@ -141,6 +147,10 @@ class ShapleyAttributor(LearnedAttributor):
             surrogate=surrogate,
             chunk=max(2, internal_batch_size),
         )
+
+    @property
+    def networks(self) -> tuple[nn.Module, ...]:
+        return (*super().networks, self.game.value_model)
 
     def values(self, images: Tensor, target: Tensor) -> Tensor:
         """φ (B, rows, cols) of the players, for checked images and targets (B,)."""

@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..classifier import Classifier
+from ..protection import undisturbed
 from .attention import AttentionAttributor
-from .base import Metadata, register, undisturbed
+from .base import Metadata, register
 
 
 @register("legrad")
@@ -48,7 +49,7 @@ class LeGrad(AttentionAttributor):
         def leave(_block: nn.Module, _args: Any, tokens: Tensor) -> Tensor:
             nonlocal total, attention
             assert attention is not None
-            logits = module.forward_head(module.norm(tokens))
+            logits = self.clf.read(module.forward_head(module.norm(tokens)))
             (gradient,) = torch.autograd.grad(logits.gather(1, target[:, None]).sum(), attention)
             received = F.relu(gradient[..., self.prefix :]).mean(dim=(1, 2))
             total = received if total is None else total + received

@@ -34,7 +34,8 @@ from torch.overrides import TorchFunctionMode
 
 from ..classifier import Classifier
 from ..precision import switched_off
-from .base import Attributor, Metadata, available, create, register, undisturbed
+from ..protection import undisturbed
+from .base import Attributor, Metadata, available, create, register
 from .gradient import InputXGradient
 
 
@@ -46,34 +47,33 @@ def libra(module: nn.Module) -> Iterator[None]:
     mode, its parameters are frozen, and checkpointing is off, which would repeat the pass without the rules. All is
     as before on exit. May be nested: the rules applied to themselves change nothing.
 
-    The rules see what is called through PyTorch's Python interface; compiled modules are refused, an operation inside
-    a custom ``autograd.Function`` keeps the gradient that it defines.
+    The rules see what is called through PyTorch's Python interface; TorchScript modules are refused, what torch.compile
+    made runs uncompiled, an operation inside a custom ``autograd.Function`` keeps the gradient that it defines.
 
     Raises:
-        ValueError: on entry for a compiled module, and in the pass for an operation without a rule, in one line.
+        ValueError: on entry for a TorchScript module, and in the pass for an operation without a rule, in one line.
     """
     for part in module.modules():
-        # torch.compile keeps the original there
-        if isinstance(part, torch.jit.ScriptModule) or hasattr(part, "_orig_mod"):
+        if isinstance(part, torch.jit.ScriptModule):
             raise ValueError(
                 f"libra cannot see into a compiled {type(part).__name__}: give the module as it was before"
             )
-    before = vars(module).get("forward")
-    forward = module.forward
-
-    def under_the_rules(*args: Any, **kwargs: Any) -> Any:
-        with _Rules():
-            out = forward(*args, **kwargs)
-        if torch.is_grad_enabled() and any(_alive(t) for t in _tensors((args, kwargs))):
-            for t in _tensors(out):
-                if t.is_floating_point() and not _alive(t):
-                    raise ValueError(
-                        f"no gradient reaches the output of {type(module).__name__} under libra, because a gate or a "
-                        "softmax is its last word: give a classifier that returns logits"
-                    )
-        return out
-
     with undisturbed(module), switched_off(module, "grad_checkpointing"):
+        before = vars(module).get("forward")
+        forward = module.forward
+
+        def under_the_rules(*args: Any, **kwargs: Any) -> Any:
+            with _Rules():
+                out = forward(*args, **kwargs)
+            if torch.is_grad_enabled() and any(_alive(t) for t in _tensors((args, kwargs))):
+                for t in _tensors(out):
+                    if t.is_floating_point() and not _alive(t):
+                        raise ValueError(
+                            f"no gradient reaches the output of {type(module).__name__} under libra, because a gate or "
+                            "a softmax is its last word: give a classifier that returns logits"
+                        )
+            return out
+
         # an instance attribute hides the class's forward until it is deleted
         vars(module)["forward"] = under_the_rules
         try:
@@ -406,6 +406,7 @@ class LibraGrad(Attributor):
             blank image.
     """
 
+    inside = True
     metadata = Metadata(
         paper="Mehri et al., CVPR 2025",
         cost="that of the base: 1F 1B",

@@ -17,6 +17,7 @@ from torch import Tensor
 from ..checks import check_maps
 from ..classifier import Classifier
 from ..precision import autocast, uses_bf16
+from ..protection import locked
 from ..references import adaptive_blur, black
 from ..regions import Regions, grid
 from .base import _REGISTRY, Attributor, Metadata, create, register
@@ -121,6 +122,7 @@ class MDA(Attributor):
         passes: (B,) int64 on the CPU, forward passes that each image of the last call took.
     """
 
+    gradients = False
     metadata = Metadata(
         paper="Walker et al., ICLR 2025",
         cost="P·(W + 1) − W·(W − 1)/2 + b F and the prior's; 5,306 + b at 14×14, b ≤ 36",
@@ -182,11 +184,12 @@ class MDA(Attributor):
         return prior
 
     def attribute(self, images: Tensor, target: Tensor | Sequence[int] | int | None = None) -> Tensor:
-        self.clf.check(images)
+        images = self.clf.check(images)
         if isinstance(self.prior, Tensor):
             check_maps(self.prior, images)
-        self.passes, self._find_target = torch.zeros(0, dtype=torch.int64), target is None
-        return super().attribute(images, target)
+        with locked(*self.networks):  # what is noted of the call belongs to one thread
+            self.passes, self._find_target = torch.zeros(0, dtype=torch.int64), target is None
+            return super().attribute(images, target)
 
     attribute.__doc__ = Attributor.attribute.__doc__
 

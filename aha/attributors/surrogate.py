@@ -30,6 +30,8 @@ class Surrogate(Attributor):
         internal_batch_size: images times coalitions in one pass.
     """
 
+    gradients = False
+
     fewest: int = 2
 
     def __init__(

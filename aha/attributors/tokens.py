@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..classifier import Classifier
-from .base import undisturbed
+from ..protection import undisturbed
 from .transformer import ARCHITECTURES, TransformerAttributor
 
 

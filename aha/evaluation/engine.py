@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..attributors import count_passes
-from ..checks import check_maps
+from ..checks import NotFiniteError, check_images, check_maps
 from ..classifier import Classifier
 from ..metrics import Batch, Suite
 from .memory import peak_bytes
@@ -135,19 +135,18 @@ class Engine:
         # where an image could not be read, it is tried again
         whole = known is not None and len(known["index"]) == len(indices)
         items = [] if whole and not todo else self._load(indices)
-        if items and known is not None and known["index"].tolist() != [item["index"] for item in items]:
-            known, todo = None, {row: list(self.suites) for row in self.rows}
         for row in self.rows:
             if row not in todo or not items:
                 announce(row.name, len(indices))
-        if not items or not (todo or known is None):
+        unchanged = known is not None and known["index"].tolist() == [item["index"] for item in items]
+        if not items or (unchanged and not todo):
             return
-        shared = _Shared(self, items)
-        try:
-            facts = shared.facts
-        except Exception as error:  # whatever the classifier raises: the other batches may do
-            self._fail(None, [item["index"] for item in items], error)
+        shared = self._shared(items)
+        if shared is None:
             return
+        facts = shared.facts
+        if known is not None and known["index"].tolist() != facts["index"].tolist():
+            known, todo = None, {row: list(self.suites) for row in self.rows}
         if known is None:
             self.store.put((IMAGES, batch), facts)
         for row, suites in todo.items():
@@ -157,6 +156,22 @@ class Engine:
             except Exception as error:  # a method may raise anything; the others go on
                 self._fail(row.name, facts["index"].tolist(), error)
             announce(row.name, len(indices))
+
+    def _shared(self, items: list[dict[str, Any]]) -> _Shared | None:
+        """What the methods share on the images that the classifier has answers for; the others are failures."""
+        while items:
+            shared = _Shared(self, items)
+            try:
+                _ = shared.facts
+            except NotFiniteError as error:
+                self._fail(None, [items[row]["index"] for row in error.rows], error)
+                items = [item for row, item in enumerate(items) if row not in error.rows]
+            except Exception as error:  # whatever the classifier raises: the other batches may do
+                self._fail(None, [item["index"] for item in items], error)
+                return None
+            else:
+                return shared
+        return None
 
     def _load(self, indices: Sequence[int]) -> list[dict[str, Any]]:
         items: list[dict[str, Any]] = []
@@ -173,7 +188,7 @@ class Engine:
 
     def _checked(self, item: Mapping[str, Any], index: int) -> dict[str, Any]:
         image, label, mask = item["image"], int(item.get("label", -1)), item.get("mask")
-        self.clf.check(image[None] if isinstance(image, Tensor) else image)
+        check_images(image[None] if isinstance(image, Tensor) else image, len(self.clf.mean))
         if label >= self.clf.num_classes or (self.target == "true" and label < 0):
             raise ValueError(f"label {label} is not one of the classes 0 … {self.clf.num_classes - 1}")
         if mask is None:
@@ -216,6 +231,8 @@ class Engine:
         self.store.put((row.key, COST, batch), cost)
 
     def _fail(self, method: str | None, indices: list[int], error: Exception) -> None:
+        # a position in the batch says nothing to who reads the report
+        error = ValueError(error.plain) if isinstance(error, NotFiniteError) else error
         line = next((line for line in str(error).splitlines() if line.strip()), "").strip()
         reason = line if isinstance(error, ValueError) and line else f"{type(error).__name__}: {line}".rstrip(": ")
         self._failures.setdefault((method, reason), []).extend(indices)

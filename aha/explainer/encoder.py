@@ -1,4 +1,4 @@
-"""Any timm or transformers backbone as a frozen encoder: images → four feature maps."""
+"""Any backbone as a frozen encoder: images → four feature maps, by timm's or transformers' interface, else by hooks."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..classifier import Classifier, HFLogits, load_weights, numbers, read_weights
-
-LEVELS = 4
+from ..classifier import Classifier, HFLogits, dtype_of, load_weights, numbers, read_weights
+from ..protection import protected, steady
+from .stages import LEVELS, find_stages, quarters, seen_at
 
 
 class Encoder(nn.Module):
@@ -45,12 +45,28 @@ class Encoder(nn.Module):
         self.register_buffer("mean", torch.as_tensor(mean, dtype=torch.float32).clone(), persistent=False)
         self.register_buffer("std", torch.as_tensor(std, dtype=torch.float32).clone(), persistent=False)
         self.source = source
-        self.multiple = _patch_size(module) or 32
+        known = hasattr(module, "forward_intermediates") or _is_transformers(module)
+        # hooks see features where they are: nothing says to what size to pad
+        self.multiple = (_patch_size(module) or 32) if known else 1
         self.indices = _levels(module)
-        device = next(module.parameters()).device
-        with torch.no_grad():
-            probe = self(torch.zeros(1, len(mean), *image_size, device=device))
-        self.channels = [level.shape[1] for level in probe]
+        device = next((value.device for value in (*module.parameters(), *module.buffers())), torch.device("cpu"))
+        blank = torch.zeros(1, len(mean), *image_size, device=device)
+        self.stages: list[nn.Module] | None = None
+        with protected(self), torch.no_grad():
+            if not known:
+                # past nn.Module, which would take the parts for its own
+                object.__setattr__(self, "stages", find_stages(module, blank.to(self.dtype), str(source.get("name"))))
+            self.channels = [level.shape[1] for level in self(blank)]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights, to which pixels are cast."""
+        return dtype_of(self.module)
+
+    @property
+    def guarded(self) -> nn.Module:
+        """Whose lock this wrapper shares."""
+        return self.module
 
     def padded_size(self, height: int, width: int) -> tuple[int, int]:
         """The size whose features `forward` returns."""
@@ -63,7 +79,8 @@ class Encoder(nn.Module):
         if full != (height, width):
             pixels = F.pad(pixels, (0, full[1] - width, 0, full[0] - height), mode="replicate")
         try:
-            levels = self._levels_of(pixels)
+            with steady(self.module):
+                levels = self._levels_of(pixels.to(self.dtype))
         except AssertionError as error:  # how timm's fixed-size models refuse
             raise ValueError(
                 f"encoder {self.source.get('name')} does not take {height}×{width} images ({error}): "
@@ -72,9 +89,11 @@ class Encoder(nn.Module):
         return levels
 
     def _levels_of(self, pixels: Tensor) -> list[Tensor]:
+        if self.stages is not None:
+            return seen_at(self.stages, self.module, pixels)
         if isinstance(self.module, HFLogits):
             return _hf_levels(_hf_backbone(self.module.model), pixels, self.multiple)
-        if not hasattr(self.module, "forward_intermediates"):
+        if _is_transformers(self.module):
             return _hf_levels(self.module, pixels, self.multiple)
         distinct = sorted(set(self.indices))  # timm returns each block once
         arguments = {"indices": distinct, "output_fmt": "NCHW", "intermediates_only": True}
@@ -158,6 +177,10 @@ def _build_hf(name: str, size: tuple[int, int]) -> Encoder:
     return Encoder(module, mean, std, size, {"kind": "hf", "name": name})
 
 
+def _is_transformers(module: nn.Module) -> bool:
+    return isinstance(module, HFLogits) or hasattr(module, "base_model_prefix")
+
+
 def _patch_size(module: nn.Module) -> int | None:
     """Patch of a plain ViT in pixels; None for hierarchical networks."""
     if isinstance(module, HFLogits):
@@ -178,13 +201,6 @@ def _levels(module: nn.Module) -> list[int]:
     if _patch_size(module) is None:
         return [max(0, depth - LEVELS + i) for i in range(LEVELS)]
     return quarters(depth) if depth else []
-
-
-def quarters(depth: int) -> list[int]:
-    """Four block indices spread over ``depth`` blocks, the last one included; a shallow network repeats some."""
-    if depth == 24:
-        return [4, 11, 17, 23]
-    return [max(0, round((i + 1) * depth / LEVELS) - 1) for i in range(LEVELS)]
 
 
 def _hf_backbone(model: nn.Module) -> nn.Module:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import warnings
 from collections.abc import Sequence
@@ -15,8 +14,11 @@ from torch import Tensor, nn
 
 from .. import precision as mixed
 from .._version import __version__
+from ..checks import check_integer, finite_maps
 from ..classifier import Classifier, from_source, load_weights, read_weights
 from ..files import write_atomically
+from ..identity import fingerprint
+from ..protection import protected
 from .decoder import Decoder, DecoderConfig, upsample
 from .encoder import Encoder
 from .encoder import build as build_encoder
@@ -98,7 +100,11 @@ class Explainer(nn.Module):
         """The head's output (B,1,h,w) → maps (B,1,H,W) for images of ``size``."""
         return upsample(raw, self.encoder.padded_size(*size))[..., : size[0], : size[1]]
 
-    @torch.no_grad()
+    @property
+    def networks(self) -> tuple[nn.Module, ...]:
+        """All that a map is made with: the classifier, the encoder, this explainer."""
+        return (self.classifier, self.encoder, self)
+
     def attribute(
         self,
         images: Tensor,
@@ -110,23 +116,21 @@ class Explainer(nn.Module):
         Args:
             images: (B,C,H,W) RGB in [0,1].
             target: class per image, one int for all, or None: the classifier's prediction.
-            internal_batch_size: images per pass.
+            internal_batch_size: images per pass, of the classifier and of the explainer; memory is set by it.
 
         Returns:
             (B,1,H,W) float32, raw scale, higher = more important.
 
         Raises:
-            ValueError: for images or targets outside the contract.
+            ValueError: for images or targets outside the contract, and where the classifier or a map is not finite.
         """
-        self.classifier.check(images)
-        target = self.classifier.resolve_target(images, target)
-        training = self.training
-        self.eval()
-        try:
-            parts = zip(images.split(internal_batch_size), target.split(internal_batch_size), strict=True)
-            return torch.cat([self(image, classes) for image, classes in parts])
-        finally:
-            self.train(training)
+        size = check_integer("internal_batch_size", internal_batch_size, 1)
+        images = self.classifier.check(images).detach()
+        with protected(*self.networks), torch.no_grad():
+            target = self.classifier.resolve_target(images, target, size)
+            parts = zip(images.split(size), target.split(size), strict=True)
+            maps = torch.cat([self(image, classes).float() for image, classes in parts])
+            return finite_maps(maps, "the explainer's maps")
 
     def save_pretrained(self, path: str | Path) -> Path:
         """Write ``config.json`` and ``decoder.safetensors`` (the trained part only) into the folder ``path``."""
@@ -220,12 +224,3 @@ def _folder(path_or_hub_id: str | Path) -> Path:
     except Exception as error:  # the hub's own errors span several hierarchies
         reason = str(error).splitlines()[0]
         raise FileNotFoundError(f"{name} is neither a local folder nor on the hub ({reason})") from error
-
-
-def fingerprint(module: nn.Module) -> str:
-    """A short hash of a module's parameters (their names, shapes and first values), to tell two classifiers apart."""
-    digest = hashlib.sha256()
-    for name, parameter in sorted(module.named_parameters()):
-        digest.update(f"{name}{tuple(parameter.shape)}".encode())
-        digest.update(parameter.detach().flatten()[:256].float().cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]

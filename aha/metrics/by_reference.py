@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..checks import check_maps
 from ..classifier import Classifier
+from ..protection import protected
 from . import protocols
 from .perturbed import INTERNAL_BATCH_SIZE, Endpoints, Probe, endpoints
 from .protocols import DIFFERENCES, Protocol
@@ -76,10 +77,14 @@ class ByReference(PerImage):
         Raises:
             ValueError: for images, maps or a target that do not fit, before any perturbed image is computed.
         """
-        self.clf.check(images)
+        images = self.clf.check(images).detach()
         maps = check_maps(maps, images)
         if index is not None:
             index = check_index(index, len(images))
+        with protected(self.clf), torch.no_grad():
+            self._update(images, maps, target, ends, index, labels)
+
+    def _update(self, images, maps, target, ends, index, labels) -> None:
         if ends is None:
             ends = endpoints(self.clf, images, target, self.protocol, self.internal_batch_size, labels)
         elif target is not None or labels is not None:
@@ -93,7 +98,6 @@ class ByReference(PerImage):
         probe = Probe(self.clf, self.protocol, images, maps, ends, self.internal_batch_size)
         self._keep(self._measure(probe), index)
 
-    @torch.no_grad()
     def _measure(self, probe: Probe) -> Tensor:
         """(B, …) what is kept of every image of the batch, NaN where it takes no part."""
         return probe.spread(self._rows(probe))

@@ -54,7 +54,8 @@ class Localization(PerImage):
         maps = check_maps(maps, masks[:, None])
         if index is not None:
             index = check_index(index, len(maps))
-        self._keep(self._measure(maps, masks), index)
+        with torch.inference_mode(False):
+            self._keep(self._measure(maps, masks), index)
 
     @torch.no_grad()
     def _measure(self, maps: Tensor, masks: Tensor) -> Tensor:

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from .. import kernels, references
-from ..checks import check_maps
+from ..checks import check_answers, check_maps, check_target
 from ..classifier import Classifier
-from ..precision import autocast
+from ..protection import protected
 from . import protocols
 from .protocols import Protocol, pixel_counts
 
@@ -74,7 +74,6 @@ def rank_pixels(maps: Tensor) -> Tensor:
     return torch.empty_like(order, dtype=torch.int32).scatter_(1, order, positions).view(maps.shape)
 
 
-@torch.no_grad()
 def endpoints(
     clf: Classifier,
     images: Tensor,
@@ -93,17 +92,17 @@ def endpoints(
         labels: (B,) ground-truth classes, −1 where unknown, for protocols that need them.
 
     Raises:
-        ValueError: for images or targets that `Classifier.check` and `Classifier.resolve_target` refuse, and for labels
-            that are needed and missing, or no classes.
+        ValueError: for images or targets that `Classifier.check` and `Classifier.resolve_target` refuse, for labels
+            that are needed and missing, or no classes, and where the classifier is not finite.
     """
-    clf.check(images)
+    images = clf.check(images).detach()
     protocol = protocols.get(protocol)
     if target is not None:
         target = clf.resolve_target(images, target)
     truth = _labels(clf, protocol, labels, images) if "label" in protocol.needs else None
     size = internal_batch_size
-    with autocast("fp32", images.device):
-        logits = torch.cat([clf(part) for part in images.split(size)])
+    with protected(clf), torch.no_grad():
+        logits = check_answers(torch.cat([clf(part) for part in images.split(size)]), clf.name)
         predicted = logits.argmax(dim=-1)
         target = predicted if target is None else target
         confidence = _response(logits, target).confidence
@@ -123,6 +122,7 @@ def endpoints(
         replaced = Response(*(stacked.new_full(stacked.shape[:2], torch.nan) for _ in Response._fields))
         if protocol.span[1] == 1:
             answers = respond(clf, stacked.flatten(0, 1), scored.repeat(len(made)), size)
+            check_answers(answers.confidence.view(stacked.shape[:2]).T, f"{clf.name}, for a reference image,")
             replaced = Response(*(value.view(stacked.shape[:2]) for value in answers))
     return Endpoints(target, predicted, stacked, _response(logits, scored), replaced, confidence, scored, takes_part)
 
@@ -156,7 +156,6 @@ def _adaptive_blur(
     return reference, takes_part
 
 
-@torch.no_grad()
 def sweep(
     clf: Classifier,
     images: Tensor,
@@ -183,12 +182,14 @@ def sweep(
     """
     if chunk < 2:
         raise ValueError(f"chunk={chunk}: give at least 2, one deleted and one inserted image")
+    images, reference = clf.check(images).detach(), clf.check(reference).detach()
     ranks = rank_pixels(check_maps(maps, images))
-    if ends is None:
-        with autocast("fp32", images.device):
-            ends = (_response(clf(images), target), _response(clf(reference), target))
+    target = check_target(target, len(images), clf.num_classes, images.device)
     counts = pixel_counts(images.shape[-2] * images.shape[-1], points)
-    return Sweep(*_swept(clf, images, ranks, target, reference, counts, chunk, ends, (0, 1)))
+    with protected(clf), torch.no_grad():
+        if ends is None:
+            ends = (_response(clf(images), target), _response(clf(reference), target))
+        return Sweep(*_swept(clf, images, ranks, target, reference, counts, chunk, ends, (0, 1)))
 
 
 def _swept(
@@ -217,17 +218,19 @@ def _swept(
     steps = torch.tensor(inner, dtype=torch.int32, device=images.device)
     images_at_once = max(1, min(batch, chunk // len(sides)))
     steps_at_once = max(1, chunk // (len(sides) * images_at_once))
-    with autocast("fp32", images.device):
-        for start in range(0, batch, images_at_once):
-            rows = slice(start, start + images_at_once)
-            for step in range(0, len(inner), steps_at_once):
-                part = steps[step : step + steps_at_once]
-                pair = kernels.perturb_by_rank(images[rows], reference[rows], ranks[rows], part, clf.mean, clf.std)
-                halves = [pair[side].flatten(0, 1) for side in sides]
-                logits = clf.forward_normalized(halves[0] if len(halves) == 1 else torch.cat(halves))
-                repeated = classes[rows].repeat_interleave(len(part)).repeat(len(sides))
-                response = torch.stack(_response(logits, repeated)).view(2, len(sides), -1, len(part))
-                curves[:, :, rows, first + step : first + step + len(part)] = response.transpose(0, 1)
+    for start in range(0, batch, images_at_once):
+        rows = slice(start, start + images_at_once)
+        for step in range(0, len(inner), steps_at_once):
+            part = steps[step : step + steps_at_once]
+            pair = kernels.perturb_by_rank(
+                images[rows], reference[rows], ranks[rows], part, clf.mean, clf.std, clf.dtype
+            )
+            halves = [pair[side].flatten(0, 1) for side in sides]
+            logits = clf.forward_normalized(halves[0] if len(halves) == 1 else torch.cat(halves))
+            repeated = classes[rows].repeat_interleave(len(part)).repeat(len(sides))
+            response = torch.stack(_response(logits, repeated)).view(2, len(sides), -1, len(part))
+            curves[:, :, rows, first + step : first + step + len(part)] = response.transpose(0, 1)
+    check_answers(curves[:, 0].transpose(0, 1), f"{clf.name}, for perturbed images,")
     if len(distinct) < len(counts):
         curves = curves[..., [distinct.index(count) for count in counts]]
     return [Response(*curve) for curve in curves]

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..checks import check_maps
 from ..classifier import Classifier
+from ..protection import protected
 from . import protocols
 from .by_reference import ByReference, Named, arranged
 from .confidence import ConfidenceChange
@@ -130,6 +131,7 @@ class Suite:
         Raises:
             ValueError: for arguments that do not fit, and for labels or masks that the protocol needs and lacks.
         """
+        images = self.clf.check(images).detach()
         ends = endpoints(self.clf, images, target, self.protocol, self.internal_batch_size, labels)
         if "mask" not in self.needs:
             return Batch(images, ends)
@@ -141,9 +143,12 @@ class Suite:
             raise ValueError(f"masks is {tuple(masks.shape)}: give {expected}, one value per pixel of the images")
         return Batch(images, ends, chosen)
 
-    @torch.no_grad()
     def measure(self, batch: Batch, maps: Tensor) -> Scores:
         """Scores of ``maps`` (B,1,H,W), finite attributions of the images and targets of ``batch``."""
+        with protected(self.clf), torch.no_grad():
+            return self._measured(batch, maps)
+
+    def _measured(self, batch: Batch, maps: Tensor) -> Scores:
         maps = check_maps(maps, batch.images)
         probe = Probe(self.clf, self.protocol, batch.images, maps, batch.ends, self.internal_batch_size, batch.masks)
         found: Named = {}

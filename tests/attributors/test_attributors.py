@@ -50,7 +50,7 @@ def test_refusals(models, name):
         method.attribute(images * 255)
     with pytest.raises(ValueError, match="batch is empty"):
         method.attribute(images[:0])
-    with pytest.raises(ValueError, match="at least one image"):
+    with pytest.raises(ValueError, match="an integer ≥ 1"):
         create(name, clf, internal_batch_size=0)
 
 

@@ -361,7 +361,7 @@ def test_layers_that_do_not_fit_are_refused(models):
             attributors.create("gradcam", clf, layer=layer)
     with pytest.raises(ValueError, match=r"layer fc of ResNet gives \(1, 4\), not maps"):
         attributors.create("gradcam", clf, layer="fc").attribute(images)
-    twice = nn.Sequential(nn.Conv2d(3, 4, 3), *[nn.ReLU()] * 2, nn.Flatten(), nn.LazyLinear(4))
+    twice = nn.Sequential(nn.Conv2d(3, 4, 3), *[nn.ReLU()] * 2, nn.Flatten(), nn.Linear(144, 4))
     small = Classifier.wrap(twice, input_size=(8, 8))
     with pytest.raises(ValueError, match="layer 1 runs more than once"):
         attributors.create("gradcam", small, layer="1").attribute(pictures(small))

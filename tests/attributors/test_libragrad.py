@@ -336,16 +336,16 @@ class Apply(nn.Module):
         (nn.Tanh(), "no rule for tanh in Tanh"),
         (nn.ReLU6(), "no rule for hardtanh in ReLU6"),
         (Apply(torch.exp), "no rule for exp in Apply"),
-        (Apply(lambda x: 1 / x), "no rule for rdiv in Apply"),
-        (Apply(lambda x: torch.ones(2, 3) / x), "no rule for division by something that depends on the input in Apply"),
+        (Apply(lambda x: 1 / (x + 1)), "no rule for rdiv in Apply"),
+        (Apply(lambda x: torch.ones(1, 3) / (x + 1)), "no rule for division by something that depends on the input"),
         (Apply(lambda x: (x + 1).mul_(x)), "no rule for mul in place in Apply"),
         (Apply(lambda x: torch.einsum("bi,bi->bi", x, x)), "no rule for einsum of two factors"),
         (Apply(lambda x: F.pad(x, (0, 1), value=2.0)), "no rule for pad with 2.0"),
-        (nn.Softmax(dim=1), "no gradient reaches the output of Stack under libra.*logits"),
+        (nn.Sequential(nn.Softmax(dim=1), Apply(lambda x: 2 * x)), "no gradient reaches the output of Stack under libra.*logits"),
     ],
 )
 def test_what_has_no_rule_is_refused_when_the_method_is_made(last, message):
-    clf = Classifier.wrap(Stack(last), input_size=(8, 8), num_classes=3)
+    clf = Classifier.wrap(Stack(last), input_size=(8, 8))
     with pytest.raises(ValueError, match=message) as error:
         attributors.create("libragrad", clf)
     assert "\n" not in str(error.value)
@@ -353,9 +353,8 @@ def test_what_has_no_rule_is_refused_when_the_method_is_made(last, message):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.parametrize("compiled", [torch.jit.script, torch.compile])
-def test_compiled_modules_are_refused(compiled):
-    module = nn.Sequential(compiled(nn.Linear(3, 3)))
+def test_scripted_modules_are_refused():
+    module = nn.Sequential(torch.jit.script(nn.Linear(3, 3)))
     with (
         pytest.raises(ValueError, match=r"cannot see into a compiled (RecursiveScript|Optimized)Module"),
         libra(module),

@@ -8,8 +8,8 @@ import torch
 
 from aha import Explainer, attributors
 from aha.attributors import libragrad, mda
-from tests.conftest import TINY_DECODER
 
+from ..toys import TINY_DECODER
 from .architectures import CAIT, MIXERS, PYRAMIDS, TRANSFORMERS, assert_refused, pictures
 from .architectures import KINDS as ALL
 

@@ -217,7 +217,7 @@ def test_refusals():
 @pytest.mark.parametrize("architecture", ["convit_tiny", "samvit_base_patch16", "hiera_tiny_224"])
 def test_other_architectures_with_blocks_are_refused(architecture):
     with torch.device("meta"):
-        module = timm.create_model(architecture)
+        module = timm.create_model(architecture, num_classes=1000)
     clf = Classifier(module, (0.5,) * 3, (0.5,) * 3, (224, 224), 1000)
     for name in ("tis", "caap"):
         assert_refused(lambda clf, name=name: attributors.create(name, clf), clf, f"{name} .* accepts timm vision")
