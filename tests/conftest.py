@@ -1,16 +1,30 @@
-"""Shared pieces of the tests: tiny models with random weights, and a poison for uninitialised memory."""
+"""Fixtures of every room: a tiny classifier with its explainer, images, and a poison for uninitialised memory."""
+
+import dataclasses
+import functools
 
 import pytest
-import timm
 import torch
 
 import aha
-from aha.explainer.decoder import DecoderConfig
+from aha.attributors import learned
+from aha.demo import shortcut
+from aha.metrics import PROTOCOLS
+from aha.refinement import refine
+
+from .toys import TINY_DECODER, pictures, tiny_classifier
+from .toys import tiny_vit as tiny_vit
 
 # tiny tensors: one thread each, so that tests running side by side do not wait for one another
 torch.set_num_threads(1)
 
-TINY_DECODER = DecoderConfig(embedding=16, width=16, head=8, strides=(2, 4, 8, 16))
+
+def pytest_collection_modifyitems(items):
+    """Files with many slow tests come first, so that at the end no process waits for another's long file."""
+    slow = {}
+    for item in items:
+        slow[item.path] = slow.get(item.path, 0) + (item.get_closest_marker("slow") is not None)
+    items.sort(key=lambda item: -slow[item.path])  # stable: within a file, and among equals, the order stays
 
 
 @pytest.fixture(autouse=True)
@@ -23,35 +37,25 @@ def poison_empty_memory():
     torch.use_deterministic_algorithms(deterministic)
 
 
-def tiny_vit(classes: int = 5, seed: int = 0, **options) -> torch.nn.Module:
-    """A ViT for 32 px images whose random weights are large enough for confidences to differ."""
-    torch.manual_seed(seed)
-    settings = {
-        "img_size": 32,
-        "patch_size": 8,
-        "embed_dim": 32,
-        "depth": 2,
-        "num_heads": 2,
-        "num_classes": classes,
-    }
-    model = timm.models.vision_transformer.VisionTransformer(**{**settings, **options})
-    for parameter in model.parameters():
-        if parameter.ndim > 1:
-            torch.nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
-    return model
+@pytest.fixture
+def coarse(monkeypatch):
+    """The protocol aha in 5 points, refinement on 4: for tests of what is written, not of how exact it is."""
+    monkeypatch.setitem(PROTOCOLS, "aha", dataclasses.replace(PROTOCOLS["aha"], points=5))
+    for module in (learned, shortcut):
+        monkeypatch.setattr(module, "refine", functools.partial(refine, fractions=4))
 
 
 @pytest.fixture
-def classifier() -> "aha.Classifier":
-    return aha.Classifier.wrap(tiny_vit(), (0.5,) * 3, (0.5,) * 3, (32, 32))
+def classifier() -> aha.Classifier:
+    return tiny_classifier()
 
 
 @pytest.fixture
-def explainer(classifier) -> "aha.Explainer":
+def explainer(classifier) -> aha.Explainer:
     torch.manual_seed(1)
     return aha.Explainer.build(classifier, decoder=TINY_DECODER)
 
 
 @pytest.fixture
 def images() -> torch.Tensor:
-    return torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    return pictures()

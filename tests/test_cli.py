@@ -1,23 +1,49 @@
-"""The command line as a person uses it, in processes of its own."""
+"""The command line as a person uses it; in a process of its own where that could make a difference."""
 
+import dataclasses
+import io
 import json
 import os
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
+from aha import cli
+
+pytestmark = pytest.mark.usefixtures("coarse")
 FAST = ["--steps", "2", "--batch-size", "2", "--fractions", "4", "--n-iters", "3", "--targets", "1"]
 NARROW = ["--embedding", "8", "--width", "8", "--head", "8"]
 
 
+@dataclasses.dataclass(frozen=True)
+class Done:
+    returncode: int
+    stdout: str
+    stderr: str
+
+
 def aha(*arguments):
+    """The command in this process; an exception that it does not turn into a line is the test's."""
+    stdout, stderr = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(stdout), redirect_stderr(stderr):
+        patch.setenv("COLUMNS", "200")
+        try:
+            code = cli.main([*map(str, arguments)])
+        except SystemExit as stopped:  # by the parser
+            code = stopped.code
+    return Done(code, stdout.getvalue(), stderr.getvalue())
+
+
+def aha_alone(*arguments):
+    """The command in a process of its own."""
     command = [sys.executable, "-m", "aha.cli", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
+    return subprocess.run(command, capture_output=True, text=True, env=environment)
 
 
 def fails(done, message):
@@ -43,6 +69,12 @@ def photos(tmp_path_factory):
     for i in range(3):
         Image.fromarray(random.integers(0, 256, (80, 90, 3), dtype=np.uint8)).save(folder / f"{i}.png")
     return folder
+
+
+def test_in_a_process_of_its_own(tmp_path):
+    assert aha_alone("--version").stdout.startswith("aha 0")
+    assert fails(aha_alone("report", tmp_path / "nowhere"), "nowhere")
+    assert aha_alone("explode").returncode == 2
 
 
 def test_help_and_version():

@@ -21,6 +21,8 @@ from aha.evaluation.store import Folder, Memory, pack_maps, unpack_maps
 from aha.metrics import Protocol, Suite
 from aha.source import Source
 
+from ..toys import SmallNet
+
 SHORT = Protocol("short", points=5)
 
 
@@ -37,22 +39,9 @@ class Images(torch.utils.data.Dataset):
         return {"image": self.images[index], "label": index % 3, "mask": mask}
 
 
-class Small(torch.nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.conv = torch.nn.Conv2d(3, 4, 3, padding=1)
-        self.head = torch.nn.Linear(4 * 16, 3)
-        self.seen = 0
-
-    def forward(self, pixels):
-        self.seen += len(pixels)
-        return 4 * self.head(torch.nn.functional.adaptive_avg_pool2d(torch.tanh(self.conv(pixels)), 4).flatten(1))
-
-
 @pytest.fixture
 def clf():
-    torch.manual_seed(0)
-    return Classifier.wrap(Small(), input_size=(16, 16), num_classes=3)
+    return Classifier.wrap(SmallNet(), input_size=(16, 16), num_classes=3)
 
 
 def engine(clf, store, methods=("input_x_gradient", "random"), suites=("short",), size=7, **options):

@@ -8,30 +8,18 @@ import statistics
 import pytest
 import torch
 from rich.console import Console
-from torch import nn
 
 from aha import metrics
 from aha.classifier import Classifier
 from aha.evaluation import RESAMPLES, Failure, evaluate
 from aha.metrics import ConfidenceChange, DeletionInsertion, Localization, Protocol
 
+from ..toys import SmallNet
+
 SHORT = Protocol("short", points=5)
 FAITHFULNESS = (*DeletionInsertion.directions, *ConfidenceChange.directions)
 LOCALIZATION = tuple(Localization.directions)
 COSTS = ("seconds_per_image", "forward_per_image", "backward_per_image")
-
-
-class Small(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.conv = nn.Conv2d(3, 4, 3, padding=1)
-        self.head = nn.Linear(4 * 16, 3)
-        self.seen = 0
-
-    def forward(self, pixels):
-        self.seen += len(pixels)
-        features = torch.nn.functional.adaptive_avg_pool2d(torch.tanh(self.conv(pixels)), 4)
-        return 4 * self.head(features.flatten(1))
 
 
 class Images(torch.utils.data.Dataset):
@@ -55,8 +43,7 @@ class Images(torch.utils.data.Dataset):
 
 @pytest.fixture
 def clf():
-    torch.manual_seed(0)
-    return Classifier.wrap(Small(), input_size=(8, 8), num_classes=3)
+    return Classifier.wrap(SmallNet(), input_size=(8, 8), num_classes=3)
 
 
 def bright(images, target):

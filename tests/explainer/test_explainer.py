@@ -9,7 +9,7 @@ import torch
 import aha
 from aha.explainer.encoder import build, quarters
 
-from ..conftest import TINY_DECODER, tiny_vit
+from ..toys import TINY_DECODER, tiny_classifier
 
 TIMM = {
     "vit_tiny_patch16_224": 64,  # one class token
@@ -23,14 +23,10 @@ TIMM = {
 }
 
 
-def wrapped(size, classes=5):
-    return aha.Classifier.wrap(tiny_vit(classes, img_size=size), (0.5,) * 3, (0.5,) * 3, (size, size))
-
-
 @pytest.mark.parametrize("name", TIMM)
 def test_timm_backbones(name):
     size = TIMM[name]
-    clf = wrapped(64)
+    clf = tiny_classifier(img_size=64)
     image_size = (size, size)
     explainer = aha.Explainer.build(clf, name, pretrained=False, decoder=TINY_DECODER, image_size=image_size)
     images = torch.rand(2, 3, size, size)
@@ -65,7 +61,7 @@ def test_transformers_backbones(name, tmp_path):
     torch.manual_seed(0)
     hf_models()[name]().save_pretrained(tmp_path)
     size = 56 if name == "dinov2" else 64
-    clf = wrapped(64)
+    clf = tiny_classifier(img_size=64)
     explainer = aha.Explainer.build(clf, f"hf:{tmp_path}", decoder=TINY_DECODER, image_size=(size, size))
     images = torch.rand(2, 3, size, size)
     assert explainer(images, torch.tensor([1, 2])).shape == (2, 1, size, size)
@@ -80,7 +76,7 @@ def test_transformers_tokens_are_laid_out_row_by_row(tmp_path):
     # features must follow the image: a change in one corner shows most in that corner
     torch.manual_seed(0)
     hf_models()["vit"]().save_pretrained(tmp_path)
-    encoder = build(f"hf:{tmp_path}", wrapped(32), image_size=(32, 32)).eval()
+    encoder = build(f"hf:{tmp_path}", tiny_classifier(), image_size=(32, 32)).eval()
     image = torch.rand(1, 3, 32, 32)
     other = image.clone()
     other[..., :8, 24:] = 1 - other[..., :8, 24:]
@@ -116,7 +112,7 @@ def test_transformers_classifier(tmp_path):
 
 
 def test_sizes_that_the_patch_does_not_divide_are_padded():
-    clf = wrapped(64)
+    clf = tiny_classifier(img_size=64)
     explainer = aha.Explainer.build(clf, "vit_tiny_patch16_224", pretrained=False, decoder=TINY_DECODER)
     assert explainer(torch.rand(1, 3, 50, 70), torch.tensor([0])).shape == (1, 1, 50, 70)
     assert explainer.encoder.padded_size(50, 70) == (64, 80)
@@ -198,10 +194,10 @@ def test_a_named_classifier_is_made_again(tmp_path):
 
 def test_another_classifier_warns_and_other_classes_raise(explainer, tmp_path):
     explainer.save_pretrained(tmp_path)
-    other = aha.Classifier.wrap(tiny_vit(seed=9), (0.5,) * 3, (0.5,) * 3, (32, 32))
+    other = tiny_classifier(seed=9)
     with pytest.warns(UserWarning, match="not the one this explainer was trained for"):
         aha.Explainer.from_pretrained(tmp_path, other)
-    fewer = aha.Classifier.wrap(tiny_vit(4), (0.5,) * 3, (0.5,) * 3, (32, 32))
+    fewer = tiny_classifier(4)
     with pytest.raises(ValueError, match="trained for 5 classes"):
         aha.Explainer.from_pretrained(tmp_path, fewer)
     with pytest.raises(ValueError, match="pass classifier="):
@@ -242,7 +238,8 @@ def test_a_failed_save_leaves_the_old_file(explainer, tmp_path, monkeypatch):
 @pytest.mark.parametrize(("name", "message"), [("vit_giant_of_nowhere", "timm has no model"), ("mixer_b16_224", None)])
 def test_unknown_encoder(classifier, name, message):
     if message is None:  # mixers give token features too
-        aha.Explainer.build(wrapped(64), name, pretrained=False, decoder=TINY_DECODER, image_size=(224, 224))
+        clf = tiny_classifier(img_size=64)
+        aha.Explainer.build(clf, name, pretrained=False, decoder=TINY_DECODER, image_size=(224, 224))
     else:
         with pytest.raises(ValueError, match=message):
             aha.Explainer.build(classifier, name, decoder=TINY_DECODER)

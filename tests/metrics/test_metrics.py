@@ -10,6 +10,8 @@ from aha import metrics, references
 from aha.classifier import Classifier
 from aha.metrics import ConfidenceChange, DeletionInsertion, Localization, Protocol
 
+from ..toys import SmallNet
+
 
 class Weighted(nn.Module):
     """Logits [w·x, 0], so the probability of class 0 is sigmoid(w·x)."""
@@ -25,21 +27,6 @@ class Weighted(nn.Module):
         return torch.stack([score, torch.zeros_like(score)], dim=1)
 
 
-class Small(nn.Module):
-    """A random convolutional network with three classes."""
-
-    def __init__(self):
-        super().__init__()
-        self.conv = nn.Conv2d(3, 6, 3, padding=1)
-        self.head = nn.Linear(6 * 16, 3)
-        self.seen = 0
-
-    def forward(self, pixels):
-        self.seen += len(pixels)
-        features = torch.nn.functional.adaptive_avg_pool2d(torch.tanh(self.conv(pixels)), 4)
-        return 6 * self.head(features.flatten(1))
-
-
 def wrap(module, size=8, classes=2):
     mean, std = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
     return Classifier.wrap(module.eval(), mean, std, input_size=(size, size), num_classes=classes)
@@ -47,8 +34,7 @@ def wrap(module, size=8, classes=2):
 
 @pytest.fixture
 def small():
-    torch.manual_seed(0)
-    return wrap(Small(), classes=3)
+    return wrap(SmallNet(6), classes=3)
 
 
 @pytest.fixture

@@ -8,27 +8,15 @@ import sys
 
 import pytest
 import torch
-from torch import nn
 
 from aha.classifier import Classifier
 from aha.metrics import ConfidenceChange, DeletionInsertion, Localization, Monotonicity, Protocol
 from aha.metrics.state import mean
+from tests.toys import SmallNet
 
 SHORT = Protocol("short", points=5, metrics=("deletion", "insertion", "ins_minus_del", "adp", "pic", "monotonicity"))
 KINDS = (DeletionInsertion, ConfidenceChange, Monotonicity, Localization)
 IMAGES = 7
-
-
-class Small(nn.Module):
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.conv = nn.Conv2d(3, 4, 3, padding=1)
-        self.head = nn.Linear(4 * 16, 3)
-
-    def forward(self, pixels):
-        features = torch.nn.functional.adaptive_avg_pool2d(torch.tanh(self.conv(pixels)), 4)
-        return 4 * self.head(features.flatten(1))
 
 
 def data():
@@ -40,7 +28,7 @@ def data():
 
 
 def made(kind, **options):
-    clf = Classifier.wrap(Small().eval(), input_size=(8, 8), num_classes=3)
+    clf = Classifier.wrap(SmallNet().eval(), input_size=(8, 8), num_classes=3)
     return kind(**options) if kind is Localization else kind(clf, SHORT, **options)
 
 

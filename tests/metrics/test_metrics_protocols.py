@@ -21,6 +21,8 @@ from aha.metrics import (
 from aha.metrics import perturbed as perturbed_images
 from bench import metrics as bench_metrics
 
+from ..toys import SmallNet
+
 SIDE = 8
 ALIGNED = Protocol(
     "aligned",
@@ -48,22 +50,6 @@ class Linear(nn.Module):
         return torch.stack([p.log(), (1 - p).log()], dim=1).float()
 
 
-class Small(nn.Module):
-    """A random convolutional network with three classes."""
-
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.conv = nn.Conv2d(3, 6, 3, padding=1)
-        self.head = nn.Linear(6 * 16, 3)
-        self.seen = 0
-
-    def forward(self, pixels):
-        self.seen += len(pixels)
-        features = torch.nn.functional.adaptive_avg_pool2d(torch.tanh(self.conv(pixels)), 4)
-        return 6 * self.head(features.flatten(1))
-
-
 def wrap(module, classes=2, size=SIDE):
     mean, std = (0.5, 0.4, 0.6), (0.5, 0.25, 0.4)
     return Classifier.wrap(
@@ -73,7 +59,7 @@ def wrap(module, classes=2, size=SIDE):
 
 @pytest.fixture
 def small():
-    return wrap(Small(), classes=3)
+    return wrap(SmallNet(6), classes=3)
 
 
 @pytest.fixture

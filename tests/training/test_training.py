@@ -16,7 +16,7 @@ from aha.training import checkpoint
 from aha.training.schedule import learning_rate, temperature
 from aha.training.trainer import StepSampler
 
-from ..conftest import TINY_DECODER, tiny_vit
+from ..toys import TINY_DECODER, tiny_classifier
 
 CONFIG = aha.TrainConfig(
     steps=6, batch_size=4, accumulate=2, fractions=5, n_iters=5, save_every=0, log_every=2, precision="fp32"
@@ -42,7 +42,7 @@ class Images(torch.utils.data.Dataset):
 
 
 def fresh():
-    clf = aha.Classifier.wrap(tiny_vit(), (0.5,) * 3, (0.5,) * 3, (32, 32))
+    clf = tiny_classifier()
     torch.manual_seed(3)
     return aha.Explainer.build(clf, decoder=TINY_DECODER), clf
 
