@@ -1,23 +1,33 @@
 # Every target sets up what it needs; the second call finds it ready.
 #   make test PYTHON=python3.12    another Python, 3.10 or newer
 #   make test AHA_BUILD=cuda       what to compile: auto, cpu, cuda or none (see setup.py)
+#   make quick ROOM=attributors    the fast tests of one room
 #   make test ARGS="-k native"     passed on to pytest, to aha demo, or to bench.report (--help lists its options)
 PYTHON ?= python3
 AHA_BUILD ?= $(if $(shell nvidia-smi -L 2>/dev/null),auto,cpu)
 ARGS ?=
+ROOM ?=
 VENV := .venv
 PY := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 BUILT := $(VENV)/.built-$(AHA_BUILD)
 export AHA_BUILD
 
-.PHONY: demo test bench sanitize wheel lint clean
+# two processes that take whole files, so that what a file sets up is set up once; long files first (tests/conftest.py)
+PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+.PHONY: demo quick test bench sanitize wheel lint clean
 
 demo: $(BUILT)
 	$(VENV)/bin/aha demo $(ARGS)
 
+# what is not marked slow; of one room with ROOM=attributors, which is a folder or a file of tests/
+quick: $(BUILT)
+	@test -z "$(ROOM)" || test -n "$(wildcard tests/$(ROOM) tests/test_$(ROOM).py)" || { echo "there is no room tests/$(ROOM)"; exit 2; }
+	$(PYTEST) -m "not slow" $(if $(ROOM),$(wildcard tests/$(ROOM) tests/test_$(ROOM).py)) $(ARGS)
+
 test: $(BUILT)
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile $(ARGS)
+	$(PYTEST) $(ARGS)
 
 bench: $(BUILT)
 	$(PY) -m bench.report $(ARGS)
