@@ -27,6 +27,8 @@ class Source:
     """Use only the first images."""
     masks: Path | None = None
     """Folder of masks of the object (<image name>.png), for the localisation metrics."""
+    labels: bool = True
+    """Read labels of the images; without them, every image below the folder is taken as unlabelled."""
 
     def load_classifier(self) -> Classifier:
         """The classifier, frozen, on the GPU if there is one."""
@@ -42,10 +44,20 @@ class Source:
             raise ValueError(f"limit={self.limit}: give 1 or more images")
         side = size[0]
         if self.data == "scenes":
+            if not self.labels:
+                raise ValueError("labels=False is for folders of images: scenes are labelled as they are made")
             count = self.limit or (4096 if training else 128)
             return Scenes("train" if training else "test", size=count, seed=seed, image_size=side)
         augment, masks = training and augment, None if training else self.masks
-        data = ImageFolder(self.data, image_size=side, split=self.split, augment=augment, seed=seed, masks=masks)
+        data = ImageFolder(
+            self.data,
+            image_size=side,
+            labels=None if self.labels else False,
+            split=self.split,
+            augment=augment,
+            seed=seed,
+            masks=masks,
+        )
         indices = list(range(len(data)))
         if self.holdout:
             kept, held = hold_out(len(data), self.holdout)

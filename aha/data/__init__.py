@@ -1,7 +1,24 @@
 """Labelled images: scenes made on the fly with their evidence known, and folders of images on disk."""
 
-from aha.data.folders import ImageFolder, ImageReadError, find_images, load_image
+from aha.data.folders import ImageFolder, find_images, output_names
+from aha.data.images import ImageMissingError, ImageReadError, load_image
+from aha.data.labels import fit_labels
+from aha.data.readable import Readable, readable
 from aha.data.scenes import Scenes
-from aha.data.split import Part, hold_out
+from aha.data.split import Part, hold_out, identity
 
-__all__ = ["ImageFolder", "ImageReadError", "Part", "Scenes", "find_images", "hold_out", "load_image"]
+__all__ = [
+    "ImageFolder",
+    "ImageMissingError",
+    "ImageReadError",
+    "Part",
+    "Readable",
+    "Scenes",
+    "find_images",
+    "fit_labels",
+    "hold_out",
+    "identity",
+    "load_image",
+    "output_names",
+    "readable",
+]

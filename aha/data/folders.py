@@ -1,41 +1,51 @@
-"""Images on disk: class folders, ImageNet's layout, flat folders and single files, with PIL and numpy."""
+"""Images on disk: class folders, ImageNet's layout, flat folders and single files."""
 
 from __future__ import annotations
 
-import csv
+import copy
+import hashlib
 import os
 import random
-from collections.abc import Sequence
+import unicodedata
+import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image, ImageOps
+
+from aha.data.images import (
+    CROP_PCT,
+    ImageReadError,
+    augmented,
+    fitted,
+    open_image,
+    open_mask,
+    resampling,
+    shorter_side,
+    to_tensor,
+)
+from aha.data.images import Image as _Image
+from aha.data.labels import is_number, number_names, read_labels, relabel, spelled
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
-INTERPOLATIONS = {
-    "nearest": Image.Resampling.NEAREST,
-    "bilinear": Image.Resampling.BILINEAR,
-    "bicubic": Image.Resampling.BICUBIC,
-    "lanczos": Image.Resampling.LANCZOS,
-}
-CROP_PCT = 0.875
 LABELS = "labels.csv"
 MASK = "_mask"  # end of a mask's name where it lies beside its image
-
-
-class ImageReadError(ValueError):
-    """A file that is not an image, or is damaged or cut short. The message names it."""
+CHUNK = 1 << 20  # bytes read at a time for a digest
 
 
 class ImageFolder(torch.utils.data.Dataset):
     """Images below `root`, resized, centre-cropped and labelled.
 
     Layouts, found by looking:
-    - root/<class>/*.jpg: labels follow the sorted folder names, or `class_names` where given;
+    - root/<class>/*.jpg: folders named by numbers (7, 007) are these labels; other labels follow the sorted folder
+      names, or `class_names` where given;
     - root/train/... and root/val/... (ImageNet): choose with `split`; each may have any layout of this list;
     - a flat folder with a labels file, columns `file,label` (others ignored): the images it lists;
     - a flat folder: label -1.
+
+    These labels are the folder's own: `fit_labels` brings them into a classifier's numbering. What is reached twice
+    through links counts once. Files that cannot be read are listed, and raise on access.
 
     image_size: side of the square output, pixels.
     resize: the shorter side before the centre crop, pixels; None is round(image_size / crop_pct).
@@ -44,19 +54,23 @@ class ImageFolder(torch.utils.data.Dataset):
         function of (seed, index) alone. Any index is accepted: index // len(self) is the epoch. Iteration
         stops after one epoch.
     class_names: names of all classes in label order, for a folder that lacks some; None is the sorted names
-        found.
-    labels: the labels file; None looks for root/labels.csv. Its labels are class names, or integers
-        throughout.
+        found. Case, blanks and underscores may differ where that leaves one.
+    labels: the labels file; None looks for root/labels.csv; False leaves labels out: every image below the folder,
+        label -1. In the file, labels are class names, or integers throughout (7, 07 and 7.0 are one); paths are
+        relative to the folder and stay in it, or are absolute.
     split: subfolder of root to read, such as "train" or "val".
     masks: folder of masks of the object, for the localisation metrics: <name>.png or <name>_mask.png for an image
-        <name>.jpg, under the image's relative path or directly in the folder; whatever is not black is object.
+        <name>.jpg, under the image's relative path or directly in the folder; whatever is not black, or 0, is object.
         They are resized and cropped like their images. An image without one has an empty mask. Where masks lie
         beside their images, files ending in _mask are not taken for images.
+
+    Attributes: samples, [(path, label)]; labelled_by, "names", "numbers" or None without labels; class_names, in label
+    order, or None.
 
     Items are dicts: "image" (3, H, W) float32 RGB in [0, 1], "label" int, "path" str, and with `masks` "mask"
     (1, H, W) bool.
     FileNotFoundError for a missing folder or one without images; ValueError for an ambiguous folder or a bad
-    labels file; ImageReadError, on access, for a file that cannot be read.
+    labels file; ImageReadError, on access, for a file that cannot be read, and for a folder that cannot be listed.
     """
 
     def __init__(
@@ -68,25 +82,34 @@ class ImageFolder(torch.utils.data.Dataset):
         interpolation: str = "bicubic",
         augment: bool = False,
         class_names: Sequence[str] | None = None,
-        labels: str | os.PathLike | None = None,
+        labels: str | os.PathLike | bool | None = None,
         split: str | None = None,
         seed: int = 0,
         masks: str | os.PathLike | None = None,
     ):
         if augment and masks is not None:
             raise ValueError("masks are of whole images: leave augment off")
+        if isinstance(class_names, str):
+            raise ValueError(f"class_names is the text {class_names!r}: give a list of names in label order")
         self.image_size = image_size
-        self.resize = _shorter_side(image_size, resize, crop_pct)
-        self.resample = _resample(interpolation)
+        self.resize = shorter_side(image_size, resize, crop_pct)
+        self.resample = resampling(interpolation)
         self.augment, self.seed = augment, seed
-        folder = _folder(Path(root), split)
-        names = None if class_names is None else list(class_names)
-        if labels is None and (folder / LABELS).is_file():
-            labels = folder / LABELS
-        if labels is not None:
-            self.samples, names = _listed(folder, Path(labels), names)
+        self.folder = folder = _folder(Path(root), split)
+        names = None if class_names is None else [str(name) for name in class_names]
+        self.names_given = names is not None
+        self.labelled_by: str | None = None
+        self.labels_file: Path | None = None
+        if labels is None or labels is True:
+            labels = folder / LABELS if (folder / LABELS).is_file() else None
+        self.samples: list[tuple[Path, int]]
+        if labels is False:
+            self.samples = [(path, -1) for path in find_images(folder)]
+        elif labels is not None:
+            self.labels_file = Path(labels)
+            self.samples, names, self.labelled_by = _listed(folder, self.labels_file, names)
         else:
-            self.samples, names = _by_folder(folder, names)
+            self.samples, names, self.labelled_by = _by_folder(folder, names)
         self.class_names = names
         self.masks: list[Path | None] | None = None
         if masks is not None:
@@ -108,78 +131,195 @@ class ImageFolder(torch.utils.data.Dataset):
         if index < 0 or (index >= len(self) and not self.augment):
             raise IndexError(f"no image {index} among {len(self)}")
         path, label = self.samples[index % len(self)]
-        image = _open(path)
+        image = open_image(path, self.resize)
+        shape = image.size
         if self.augment:
             # a string seed is hashed by its content, the same in every process
-            image = _augmented(image, self.image_size, self.resample, random.Random(f"{self.seed},{index}"))
+            image = augmented(image, self.image_size, self.resample, random.Random(f"{self.seed},{index}"))
         else:
-            image = _fitted(image, self.image_size, self.resize, self.resample)
-        item = {"image": _to_tensor(image), "label": label, "path": str(path)}
-        return item if self.masks is None else {**item, "mask": self._mask(self.masks[index])}
+            image = fitted(image, self.image_size, self.resize, self.resample)
+        item = {"image": to_tensor(image), "label": label, "path": str(path)}
+        return item if self.masks is None else {**item, "mask": self._mask(self.masks[index], shape)}
 
-    def _mask(self, path: Path | None) -> torch.Tensor:
+    def _mask(self, path: Path | None, shape: tuple[int, int]) -> torch.Tensor:
         """(1, H, W) bool."""
         if path is None:
             return torch.zeros(1, self.image_size, self.image_size, dtype=torch.bool)
-        fitted = _fitted(_open(path), self.image_size, self.resize, Image.Resampling.NEAREST)
-        return _to_tensor(fitted).amax(dim=0, keepdim=True) > 0
+        mask = open_mask(path, self.resize, shape)
+        return to_tensor(fitted(mask, self.image_size, self.resize, _Image.Resampling.NEAREST)) > 0
+
+    def relabelled(self, numbers: Mapping[int, int], class_names: Sequence[str] | None) -> ImageFolder:
+        """The same images with label ``numbers[label]``; shares everything else."""
+        other = copy.copy(self)
+        other.samples = relabel(self.samples, numbers)
+        other.class_names = None if class_names is None else list(class_names)
+        other.labelled_by = "numbers"
+        return other
+
+    def identity(self, content: bool = True, indices: Sequence[int] | None = None) -> dict[str, Any]:
+        """What these images are, as JSON types: equal where items are equal, wherever the folder lies.
+
+        Args:
+            content: a digest over the bytes, label and mask of every image; else over paths, sizes and labels, for
+                folders of which all bytes are too many.
+            indices: of the images that count; None is all.
+        """
+        digest = hashlib.sha256()
+        places = range(len(self)) if indices is None else [index % len(self) for index in indices]
+        for place in places:
+            path, label = self.samples[place]
+            mask = self.masks[place] if self.masks is not None else None
+            digest.update(f"{_relative(path, self.folder)}\0{label}\0".encode("utf-8", "surrogateescape"))
+            for file in (path, mask):
+                digest.update(b"-" if file is None else _bytes_of(file) if content else _size_of(file))
+        return {
+            "type": "ImageFolder",
+            "images": len(places),
+            "digest": digest.hexdigest(),
+            "by": "content" if content else "listing",
+            "image_size": self.image_size,
+            "resize": self.resize,
+            "interpolation": self.resample.name.lower(),
+            "augment": self.augment,
+            "seed": self.seed if self.augment else None,
+            "masks": self.masks is not None,
+        }
 
 
-def load_image(
-    path: str | os.PathLike,
-    image_size: int = 224,
-    resize: int | None = None,
-    crop_pct: float = CROP_PCT,
-    interpolation: str = "bicubic",
-) -> torch.Tensor:
-    """One image from disk as (3, image_size, image_size) float32 RGB in [0, 1]; arguments as `ImageFolder`.
+def find_images(*paths: str | os.PathLike) -> list[Path]:
+    """The image files below folders at any depth, sorted, hidden ones left out; a file is itself.
 
-    EXIF orientation is honoured; every colour mode becomes RGB, 16 bits are scaled to the full range, and
-    transparency is dropped. FileNotFoundError for a missing file, ImageReadError for an unreadable one.
+    A file or folder that is reached again through links counts once, where it comes first. Links to nothing are
+    listed, so that whoever reads them can say so; a folder within that cannot be listed is left out with a warning.
+
+    Raises:
+        FileNotFoundError: if nothing is at one of ``paths``, or no image is in it.
+        ImageReadError: for a folder among them that cannot be listed.
     """
-    resize, resample = _shorter_side(image_size, resize, crop_pct), _resample(interpolation)
-    return _to_tensor(_fitted(_open(Path(path)), image_size, resize, resample))
+    found: dict[str, Path] = {}
+    for given in paths:
+        path = Path(given)
+        if not os.path.lexists(path):
+            raise FileNotFoundError(f"no such file or folder: {path}")
+        inside = {os.path.realpath(path): path} if not path.is_dir() else _images(path)[0]
+        if not inside:
+            raise FileNotFoundError(_nothing_in(path))
+        for real, file in inside.items():
+            found.setdefault(real, file)
+    return list(found.values())
 
 
-def find_images(path: str | os.PathLike) -> list[Path]:
-    """The image files below a folder at any depth, sorted, hidden ones left out; a file is itself.
+def output_names(files: Sequence[str | os.PathLike]) -> list[str]:
+    """A name for what is made of each file, without suffix: distinct, also where case does not count.
 
-    FileNotFoundError where nothing is at `path`, or no image is in it.
+    It is the file's own stem where no other file has it, else with as many of its folders before it as tell it apart
+    (``cat_1`` and ``dog_1``), else with its suffix behind it (``1_png``). Names do not depend on the files' order.
     """
-    path = Path(path)
-    if path.is_file():
-        return [path]
-    if not path.exists():
-        raise FileNotFoundError(f"no such file or folder: {path}")
-    found = _images(path)
-    if not found:
-        raise FileNotFoundError(f"no images in {path}: files ending in {', '.join(SUFFIXES)} are read")
-    return found
+    paths = [Path(os.path.abspath(file)) for file in files]
+    choices = [_names_of(path) for path in paths]
+    level = [0] * len(paths)
+
+    def clashes() -> list[list[int]]:
+        groups: dict[str, list[int]] = {}
+        for place, names in enumerate(choices):
+            groups.setdefault(_folded(names[level[place]]), []).append(place)
+        return [group for group in groups.values() if len(group) > 1]
+
+    while clashing := clashes():
+        longer = [
+            place
+            for group in clashing
+            # a plain stem stays where only longer names run into it
+            for place in ([p for p in group if level[p]] if 0 < sum(not level[p] for p in group) == 1 else group)
+            if level[place] + 1 < len(choices[place])
+        ]
+        if not longer:
+            break
+        for place in longer:
+            level[place] += 1
+    chosen: list[str] = [""] * len(paths)
+    taken = {_folded(names[at]) for names, at in zip(choices, level, strict=True)}
+    clashing = clashes()
+    spare = {place for group in clashing for place in sorted(group, key=lambda p: str(paths[p]))[1:]}
+    for place in sorted(range(len(paths)), key=lambda p: str(paths[p])):
+        name, number = choices[place][level[place]], 2
+        if place in spare:  # one file twice, or folders whose names hold the separator
+            while _folded(f"{name}_{number}") in taken:
+                number += 1
+            name = f"{name}_{number}"
+            taken.add(_folded(name))
+        chosen[place] = name
+    return chosen
 
 
-# ---- which files, which labels
+def _names_of(path: Path) -> list[str]:
+    """Names of a file from the shortest, each telling it apart from more files."""
+    parts = [part for part in path.parts[:-1] if part != path.anchor]
+    plain = ["_".join([*parts[len(parts) - up :], path.stem]) for up in range(len(parts) + 1)]
+    suffix = path.suffix.removeprefix(".")
+    return plain if not suffix else [*plain, f"{plain[-1]}_{suffix}"]
 
 
-def _images(folder: Path) -> list[Path]:
-    found = []
-    for at, folders, files in os.walk(folder, followlinks=True):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        found += [Path(at, name) for name in files if _is_image(name)]
-    return sorted(found)
+def _folded(name: str) -> str:
+    return unicodedata.normalize("NFC", name).casefold()
 
 
-def _is_image(name: str) -> bool:
-    return name.lower().endswith(SUFFIXES) and not name.startswith(".")
+def _nothing_in(folder: Path) -> str:
+    return f"no images in {folder}: files ending in {', '.join(SUFFIXES)} are read"
+
+
+def _images(folder: Path) -> tuple[dict[str, Path], list[tuple[Path, Path]]]:
+    """Real path → path of the images below a folder; and (path, path where it came first) of those reached again."""
+    found: dict[str, Path] = {}
+    again: list[tuple[Path, Path]] = []
+    seen: set[str] = set()
+
+    def walk(at: Path, real: str) -> None:
+        seen.add(real)
+        for entry in _entries(at, warn=at != folder):
+            inside = os.path.realpath(entry.path) if entry.is_symlink() else os.path.join(real, entry.name)
+            if _is_folder(entry):
+                if inside not in seen:
+                    walk(Path(entry.path), inside)
+            elif entry.name.lower().endswith(SUFFIXES):
+                path = Path(entry.path)
+                first = found.setdefault(inside, path)
+                if first is not path:
+                    again.append((path, first))
+
+    walk(folder, os.path.realpath(folder))
+    return found, again
+
+
+def _entries(folder: Path, warn: bool = False) -> list[os.DirEntry]:
+    """What is in a folder and not hidden, sorted by name."""
+    try:
+        with os.scandir(folder) as entries:
+            return sorted((entry for entry in entries if not entry.name.startswith(".")), key=lambda entry: entry.name)
+    except OSError as error:
+        reason = error.strerror or error
+        if not warn:
+            raise ImageReadError(f"cannot list folder {folder}: {reason}") from error
+        warnings.warn(f"cannot list folder {folder} ({reason}): its images are left out", stacklevel=4)
+        return []
+
+
+def _is_folder(entry: os.DirEntry) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # links that lead round in a circle
+        return False
 
 
 def _folder(root: Path, split: str | None) -> Path:
     if not root.is_dir():
-        raise FileNotFoundError(f"no such folder: {root}")
+        what = "is a file: give the folder it is in" if root.is_file() else None
+        raise FileNotFoundError(f"{root} {what}" if what else f"no such folder: {root}")
     if split is not None:
         if not (root / split).is_dir():
             raise FileNotFoundError(f"no split {split!r} in {root}: there is no folder {root / split}")
         return root / split
-    inside = {entry.name for entry in root.iterdir() if entry.is_dir()}
+    inside = {entry.name for entry in _entries(root) if _is_folder(entry)}
     splits = sorted(inside & {"train", "val", "valid", "validation", "test"})
     if len(splits) == 1 and inside == set(splits):
         return root / splits[0]
@@ -188,22 +328,77 @@ def _folder(root: Path, split: str | None) -> Path:
     return root
 
 
-def _by_folder(folder: Path, names: list[str] | None):
-    """Samples and class names of a folder of class folders, or of a flat folder."""
-    images = find_images(folder)
-    loose = [path for path in images if path.parent == folder]
-    if len(loose) == len(images):
-        return [(path, -1) for path in images], names
-    if loose:
-        raise ValueError(f"{folder} holds both class folders and loose images such as {loose[0].name}: move one kind")
-    classes = [path.relative_to(folder).parts[0] for path in images]
-    if names is None:
-        names = sorted(e.name for e in folder.iterdir() if e.is_dir() and not e.name.startswith("."))
-    index = {name: label for label, name in enumerate(names)}
-    for name in classes:
-        if name not in index:
-            raise ValueError(f"class folder {folder / name} is not among the {len(names)} class names given")
-    return [(path, index[name]) for path, name in zip(images, classes, strict=True)], names
+def _by_folder(folder: Path, given: list[str] | None):
+    """Samples, class names and what labels were read from, of a folder of class folders, or of a flat folder."""
+    found_at, again = _images(folder)
+    images = list(found_at.values())
+    if not images:
+        raise FileNotFoundError(_nothing_in(folder))
+    classes = [path.relative_to(folder).parts[0] for path in images if path.parent != folder]
+    loose = next((path for path in images if path.parent == folder), None)
+    if not classes:
+        return [(path, -1) for path in images], given, None
+    if loose is not None:
+        raise ValueError(f"{folder} holds both class folders and loose images such as {loose.name}: move one kind")
+    found = set(classes)
+    if given is None and not all(map(is_number, found)):
+        # a class without images keeps its place in the order
+        real = {os.path.realpath(folder / name): name for name in found}
+        for entry in _entries(folder):
+            if _is_folder(entry):
+                real.setdefault(os.path.realpath(entry.path), entry.name)
+        real.pop(os.path.realpath(folder), None)
+        found = set(real.values())
+    try:
+        labels, names = number_names(found, given, "class folder")
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from error
+    merged: dict[int, str] = {}
+    for name in sorted(set(classes)):
+        other = merged.setdefault(labels[name], name)
+        if other != name:
+            raise ValueError(f"{folder}: class folders {other!r} and {name!r} are one class: merge them or rename one")
+    for path, first in again:
+        here, there = (file.relative_to(folder).parts[0] for file in (path, first))
+        if labels.get(here, labels[there]) != labels[there]:
+            warnings.warn(f"{path} is the same file as {first}: it counts once, as {there}", stacklevel=4)
+    samples = [(path, labels[name]) for path, name in zip(images, classes, strict=True)]
+    return samples, names or given, "names" if names else "numbers"
+
+
+def _listed(folder: Path, file: Path, given: list[str] | None):
+    """Samples, class names and what labels were read from, of a labels file."""
+    rows = read_labels(file)
+    try:
+        labels, names = number_names({label for _, _, label in rows}, given, "label")
+    except ValueError as error:
+        bad = str(error).partition("'")[2].partition("'")[0]
+        line = next((line for line, _, label in rows if label == bad), None)
+        raise ValueError(f"{file}{f', line {line}' if line else ''}: {error}") from error
+    samples: dict[str, tuple[int, Path, int]] = {}
+    missing = []
+    for line, name, text in rows:
+        path = _place(folder, name, f"{file}, line {line}")
+        if not os.path.lexists(path):
+            missing.append(f"{file}, line {line}: no such image: {path}")
+        first, _, label = samples.setdefault(os.path.realpath(path), (line, path, labels[text]))
+        if label != labels[text]:
+            raise ValueError(f"{file}, line {line}: {name} has another label in line {first}: leave one")
+    if len(missing) == len(rows):
+        # not files that went away, but the wrong folder
+        raise ValueError(missing[0])
+    return [(path, label) for _, path, label in samples.values()], names or given, "names" if names else "numbers"
+
+
+def _place(folder: Path, name: str, where: str) -> Path:
+    """Where a file of a labels file is; it may not leave the folder unless its path is absolute."""
+    if not os.path.isabs(name) and os.path.normpath(name).split(os.sep)[0] == os.pardir:
+        raise ValueError(f"{where}: {name} leads out of {folder}: move the image there, or give its absolute path")
+    spellings = dict.fromkeys((name, spelled(name), unicodedata.normalize("NFD", name), name.replace("\\", "/")))
+    path = next((folder / other for other in spellings if os.path.lexists(folder / other)), folder / name)
+    if path.is_dir():
+        raise ValueError(f"{where}: {path} is a folder: give an image")
+    return path
 
 
 def _masks(root: Path, folder: Path, images: list[Path]) -> list[Path | None]:
@@ -212,7 +407,8 @@ def _masks(root: Path, folder: Path, images: list[Path]) -> list[Path | None]:
         raise FileNotFoundError(f"no folder of masks: {root}")
 
     def of(image: Path) -> Path | None:
-        places = (root / image.relative_to(folder).parent, root)
+        beside = image.relative_to(folder).parent if image.is_relative_to(folder) else Path()
+        places = (root / beside, root)
         names = (f"{image.stem}.png", f"{image.stem}{MASK}.png")
         tried = (place / name for place in places for name in names)
         return next((path for path in tried if path.is_file() and path != image), None)
@@ -225,119 +421,26 @@ def _masks(root: Path, folder: Path, images: list[Path]) -> list[Path | None]:
     return found
 
 
-def _listed(folder: Path, labels: Path, names: list[str] | None):
-    """Samples and class names of a labels file; file names are relative to the folder of images."""
-    if not labels.is_file():
-        raise FileNotFoundError(f"no such labels file: {labels}")
-    listed = []
-    with open(labels, newline="", encoding="utf-8-sig") as file:
-        rows = csv.DictReader(file)
-        missing = {"file", "label"} - set(rows.fieldnames or ())
-        if missing:
-            raise ValueError(f"{labels} has no column {' or '.join(sorted(missing))}; its first line must name both")
-        for row in rows:
-            where = f"{labels}, line {rows.line_num}"
-            name, label = (row["file"] or "").strip(), (row["label"] or "").strip()
-            if not name or not label:
-                raise ValueError(f"{where}: needs a file and a label, got {name!r} and {label!r}")
-            if not (folder / name).is_file():
-                raise ValueError(f"{where}: no such image: {folder / name}")
-            listed.append((where, folder / name, label))
-    if not listed:
-        raise FileNotFoundError(f"no images in {labels}: it has no rows")
-    if names is None and not all(_is_number(label) for _, _, label in listed):
-        names = sorted({label for _, _, label in listed})
-    return [(path, _label(label, names, where)) for where, path, label in listed], names
+def _relative(path: Path, folder: Path) -> str:
+    return path.relative_to(folder).as_posix() if path.is_relative_to(folder) else str(path)
 
 
-def _is_number(text: str) -> bool:
-    return text.removeprefix("-").isdecimal()
-
-
-def _label(text: str, names: list[str] | None, where: str) -> int:
-    if names is not None and text in names:
-        return names.index(text)
-    label = int(text) if _is_number(text) else None
-    if label is None or label < -1 or (names is not None and label >= len(names)):
-        known = "an integer from -1" if names is None else f"one of the {len(names)} class names or their numbers"
-        raise ValueError(f"{where}: label {text!r} is not {known}")
-    return label
-
-
-# ---- pixels
-
-
-def _shorter_side(image_size: int, resize: int | None, crop_pct: float) -> int:
-    if image_size < 1:
-        raise ValueError(f"image_size is {image_size}; it must be at least 1 pixel")
-    if resize is None:
-        if not 0 < crop_pct <= 1:
-            raise ValueError(f"crop_pct is {crop_pct}; it must be above 0 and at most 1")
-        return round(image_size / crop_pct)
-    if resize < image_size:
-        raise ValueError(f"resize is {resize}, smaller than image_size {image_size}: the crop would not fit")
-    return resize
-
-
-def _resample(interpolation: str) -> Image.Resampling:
-    if interpolation not in INTERPOLATIONS:
-        raise ValueError(f"interpolation is {interpolation!r}; it must be one of {', '.join(INTERPOLATIONS)}")
-    return INTERPOLATIONS[interpolation]
-
-
-def _open(path: Path) -> Image.Image:
-    """The whole image, upright, RGB, 8 bits."""
-    if not path.is_file():
-        raise FileNotFoundError(f"no such image: {path}")
+def _bytes_of(path: Path) -> bytes:
+    """A digest of a file, read piece by piece; of nothing where it cannot be read."""
+    digest = hashlib.sha256()
     try:
-        with Image.open(path) as file:
-            file.load()
-            return _to_rgb(ImageOps.exif_transpose(file))
-    # damaged files raise nearly anything from inside PIL's parsers
-    except Exception as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise ImageReadError(f"cannot read image {path}: {reason}") from error
+        if not path.is_file():
+            return b"unreadable"
+        with open(path, "rb") as file:
+            while part := file.read(CHUNK):
+                digest.update(part)
+    except OSError:
+        return b"unreadable"
+    return digest.digest()
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I") or image.mode == "F":
-        # PIL clips wide grey values to 255 where it should scale them
-        values = np.asarray(image).astype(np.float32)
-        if image.mode == "F":
-            top = 1.0 if values.max() <= 1 else 255.0
-        else:
-            top = 65535.0 if image.mode.startswith("I;16") or values.max() > 255 else 255.0
-        image = Image.fromarray((np.clip(values / top, 0, 1) * 255 + 0.5).astype(np.uint8))
-    return image.convert("RGB")
-
-
-def _fitted(image, size: int, resize: int, resample) -> Image.Image:
-    """Shorter side to `resize`, then the central square of `size`."""
-    width, height = image.size
-    short = min(width, height)
-    width, height = max(resize, round(width * resize / short)), max(resize, round(height * resize / short))
-    if image.size != (width, height):
-        image = image.resize((width, height), resample)
-    left, top = round((width - size) / 2), round((height - size) / 2)
-    return image.crop((left, top, left + size, top + size))
-
-
-def _augmented(image, size: int, resample, rng: random.Random) -> Image.Image:
-    """A random crop resized to `size`, flipped half the time."""
-    width, height = image.size
-    for _ in range(10):
-        area = width * height * rng.uniform(0.25, 1.0)
-        aspect = (3 / 4) * (16 / 9) ** rng.random()  # evenly on the log scale
-        w, h = round((area * aspect) ** 0.5), round((area / aspect) ** 0.5)
-        if 0 < w <= width and 0 < h <= height:
-            break
-    else:
-        w = h = min(width, height)
-    left, top = rng.randint(0, width - w), rng.randint(0, height - h)
-    image = image.resize((size, size), resample, box=(left, top, left + w, top + h))
-    return ImageOps.mirror(image) if rng.random() < 0.5 else image
-
-
-def _to_tensor(image: Image.Image) -> torch.Tensor:
-    pixels = np.asarray(image, np.float32).transpose(2, 0, 1)
-    return torch.from_numpy(np.ascontiguousarray(pixels)).div_(255)
+def _size_of(path: Path) -> bytes:
+    try:
+        return f"{path.stat().st_size};".encode()
+    except OSError:
+        return b"unreadable"

@@ -76,6 +76,11 @@ class Scenes(torch.utils.data.Dataset):
         """Whether an index beyond the size is another scene."""
         return self.split == "train"
 
+    def identity(self, content: bool = True) -> dict[str, Any]:
+        """What these scenes are, as JSON types; nothing on disk could change them."""
+        about = {"split": self.split, "images": self.size, "seed": self.seed, "image_size": self.image_size}
+        return {"type": "Scenes", **about}
+
     def __getitems__(self, indices: list[int]) -> list[dict]:
         """What a DataLoader asks for: the items of a batch, rendered together."""
         scenes = self.batch(indices)
@@ -118,9 +123,6 @@ class Scenes(torch.utils.data.Dataset):
         return canvas, labels, mask
 
 
-# ---- random numbers
-
-
 def _mix(x: np.ndarray) -> np.ndarray:
     """The splitmix64 finaliser, elementwise on uint64."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -154,9 +156,6 @@ class _Numbers:
 
 def _between(u, low, high):
     return low + (high - low) * u
-
-
-# ---- digits
 
 
 @functools.cache
@@ -206,9 +205,6 @@ def _cubic(values: np.ndarray, position: np.ndarray, axis: int) -> np.ndarray:
         term = values.take(first + tap, axis=axis) * weight.reshape(shape)
         total = term if total is None else np.add(total, term, out=total)
     return total
-
-
-# ---- drawing
 
 
 def _draw(keys, digits, canvas, mask) -> np.ndarray:

@@ -1,7 +1,8 @@
-"""Parts of a data set that keep its virtual epochs."""
+"""Parts of a data set that keep its virtual epochs, and what identifies a data set."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,11 +20,42 @@ class Part(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.indices)
 
+    def __iter__(self):
+        return (self[index] for index in range(len(self)))
+
     def __getitem__(self, index: int) -> dict[str, Any]:
         epoch, position = divmod(index, len(self.indices))
         if epoch and not self.virtual_epochs:
             raise IndexError(index)
         return self.data[epoch * len(self.data) + self.indices[position]]
+
+    def identity(self, content: bool = True) -> dict[str, Any]:
+        """What these items are, as JSON types; see `identity`."""
+        return _identity_of_part(self.data, self.indices, content)
+
+
+def identity(data: Any, content: bool = True) -> dict[str, Any]:
+    """What a data set is, as JSON types: the key of kept results, or what a resumed training must share.
+
+    Args:
+        data: a data set with a method ``identity(content)``, such as `ImageFolder`, `Part`, `Scenes` and `Readable`;
+            ``torch.utils.data.Subset`` of one. Of others, only the type and the length are known.
+        content: read every image, so that a changed one is noticed; else paths, sizes and labels.
+    """
+    if callable(getattr(data, "identity", None)):
+        return data.identity(content)
+    if isinstance(data, torch.utils.data.Subset):
+        return _identity_of_part(data.dataset, data.indices, content)
+    known = {"type": type(data).__name__}
+    return {**known, "images": len(data)} if hasattr(data, "__len__") else known
+
+
+def _identity_of_part(data: Any, indices: Sequence[int], content: bool) -> dict[str, Any]:
+    indices = [int(index) for index in indices]
+    if hasattr(type(data), "relabelled"):  # a folder digests the part alone
+        return data.identity(content, indices)
+    digest = hashlib.sha256(",".join(map(str, indices)).encode()).hexdigest()
+    return {"type": "Part", "images": len(indices), "indices": digest, "of": identity(data, content)}
 
 
 def hold_out(size: int, count: int) -> tuple[list[int], list[int]]:

@@ -12,8 +12,6 @@ from PIL import Image
 from aha.data import ImageFolder, ImageReadError, Scenes, find_images, load_image
 from aha.data import scenes as scenes_module
 
-# ---- scenes
-
 
 def same(a, b):
     return a["label"] == b["label"] and torch.equal(a["image"], b["image"]) and torch.equal(a["mask"], b["mask"])
@@ -132,9 +130,6 @@ def test_without_scikit_learn_the_error_names_the_extra(monkeypatch):
         scenes_module._load_digits.__wrapped__()
 
 
-# ---- folders
-
-
 def write(path, size=(80, 60), colour=(200, 30, 60), **options):
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", size, colour).save(path, **options)
@@ -165,7 +160,7 @@ def test_class_folders(tmp_path):
         data[3]
     given = ImageFolder(tmp_path, image_size=32, class_names=["zebra", "cat", "ant"])
     assert [item["label"] for item in given] == [2, 1, 1]
-    with pytest.raises(ValueError, match="not among the 1 class names"):
+    with pytest.raises(ValueError, match="'ant' is not one of the 1 class names"):
         ImageFolder(tmp_path, class_names=["cat"])
 
 

@@ -1,0 +1,203 @@
+"""Pixels of one image file: decoded, upright, in RGB, resized and cropped, with PIL and numpy."""
+
+from __future__ import annotations
+
+import os
+import random
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+
+INTERPOLATIONS = {
+    "nearest": Image.Resampling.NEAREST,
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+    "lanczos": Image.Resampling.LANCZOS,
+}
+CROP_PCT = 0.875
+RANGES = (1.0, 255.0, 65535.0)  # tops of the ranges that wide grey values may have
+SLACK = 1e-3  # share of the range by which resampled values may lie outside
+
+
+class ImageReadError(ValueError):
+    """A file that is not an image, is damaged, missing or not readable. The message names it."""
+
+
+class ImageMissingError(ImageReadError, FileNotFoundError):
+    """A file that is not there, or a link to nothing."""
+
+
+def load_image(
+    path: str | os.PathLike,
+    image_size: int = 224,
+    resize: int | None = None,
+    crop_pct: float = CROP_PCT,
+    interpolation: str = "bicubic",
+) -> torch.Tensor:
+    """One image from disk as (3, image_size, image_size) float32 RGB in [0, 1]; arguments as `ImageFolder`.
+
+    EXIF orientation is honoured; every colour mode becomes RGB, and transparency is dropped. 16 bits are scaled to the
+    full range, 32 bits and floating point by the smallest of the ranges [0, 1] (floating point alone), [0, 255] and
+    [0, 65535] that holds the values.
+
+    Raises:
+        ImageReadError: in one line, for a file that is missing (then it is a FileNotFoundError too), damaged, outside
+            these ranges, or of more pixels than PIL's limit, as it is or once resized.
+    """
+    resize, resample = shorter_side(image_size, resize, crop_pct), resampling(interpolation)
+    return to_tensor(fitted(open_image(Path(path), resize), image_size, resize, resample))
+
+
+def shorter_side(image_size: int, resize: int | None, crop_pct: float) -> int:
+    """What the shorter side is resized to before the crop, pixels."""
+    if image_size < 1:
+        raise ValueError(f"image_size is {image_size}; it must be at least 1 pixel")
+    if resize is None:
+        if not 0 < crop_pct <= 1:
+            raise ValueError(f"crop_pct is {crop_pct}; it must be above 0 and at most 1")
+        return round(image_size / crop_pct)
+    if resize < image_size:
+        raise ValueError(f"resize is {resize}, smaller than image_size {image_size}: the crop would not fit")
+    return resize
+
+
+def resampling(interpolation: str) -> Image.Resampling:
+    """PIL's filter of that name."""
+    if interpolation not in INTERPOLATIONS:
+        raise ValueError(f"interpolation is {interpolation!r}; it must be one of {', '.join(INTERPOLATIONS)}")
+    return INTERPOLATIONS[interpolation]
+
+
+def open_image(path: Path, resize: int) -> Image.Image:
+    """The whole image, upright, RGB, 8 bits. ``resize``: what its shorter side will be."""
+    return _opened(path, resize, _to_rgb)
+
+
+def open_mask(path: Path, resize: int, beside: tuple[int, int]) -> Image.Image:
+    """A mask, upright, grey: 255 where it marks the object. ``beside``: width and height of its image."""
+    mask = _opened(path, resize, _marks)
+    if abs(round(beside[0] * mask.height / beside[1]) - mask.width) > 1:
+        raise ImageReadError(
+            f"cannot read mask {path}: it is {mask.width}×{mask.height}, its image {beside[0]}×{beside[1]}: give both "
+            "the same shape"
+        )
+    return mask
+
+
+def _opened(path: Path, resize: int, convert) -> Image.Image:
+    try:
+        if not path.is_file():
+            what = "a link to nothing" if path.is_symlink() else "no such image"
+            what = "not a file" if path.exists() else what
+            raise ImageMissingError(f"cannot read image {path}: {what}")
+        with Image.open(path) as file:
+            _check_shape(file.size, resize)  # before a pixel is decoded
+            file.load()
+            return convert(ImageOps.exif_transpose(file))
+    except ImageReadError:
+        raise
+    # damaged files raise nearly anything from inside PIL's parsers
+    except Exception as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        reason = " ".join(str(reason).split()) or type(error).__name__
+        raise ImageReadError(f"cannot read image {path}: {reason}") from error
+
+
+def _check_shape(size: tuple[int, int], resize: int) -> None:
+    width, height = size
+    short = min(size)
+    if short < 1:
+        raise ValueError(f"it is {width}×{height} pixels")
+    if Image.MAX_IMAGE_PIXELS is None:
+        return
+    limit = 2 * Image.MAX_IMAGE_PIXELS
+    if max(width * height, width * height * (resize / short) ** 2) > limit:
+        raise ValueError(
+            f"it is {width}×{height} pixels; at most {limit} are read, as it is and with a shorter side of {resize} "
+            "(PIL.Image.MAX_IMAGE_PIXELS)"
+        )
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    # PIL clips wide grey values to 255 where it should scale them
+    if image.mode.startswith("I;16"):
+        image = _scaled(np.asarray(image).astype(np.float32), 65535.0)
+    elif image.mode in ("I", "F"):
+        values = np.asarray(image)
+        image = _scaled(values.astype(np.float32), _top(values, image))
+    return image.convert("RGB")
+
+
+def _scaled(values: np.ndarray, top: float) -> Image.Image:
+    return Image.fromarray((np.clip(values / np.float32(top), 0, 1) * 255 + 0.5).astype(np.uint8))
+
+
+def _top(values: np.ndarray, image: Image.Image) -> float:
+    """The upper end of the range of wide grey values; ValueError where that is not plain."""
+    floating = image.mode == "F"
+    low, high = float(values.min()), float(values.max())
+    kind = "floating point" if floating else "32 bit"
+    ranges = RANGES if floating else RANGES[1:]
+    accepted = ", ".join(f"[0, {top:.0f}]" for top in ranges)
+    if not np.isfinite(values).all():
+        raise ValueError(f"it holds NaN or infinite values; {kind} images are in {accepted}")
+    slack = SLACK if floating else 0.0
+    top = next((top for top in ranges if high <= top * (1 + slack)), None)
+    if top is None or low < -slack * top:
+        raise ValueError(f"its values are {low:.6g} … {high:.6g}; {kind} images are in {accepted}")
+    before = ranges[ranges.index(top) - 1] if top != ranges[0] else 0.0
+    if floating and high < 2 * before:
+        # a range overshot, or the next one hardly used: the one would be black where the other is white
+        raise ValueError(f"its values are {low:.6g} … {high:.6g}, just above {before:.0f}: bring them into {accepted}")
+    if not floating and image.format in ("PNG", "PPM"):
+        return RANGES[-1]  # 16 bits on disk, however dark
+    return top
+
+
+def _marks(image: Image.Image) -> Image.Image:
+    """Whatever is not 0 is object; in a palette that does not begin with black, whatever is not black."""
+    if image.mode == "P" and not any((image.getpalette() or [0, 0, 0])[:3]):
+        values = np.asarray(image)
+    elif image.mode in ("1", "L", "I", "F") or image.mode.startswith("I;16"):
+        values = np.asarray(image)
+        if image.mode == "F" and not np.isfinite(values).all():
+            raise ValueError("the mask holds NaN or infinite values")
+    else:
+        values = np.asarray(image.convert("RGB")).any(axis=-1)
+    return Image.fromarray((values != 0).astype(np.uint8) * 255)
+
+
+def fitted(image: Image.Image, size: int, resize: int, resample: Image.Resampling) -> Image.Image:
+    """Shorter side to `resize`, then the central square of `size`."""
+    width, height = image.size
+    short = min(width, height)
+    width, height = max(resize, round(width * resize / short)), max(resize, round(height * resize / short))
+    if image.size != (width, height):
+        image = image.resize((width, height), resample)
+    left, top = round((width - size) / 2), round((height - size) / 2)
+    return image.crop((left, top, left + size, top + size))
+
+
+def augmented(image: Image.Image, size: int, resample: Image.Resampling, rng: random.Random) -> Image.Image:
+    """A random crop resized to `size`, flipped half the time."""
+    width, height = image.size
+    for _ in range(10):
+        area = width * height * rng.uniform(0.25, 1.0)
+        aspect = (3 / 4) * (16 / 9) ** rng.random()  # evenly on the log scale
+        w, h = round((area * aspect) ** 0.5), round((area / aspect) ** 0.5)
+        if 0 < w <= width and 0 < h <= height:
+            break
+    else:
+        w = h = min(width, height)
+    left, top = rng.randint(0, width - w), rng.randint(0, height - h)
+    image = image.resize((size, size), resample, box=(left, top, left + w, top + h))
+    return ImageOps.mirror(image) if rng.random() < 0.5 else image
+
+
+def to_tensor(image: Image.Image) -> torch.Tensor:
+    """(C, H, W) float32 in [0, 1]."""
+    pixels = np.asarray(image, np.float32)
+    pixels = pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
+    return torch.from_numpy(np.ascontiguousarray(pixels)).div_(255)
