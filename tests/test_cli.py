@@ -192,6 +192,7 @@ def test_compare_on_photographs_with_a_local_classifier(photos, tmp_path):
     assert not (tmp_path / "no").exists()
 
 
+@pytest.mark.slow
 def test_compare_of_everything_at_once(trained, tmp_path):
     """Two classifiers, two targets, two protocols, options of methods, an explainer; then once more."""
     command = [

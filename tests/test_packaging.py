@@ -132,6 +132,7 @@ aha.kernels.perturb_by_rank(x, r, ranks, counts)
     assert python(install(wheel, tmp_path / "site"), code).startswith("['reference'] ['not built: ")
 
 
+@pytest.mark.slow
 def test_cpu_wheel(setup, checkout, tmp_path):
     if reason := setup.why_not_cpu():
         pytest.skip(reason)
@@ -178,6 +179,7 @@ def test_cpu_without_a_compiler_is_one_clear_line():
     assert done.stderr.count("\n") == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("works", ["never", "until it compiles"])
 def test_a_failing_compiler_is_an_error_only_when_compiling_was_asked_for(checkout, tmp_path, works):
     broken = tmp_path / "c++"

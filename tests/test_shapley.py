@@ -101,9 +101,6 @@ def minimise(objective, images, target, blank, regions, seed=0):
     return objective.values(images, maps, target, [blank], regions)
 
 
-# ---- the kernel
-
-
 def test_sizes_follow_the_shapley_kernel():
     assert size_probabilities(4).tolist() == pytest.approx([4 / 11, 3 / 11, 4 / 11])
     # the kernel weight of a set, (n−1)/(C(n,s)·s·(n−s)), times the number of sets of its size
@@ -132,9 +129,6 @@ def test_every_set_comes_with_its_complement(tangled):
     values = objective.game(images, [blank], sets, target, regions)
     swapped = objective.game(images, [blank], ~sets, target, regions)
     torch.testing.assert_close(values, swapped.flip(1), rtol=0, atol=1e-14)
-
-
-# ---- the objective
 
 
 def test_the_minimiser_are_the_shapley_values(tangled, monkeypatch):
@@ -293,9 +287,6 @@ def test_a_single_player_is_refused(classifier, images):
         objective(images, images[:, :1], torch.zeros(3, dtype=torch.int64), [images], objective.regions(32, 32))
 
 
-# ---- dropped tokens
-
-
 def shortened(module, pixels, keep, prefix):
     """A plain timm ViT on the tokens in ``keep`` (patches,) alone."""
     tokens = module.norm_pre(module._pos_embed(module.patch_embed(pixels)))
@@ -384,9 +375,6 @@ def test_players_that_are_not_the_patches(classifier, images):
     objective = ShapleyObjective(classifier, absence="tokens")
     with pytest.raises(ValueError, match="3×3 players for 4×4 patches"):
         objective(images, images[:, :1], torch.zeros(3, dtype=torch.int64), [], grid(32, 32, 3))
-
-
-# ---- training
 
 
 class Mosaics(torch.utils.data.Dataset):
@@ -507,9 +495,6 @@ def test_bad_training_settings(options, message):
         dataclasses.replace(CONFIG, **options)
 
 
-# ---- the attributors
-
-
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """Folders of explainers trained for two steps, by objective."""
@@ -578,9 +563,6 @@ def test_all_skips_what_needs_an_explainer():
     needed = {line.split(":")[0] for line in skipped if "needs a trained explainer" in line}
     assert needed == {"aha", "fastshap", "vit_shapley"}
     assert not needed & set(chosen)
-
-
-# ---- the command line
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -155,9 +155,6 @@ def state(clf: Classifier) -> list:
     return [modules, parameters, surroundings, torch.get_rng_state().tolist()]
 
 
-# ---- the contract of every method
-
-
 def assert_well_behaved(
     create: Callable[..., Attributor],
     clf: Classifier,

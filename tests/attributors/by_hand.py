@@ -1,5 +1,7 @@
 """Passes through tiny timm transformers, step by step, as the definitions of methods need them."""
 
+from collections.abc import Callable, Sequence
+
 import timm
 import torch
 from torch import nn
@@ -7,7 +9,7 @@ from torch import nn
 from aha import attributors
 from aha.attributors import Attributor
 
-from .architectures import make, pictures
+from .architectures import assert_restored_after_an_exception, assert_well_behaved, make, pictures
 
 
 def readout(kind: str, tokens: int) -> list[int]:
@@ -108,6 +110,15 @@ def assert_patches_are_the_map(method: Attributor) -> None:
     assert not patches.requires_grad
     assert patches.shape == (3, 16)
     assert torch.equal(method.upsample(patches, images), method.attribute(images))
+
+
+def assert_keeps_the_contract(create: Callable[..., Attributor], models: Callable, kinds: Sequence[str]) -> None:
+    """That of every method on ``kinds``; patches; state after an exception in each part of a block and in the head."""
+    for kind in kinds:
+        assert_well_behaved(create, models(kind))
+    assert_patches_are_the_map(create(models("vit")))
+    for fails in ("blocks.1.mlp", "blocks.2.attn.proj", "head"):
+        assert_restored_after_an_exception(create, fails=fails)
 
 
 def passes_per_image(name: str, **options) -> tuple[float, float]:

@@ -27,9 +27,6 @@ def create(name, clf, **options):
     return attributors.create(name, clf, **{**OPTIONS.get(name, {}), **options})
 
 
-# ---- every method
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_batches_modes_and_state(models, name):
     assert_well_behaved(
@@ -92,9 +89,6 @@ def test_cuda_agrees_with_the_cpu(name):
     assert torch.allclose(maps.cpu(), expected, rtol=0.05, atol=0.02 * expected.abs().max().item())
 
 
-# ---- attention
-
-
 @pytest.mark.parametrize("kind", TRANSFORMERS)
 def test_attention_of_all_architectures(models, kind):
     clf = models(kind)
@@ -142,9 +136,6 @@ def test_dynamic_sizes():
         assert attributors.create(name, clf).attribute(images).shape == (2, 1, 40, 24)
 
 
-# ---- gradients
-
-
 def test_input_x_gradient_by_hand(models):
     clf = models("vit")
     images = pictures(clf).requires_grad_()
@@ -175,9 +166,6 @@ def test_missing_captum_names_the_extra(models, monkeypatch):
     monkeypatch.setitem(sys.modules, "captum.attr", None)
     with pytest.raises(ImportError, match=r"aha-attribution\[captum\]"):
         attributors.create("integrated_gradients", models("vit"))
-
-
-# ---- perturbation
 
 
 class Corner(nn.Module):
@@ -254,9 +242,6 @@ def test_rise_refusals(models):
             attributors.create("rise", models("vit"), **options)
 
 
-# ---- registry
-
-
 def test_registry(models):
     assert set(NAMES) <= set(attributors.available())
     assert list(attributors.available()) == sorted(attributors.available())
@@ -285,9 +270,6 @@ def test_registering_a_method(models):
         assert Bright.name == "bright"
     finally:
         _REGISTRY.pop("bright", None)
-
-
-# ---- what methods share
 
 
 @pytest.mark.parametrize("kind", TRANSFORMERS)

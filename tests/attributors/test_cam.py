@@ -62,9 +62,6 @@ PREFIX = {"registers": 5, "average": 0, "cait": 0, "distilled": 2, "dinov3": 5}
 GRID = {"oblong": (4, 6)}
 
 
-# ---- definitions, by hand
-
-
 @pytest.mark.parametrize("kind", ["convnext", "norm_first", "resnet", "vit", "registers", "distilled", "oblong"])
 def test_gradient_methods_by_hand(models, kind):
     clf = models(kind)
@@ -179,9 +176,6 @@ def test_channels_without_range_do_not_count():
     assert torch.equal(method.attribute(images, 0), torch.zeros(3, 1, 19, 19))
 
 
-# ---- other libraries
-
-
 @pytest.mark.parametrize("kind", ["convnext", "norm_first", "resnet"])
 def test_gradcam_agrees_with_captum(models, kind):
     captum = pytest.importorskip("captum.attr")
@@ -222,9 +216,6 @@ def test_agrees_with_pytorch_grad_cam(models, monkeypatch, name, kind):
     assert torch.allclose((maps - low) / (high - low + 1e-7), torch.as_tensor(expected), atol=1e-3)
 
 
-# ---- every architecture
-
-
 @pytest.mark.parametrize("kind", ["vit", "norm_first"])
 @pytest.mark.parametrize("name", NAMES)
 def test_batches_modes_and_state(models, name, kind):
@@ -247,9 +238,6 @@ def test_dynamic_sizes():
     images = torch.rand(2, 3, 40, 24)
     for name in NAMES:
         assert attributors.create(name, clf).attribute(images).shape == (2, 1, 40, 24)
-
-
-# ---- layers and passes
 
 
 @pytest.mark.parametrize(
@@ -332,9 +320,6 @@ def test_a_layer_whose_output_is_changed_in_place():
     clf.module.act = nn.ReLU()
     maps.append(attributors.create("hirescam", clf).attribute(images, 0))
     assert torch.equal(*maps)
-
-
-# ---- state and refusals
 
 
 @pytest.mark.parametrize("kind", ["vit", "resnet", "norm_first"])

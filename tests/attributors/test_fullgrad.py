@@ -12,8 +12,6 @@ from aha.classifier import Classifier
 
 from .architectures import MIXERS, assert_refused, assert_well_behaved, make, pictures
 
-# ---- full_gradient
-
 
 class Affine(nn.Module):
     """(B, 3, 4, 4) → (B, 2), a·pixels + b."""
@@ -133,9 +131,6 @@ def test_hooks_and_flags_are_put_back():
     handle.remove()
 
 
-# ---- fullgrad_plus
-
-
 def shares_by_hand(clf, image, target):
     """Per token, from the outputs of the modules that have a bias; (T,) for one image."""
     blocks = list(clf.module.blocks)
@@ -189,9 +184,6 @@ def test_fullgrad_plus_sums_to_the_logit_without_the_biases_after_pooling(models
     assert torch.allclose(maps.sum((1, 2, 3)) / 64, clf(images)[[0, 1], target] - after_pooling, rtol=1e-4, atol=1e-4)
 
 
-# ---- attcam
-
-
 @pytest.mark.parametrize("kind", ["vit", "registers", "distilled", "average", "parallel"])
 def test_attcam_by_hand(models, kind):
     clf = models(kind)
@@ -223,9 +215,6 @@ def test_attcam_by_hand(models, kind):
     maps = attributors.create("attcam", clf).attribute(images, target)
     assert torch.allclose(maps, expected, rtol=1e-3, atol=1e-4 * expected.abs().max().item())
     assert (maps < 0).any()
-
-
-# ---- both
 
 
 @pytest.mark.parametrize("name", ["fullgrad_plus", "attcam"])

@@ -21,9 +21,6 @@ from .architectures import KINDS, make, pictures, state
 PLAIN_TOO = ("resnet",)  # ReLU and batch norm are homogeneous as they are
 
 
-# ---- completeness
-
-
 def cuts(clf):
     module = clf.module
     return [None, *(getattr(module, "blocks", None) or getattr(module, "stages", None) or ())]
@@ -83,9 +80,6 @@ def test_completeness_of_a_transformers_model():
     with libra(clf.module):
         assert full_gradient(clf, images, 1).error.max() < 1e-12 * clf(images).abs().max()
     assert full_gradient(clf, images, 1).error.max() > 1e-2 * clf(images).abs().max()
-
-
-# ---- each rule against the same thing written with detach
 
 
 def heads_of(x, projection, count, heads):
@@ -237,9 +231,6 @@ def test_the_gradient_of_the_attention_is_there(models):
     assert part.abs().min() > 1e-3
 
 
-# ---- the context puts everything back
-
-
 def test_all_is_put_back():
     clf = make("vit")
     images = pictures(clf, 2).requires_grad_()
@@ -309,9 +300,6 @@ def test_without_gradients_the_context_changes_nothing(models):
         assert not clf(images).requires_grad
 
 
-# ---- refusals
-
-
 class Stack(nn.Module):
     def __init__(self, last):
         super().__init__()
@@ -341,7 +329,10 @@ class Apply(nn.Module):
         (Apply(lambda x: (x + 1).mul_(x)), "no rule for mul in place in Apply"),
         (Apply(lambda x: torch.einsum("bi,bi->bi", x, x)), "no rule for einsum of two factors"),
         (Apply(lambda x: F.pad(x, (0, 1), value=2.0)), "no rule for pad with 2.0"),
-        (nn.Sequential(nn.Softmax(dim=1), Apply(lambda x: 2 * x)), "no gradient reaches the output of Stack under libra.*logits"),
+        (
+            nn.Sequential(nn.Softmax(dim=1), Apply(lambda x: 2 * x)),
+            "no gradient reaches the output of Stack under libra.*logits",
+        ),
     ],
 )
 def test_what_has_no_rule_is_refused_when_the_method_is_made(last, message):
@@ -374,9 +365,6 @@ def test_unknown_bases_are_refused(models, monkeypatch):
 def test_a_base_refuses_what_it_refuses_alone(models):
     with pytest.raises(ValueError, match="attcam reads attention and accepts timm vision transformers"):
         attributors.create("libragrad", models("mixer"), base="attcam")
-
-
-# ---- the method
 
 
 def create(clf, base, **options):

@@ -19,7 +19,7 @@ from aha.references import adaptive_blur
 from aha.regions import grid
 
 from . import architectures
-from .architectures import pictures, state
+from .architectures import assert_restored_after_an_exception, pictures
 
 # few passes, for all candidates are tried by hand as well
 SHAPES = {"vit": {"depth": 2}, "oblong": {"depth": 2, "img_size": (16, 40)}}
@@ -102,9 +102,6 @@ def searched(method, images, target, prior):
     return scene, found, *method.curves(scene, found)
 
 
-# ---- the order
-
-
 @pytest.mark.parametrize("kind", ["vit", "oblong"])
 @pytest.mark.parametrize("window", [None, 3])
 def test_order_and_curves_equal_one_candidate_at_a_time(models, kind, window):
@@ -176,9 +173,6 @@ def test_insertion_that_never_reaches_the_confidence_orders_all_patches():
     assert torch.isfinite(method.attribute(images, 0)).all()
 
 
-# ---- passes
-
-
 @pytest.mark.parametrize(("kind", "window"), [("vit", None), ("oblong", 1), ("vit", 99)])
 def test_passes_are_those_of_the_formula(models, kind, window):
     clf = models(kind)
@@ -244,9 +238,6 @@ def test_max_passes_that_are_too_few(models):
     method.max_passes = 70
     assert method.window_for(16, 2) == 1
     method.attribute(pictures(models("vit"), 1))
-
-
-# ---- magnitudes
 
 
 def curves(kind, batch, count):
@@ -361,9 +352,6 @@ def test_values_by_hand():
     assert torch.allclose(mixed.magnitudes(c)[0], (0.7 * sparse + 0.3 * torch.tensor(above)).float())
 
 
-# ---- the maps
-
-
 def test_images_candidates_and_targets(models):
     clf = models("vit")
     images = pictures(clf, 2)
@@ -465,9 +453,6 @@ def test_vit_insertion_minus_deletion_on_its_own_references(models):
     assert not torch.equal(found.order(), alone.order())
 
 
-# ---- priors
-
-
 def test_kinds_of_priors(models):
     clf = models("vit")
     images, target = pictures(clf), torch.tensor([1, 0, 2])
@@ -496,32 +481,12 @@ def test_default_prior_accepts_the_classifier(models):
     assert create(models("vit"), internal_batch_size=3).prior.internal_batch_size == 3
 
 
-# ---- state, precision, refusals
+def test_state_is_restored_also_after_an_exception(models):
+    def search(clf):
+        return create(clf, prior="gradcam_vit", window=2, precision="bf16")
 
-
-def test_state_is_restored_also_after_an_exception():
-    clf = make("vit")
-    clf.module.blocks[0].train()
-    clf.module.blocks[1].requires_grad_(True)
-    images = pictures(clf)
-    method = create(clf, prior="gradcam_vit", window=2, precision="bf16")
-    before = state(clf)
-    expected = method.attribute(images, 0)
-    assert state(clf) == before
-    calls = []
-
-    def fail(*_):
-        calls.append(0)
-        if len(calls) == 45:  # in the search
-            raise RuntimeError("out of luck")
-
-    handle = clf.module.head.register_forward_hook(fail)
-    before = state(clf)
-    with pytest.raises(RuntimeError, match="out of luck"):
-        method.attribute(images, 0)
-    assert state(clf) == before
-    handle.remove()
-    assert torch.equal(method.attribute(images, 0), expected)
+    assert_restored_after_an_exception(search, at_call=45)  # in the search
+    method, images = search(models("vit")), pictures(models("vit"))
     with torch.inference_mode():
         maps = method.attribute(images.clone())
     assert torch.equal(maps, method.attribute(images))

@@ -65,9 +65,6 @@ def masked(image, group, rows, cols, hidden):
     return out
 
 
-# ---- Kernel SHAP
-
-
 @pytest.mark.parametrize("additive", [True, False])
 def test_kernel_shap_is_exact_where_all_coalitions_fit(additive):
     clf = game(additive)
@@ -200,9 +197,6 @@ def test_kernel_shap_agrees_with_captum_on_equal_coalitions(vit):
             assert torch.allclose(found[i], expected[0], atol=2e-3 * expected.abs().max().item())
 
 
-# ---- LIME
-
-
 def test_lime_is_the_published_ridge():
     linear_model = pytest.importorskip("sklearn.linear_model")
     metrics = pytest.importorskip("sklearn.metrics")
@@ -273,9 +267,6 @@ def test_a_linear_classifier_is_recovered(name):
     # the ridge shrinks, but keeps the order and the player without influence
     assert torch.corrcoef(torch.stack([found, expected]))[0, 1] > 0.99
     assert found.abs().sum() < expected.sum()
-
-
-# ---- both
 
 
 @pytest.mark.parametrize("name", NAMES)

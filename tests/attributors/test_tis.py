@@ -51,9 +51,6 @@ def masked_by_hand(clf, image, kept, prefix):
         return head(clf.module, tokens[:, visible])[0]
 
 
-# ---- the map
-
-
 @pytest.mark.parametrize("kind", ACCEPTED)
 def test_exactly_half_of_the_patches_reach_every_block(kind):
     clf = make(kind)
@@ -134,9 +131,6 @@ def test_odd_grids_round_down_and_dynamic_sizes():
     assert method.attribute(images, 0).shape == (2, 1, 40, 24)
 
 
-# ---- k-means
-
-
 def inertia(points, centroids):
     return (torch.cdist(points.double(), centroids.double()).amin(dim=-1) ** 2).sum().item()
 
@@ -179,9 +173,6 @@ def test_kmeans_does_not_depend_on_chunks_batch_or_the_caller(monkeypatch):
     monkeypatch.setattr(tis, "_CHUNK", 3 * 9 * 7)
     assert torch.allclose(kmeans(points, 9), expected, atol=1e-5)
     assert not torch.allclose(kmeans(points, 9, seed=1), expected)
-
-
-# ---- as every method
 
 
 @pytest.mark.parametrize("kind", ["distilled", "eva02"])

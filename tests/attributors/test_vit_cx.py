@@ -44,9 +44,6 @@ def clusters_by_scipy(distances, threshold):
     return {frozenset(torch.nonzero(torch.tensor(labels == label))[:, 0].tolist()) for label in set(labels)}
 
 
-# ---- clustering
-
-
 @pytest.mark.parametrize("count", [2, 3, 17, 200])
 def test_complete_linkage_is_that_of_scipy(count):
     generator = torch.Generator().manual_seed(count)
@@ -81,9 +78,6 @@ def test_complete_linkage_with_ties_and_strangers():
     # a chain of ones: single linkage would join it all
     chain = torch.arange(6.0)
     assert complete_linkage((chain[:, None] - chain).abs()[None], 1.5).tolist() == [[0, 0, 2, 2, 4, 4]]
-
-
-# ---- maps
 
 
 @pytest.mark.parametrize(

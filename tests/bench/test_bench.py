@@ -167,6 +167,7 @@ def test_ratios_compare_one_size_only():
     assert table.ratios(found) == {table.place(found[0]): 1, table.place(found[1]): 3}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not memory.CLEAR.exists(), reason="needs /proc")
 def test_peak_memory_is_that_of_the_tensors():
     # the reference keeps two (B,K,K) matrices an iteration, checkpoints keep none of them
@@ -265,7 +266,7 @@ def test_a_failed_stage_is_recorded_and_the_next_one_runs(tmp_path, monkeypatch)
         "good": [sys.executable, "-c", "print('fine')"],
     }
     monkeypatch.setattr(report, "stages", lambda *_: commands)
-    assert report.main("cpu", tmp_path, timeout=5.0) == 1
+    assert report.main("cpu", tmp_path, timeout=2.0) == 1
     found = json.loads((tmp_path / "report_cpu.json").read_text())["stages"]
     assert [stage["status"].partition(":")[0] for stage in found] == ["failed", "failed", "failed", "ok"]
     assert found[0]["status"].endswith("exit status 4") and found[0]["output"] == ["in …"]
@@ -278,9 +279,6 @@ def test_stages_of_a_gpu_begin_with_the_build(tmp_path):
     assert set(CASES) < set(names) and not {"build", "memcheck"} & set(report.stages("cpu", tmp_path, "the", 1.0))
     with pytest.raises(SystemExit, match="no such stage"):
         report.stages("cpu", tmp_path, "the", 1.0, ["everything"])
-
-
-# ---- methods and metrics
 
 
 def test_mda_in_batches_against_one_by_one():

@@ -61,9 +61,6 @@ def outcome(engine):
                                  for m, of in result.curves.items()}  # fmt: skip
 
 
-# ---- specs
-
-
 def test_specs_are_parsed():
     spec = MethodSpec.parse("rise:n_masks=12,p=0.25")
     assert (spec.name, spec.options, spec.label) == ("rise", {"n_masks": 12, "p": 0.25}, "rise:n_masks=12,p=0.25")
@@ -104,9 +101,6 @@ def test_keys_differ_with_what_decides_the_maps(tmp_path):
     assert spec.key(0) != before
 
 
-# ---- the store
-
-
 def test_maps_survive_half_precision():
     generator = torch.Generator().manual_seed(0)
     for magnitude in (1e-20, 1.0, 1e20):  # far beyond what half precision holds
@@ -124,9 +118,6 @@ def test_a_damaged_piece_is_made_again(tmp_path):
     folder.path(("a", "b")).write_bytes(b"PK\x03\x04 truncated")
     assert folder.get(("a", "b")) is None
     assert not folder.has(("a", "b"))
-
-
-# ---- the engine
 
 
 def test_a_folder_gives_the_numbers_of_memory(clf, tmp_path):
@@ -299,9 +290,6 @@ def test_the_peak_is_that_of_the_call():
     assert peak_bytes(call, torch.device("cpu")) / 2**20 == pytest.approx(96, abs=6)
 
 
-# ---- significance
-
-
 def test_holm():
     assert bootstrap.holm({"a": 0.01, "b": 0.04, "c": 0.03}) == pytest.approx({"a": 0.03, "b": 0.06, "c": 0.06})
     assert bootstrap.holm({"a": 0.9, "b": 0.8}) == {"a": 1.0, "b": 1.0}
@@ -326,9 +314,6 @@ def test_significance_against_the_best(clf):
         assert (pair["difference"] <= 0) == result.columns[
             [c.name for c in result.columns].index(metric)
         ].higher_is_better
-
-
-# ---- compare
 
 
 def test_compare_resumes_and_keeps_settings_apart(tmp_path):

@@ -47,9 +47,6 @@ def batch():
     return images, maps, target
 
 
-# ---- curves
-
-
 def test_ranks_are_stable_and_descending():
     maps = torch.tensor([[[1.0, 3.0], [3.0, 2.0]]])
     assert metrics.rank_pixels(maps).tolist() == [[[3, 0], [1, 2]]]
@@ -209,9 +206,6 @@ def test_target_none_is_the_predicted_class(small, batch):
     assert ends.original.correct.all()
 
 
-# ---- confidence
-
-
 def test_confidence_change_against_a_loop(small, batch):
     images, maps, target = batch
     maps = maps.clone()
@@ -240,9 +234,6 @@ def test_a_vanished_confidence_is_no_drop():
     metric = ConfidenceChange(clf)
     metric.update(torch.ones(1, 3, 4, 4), torch.rand(1, 1, 4, 4), target=0)
     assert metric.compute()["references"]["mean"]["adp"] == 0
-
-
-# ---- localisation
 
 
 def test_localization_by_hand():
@@ -324,9 +315,6 @@ def test_a_constant_map_marks_nothing():
     metric.update(torch.full((1, 1, 16, 16), 0.1), torch.ones(1, 1, 16, 16))
     computed = metric.compute()
     assert (computed["iou"], computed["f1"], computed["map"]) == (0, 0, 1)
-
-
-# ---- the door, and torchmetrics
 
 
 def test_refusals(small, batch):

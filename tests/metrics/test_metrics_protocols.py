@@ -131,9 +131,6 @@ def trapezoid(values):
     return (math.fsum(values) - (values[0] + values[-1]) / 2) / (len(values) - 1)
 
 
-# ---- presets
-
-
 def test_counts_of_the_presets():
     side = 224
     rise = PROTOCOLS["rise"].counts(side, side)
@@ -285,9 +282,6 @@ def test_select_caps_every_class():
     assert Protocol("test").select(labels, predicted, confidence).all()
 
 
-# ---- magnitude aligned scoring
-
-
 def white_and_weights(weights):
     """A white image and a classifier with p = 0.1 for black; pixel i of the image adds 0.8·w_i/Σw."""
     clf = wrap(Linear(torch.zeros(3, SIDE, SIDE), 0.0))
@@ -361,9 +355,6 @@ def test_no_response_is_no_score():
     assert falling[1].tolist() == [1, 0, 0]
 
 
-# ---- monotonicity
-
-
 def test_monotonicity_is_one_minus_one_or_zero():
     weights = torch.rand(SIDE, SIDE, generator=torch.Generator().manual_seed(2)) + 0.1
     clf, image = white_and_weights(weights)
@@ -399,9 +390,6 @@ def test_monotonicity_agrees_with_scipy(small, batch):
     assert trend(tied).tolist() == pytest.approx(wanted, abs=1e-6)
 
 
-# ---- localisation
-
-
 def test_oracles_take_the_best_threshold(small, batch):
     images, maps, _, masks = batch
     masks[3] = False
@@ -428,9 +416,6 @@ def test_oracles_take_the_best_threshold(small, batch):
         suite.begin(images)
     with pytest.raises(ValueError, match="one value per pixel"):
         suite.begin(images, masks=masks[:, :, :4])
-
-
-# ---- the suite
 
 
 @pytest.mark.parametrize("name", [name for name in PROTOCOLS if name != "localisation"])

@@ -90,9 +90,6 @@ def opened(path, budget=drawing.BUDGET):
     return pixels
 
 
-# ---- overlays
-
-
 def test_overlay_shows_the_important_and_keeps_the_rest(images, maps):
     shown = overlays.overlay(images[0], maps["grad_cam"][0], scale=1)
     assert shown.shape == (64, 64, 3)
@@ -174,9 +171,6 @@ for call in (
     assert [path.name for path in tmp_path.iterdir()] == ["overlay.png"]
 
 
-# ---- figures
-
-
 def test_map_grid(images, maps, tmp_path):
     masks = torch.zeros(3, 1, 64, 64, dtype=torch.bool)
     masks[:, :, 20:40, 20:40] = True
@@ -244,9 +238,6 @@ def test_the_callers_matplotlib_settings_are_left_alone(tmp_path):
     before = dict(matplotlib.rcParams)
     figures.bars(summary(), "deletion", tmp_path / "bars.png")
     assert dict(matplotlib.rcParams) == before
-
-
-# ---- figures of a comparison
 
 
 @pytest.mark.parametrize("better", [True, False])
@@ -389,9 +380,6 @@ def test_ablation_and_curves_by_reference(tmp_path):
     opened(comparison_figures.curves_by_reference(curves, tmp_path / "curves.png"))
     with pytest.raises(ValueError, match="at least one method"):
         comparison_figures.curves_by_reference({}, tmp_path / "bad.png")
-
-
-# ---- the page
 
 
 @pytest.fixture(scope="module")

@@ -26,9 +26,6 @@ def setting(output, **changed):
     )
 
 
-# ---- the catalogue
-
-
 def test_the_catalogue_holds_what_the_command_promises():
     promised = {*(f"table{i}" for i in range(1, 8)), "fig3", "fig5", "mda-table1", "ablations"}
     assert promised == set(EXPERIMENTS)
@@ -44,9 +41,6 @@ def test_the_catalogue_holds_what_the_command_promises():
     assert set(catalog.SMALL_OPTIONS) <= set(attributors.available())
     with pytest.raises(ValueError, match="choose one of table1"):
         catalog.get("table9")
-
-
-# ---- the estimate
 
 
 @pytest.fixture(scope="module")
@@ -112,9 +106,6 @@ def test_imagenet_is_asked_for_in_one_line(capsys):
     assert "give --data FOLDER, or try --scale small" in " ".join(capsys.readouterr().err.split())
 
 
-# ---- the same path, small
-
-
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory):
     """One output folder: experiments find what others have trained and measured."""
@@ -164,9 +155,6 @@ def test_the_shortcut_experiment_on_scenes(shared, monkeypatch):
     assert len(numbers["per_step"]) == 6
     assert numbers["scenes"] == 8
     assert (folder / "shortcut.png").is_file()
-
-
-# ---- the shortcut on any labelled images
 
 
 def test_the_circle_is_planted_and_called(tmp_path):

@@ -274,6 +274,7 @@ if trainer.accelerator.is_main_process:
 """
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one(tmp_path):
     script = tmp_path / "train.py"
     script.write_text(SCRIPT)
