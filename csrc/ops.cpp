@@ -7,17 +7,20 @@
 
 STABLE_TORCH_LIBRARY(aha, m) {
   // scores (B,K); tau (), in the type of the scores; seed () int64; P = Sinkhorn((-(a_j - p_i)^2 + noise gamma_ij) / tau)
+  // start (B,K): the column potential that iterations start from, added to (2 q_i c_j + noise gamma_ij) / tau with
+  // c_j = a_j - 1/2, q_i = p_i - 1/2; without it -c_j^2 / tau, which completes the square
   // -> out: left given, (S,K): left P (B,S,K); right given, (B,K): P right (B,K); neither: P (B,K,K)
   //    scalings (B,T+1,2,K): 0 = the log potentials after the first iteration, t = the row and column scalings u^t, v^t
   //    absorbed (B,T) int32: 1 where the scalings were moved into the potentials after that iteration
   m.def(
-      "gumbel_sinkhorn(Tensor scores, Tensor tau, Tensor seed, Tensor? left, Tensor? right, int n_iters, float noise) "
-      "-> (Tensor out, Tensor scalings, Tensor absorbed)");
-  // grad: of out -> grad_scores (B,K), grad_tau (B,) if need_tau else (0,), grad_right (B,K) if right is given else (0,)
+      "gumbel_sinkhorn(Tensor scores, Tensor tau, Tensor seed, Tensor? left, Tensor? right, int n_iters, float noise, "
+      "Tensor? start) -> (Tensor out, Tensor scalings, Tensor absorbed)");
+  // grad: of out -> grad_scores (B,K), grad_tau (B,) if need_tau else (0,), grad_right and grad_start (B,K) if right
+  // and start are given, else (0,)
   m.def(
       "gumbel_sinkhorn_backward(Tensor grad, Tensor scores, Tensor tau, Tensor seed, Tensor? left, Tensor? right, "
-      "Tensor scalings, Tensor absorbed, float noise, bool need_tau) "
-      "-> (Tensor grad_scores, Tensor grad_tau, Tensor grad_right)");
+      "Tensor scalings, Tensor absorbed, float noise, bool need_tau, Tensor? start) "
+      "-> (Tensor grad_scores, Tensor grad_tau, Tensor grad_right, Tensor grad_start)");
 
   // logits (B,K,K) -> log P (B,K,K), and the same state
   m.def("log_sinkhorn(Tensor logits, int n_iters) -> (Tensor out, Tensor scalings, Tensor absorbed)");

@@ -26,7 +26,7 @@ inline void check_like(const Tensor& value, const char* name, const Tensor& like
 
 inline RankingShape check_ranking(const Tensor& scores, const Tensor& tau, const Tensor& seed,
                                   const std::optional<Tensor>& left, const std::optional<Tensor>& right,
-                                  int64_t iterations) {
+                                  const std::optional<Tensor>& start, int64_t iterations) {
   STD_TORCH_CHECK(scores.dim() == 2 && scores.size(1) > 0, "gumbel_sinkhorn: scores must be (B,K) with K >= 1");
   STD_TORCH_CHECK(iterations >= 1, "gumbel_sinkhorn: n_iters is ", iterations, "; it must be at least 1");
   STD_TORCH_CHECK(tau.dim() == 0 && seed.dim() == 0, "gumbel_sinkhorn: tau and seed must have no dimension");
@@ -39,11 +39,14 @@ inline RankingShape check_ranking(const Tensor& scores, const Tensor& tau, const
     check_like(*left, "gumbel_sinkhorn: left", scores);
     STD_TORCH_CHECK(left->dim() == 2 && left->size(1) == shape.k, "gumbel_sinkhorn: left must be (S,K), K = ", shape.k);
   }
-  if (right) {
-    check_like(*right, "gumbel_sinkhorn: right", scores);
-    STD_TORCH_CHECK(right->dim() == 2 && right->size(0) == shape.batch && right->size(1) == shape.k,
-                    "gumbel_sinkhorn: right must be (B,K) as the scores");
-  }
+  const auto check_scores_like = [&](const std::optional<Tensor>& given, const char* name) {
+    if (!given) return;
+    check_like(*given, name, scores);
+    STD_TORCH_CHECK(given->dim() == 2 && given->size(0) == shape.batch && given->size(1) == shape.k, name,
+                    " must be (B,K) as the scores");
+  };
+  check_scores_like(right, "gumbel_sinkhorn: right");
+  check_scores_like(start, "gumbel_sinkhorn: start");
   return shape;
 }
 

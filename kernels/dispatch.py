@@ -5,12 +5,13 @@
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import native, reference, triton
+from . import convergent, native, reference, triton
 
 NAMES = ("auto", "cuda", "triton", "cpu", "reference")
 _EXPLAIN = "explain"  # what `explain` passes as backend to get the table instead of a result
@@ -76,6 +77,16 @@ def _backends(operator: str, cuda: Any, cpu: Any, on_triton: Any) -> tuple[Backe
     )
 
 
+def _convergent(run: Callable[..., Any], cuda: Any, cpu: Any, on_triton: Any) -> tuple[Backend, ...]:
+    """Backends of an operator of `convergent`, which asks each of them for its Sinkhorn iterations."""
+    return (
+        Backend("cuda", cuda, partial(run, native.ops)),
+        Backend("cpu", cpu, partial(run, native.ops)),
+        Backend("triton", on_triton, partial(run, triton.ops)),
+        Backend("reference", lambda *_: None, partial(run, reference)),
+    )
+
+
 _ranking = (
     _runs("cuda", lambda: native.load("_C_cuda"), _FLOAT),
     _runs("cpu", lambda: native.load("_C"), _FLOATS),
@@ -93,9 +104,9 @@ BACKENDS: dict[str, tuple[Backend, ...]] = {
     "gumbel_sinkhorn": _backends("gumbel_sinkhorn", *_ranking),
     "cumulative_masks": (_masks["cuda"], _masks["triton"], _masks["reference"], _masks["cpu"]),
     "soft_topk_masks": _backends("soft_topk_masks", *_ranking),
-    "soft_sort": _backends("weigh_regions", *_ranking),
-    "soft_rank": _backends("weigh_ranks", *_ranking),
-    "soft_topk": _backends("weigh_ranks", *_ranking),
+    "soft_sort": _convergent(convergent.weigh_regions, *_ranking),
+    "soft_rank": _convergent(convergent.weigh_ranks, *_ranking),
+    "soft_topk": _convergent(convergent.weigh_ranks, *_ranking),
     "perturb": _backends("perturb", *_perturbing),
     "perturb_by_rank": _backends("perturb_by_rank", *_perturbing),
 }

@@ -135,7 +135,7 @@ def soft_topk_masks(
 def soft_sort(
     values: Tensor,
     tau: float | Tensor = 0.01,
-    n_iters: int = 30,
+    n_iters: int = 200,
     noise: float = 0.0,
     seed: int | Tensor | None = None,
     *,
@@ -154,7 +154,7 @@ def soft_sort(
 def soft_rank(
     values: Tensor,
     tau: float | Tensor = 0.01,
-    n_iters: int = 30,
+    n_iters: int = 200,
     noise: float = 0.0,
     seed: int | Tensor | None = None,
     *,
@@ -171,7 +171,7 @@ def soft_topk(
     values: Tensor,
     k: int,
     tau: float | Tensor = 0.01,
-    n_iters: int = 30,
+    n_iters: int = 200,
     noise: float = 0.0,
     seed: int | Tensor | None = None,
     *,

@@ -14,11 +14,11 @@ from torch import Tensor
 
 # as in csrc/ops.cpp, which says what each tensor is
 SCHEMAS = {
-    "gumbel_sinkhorn": "(Tensor scores, Tensor tau, Tensor seed, Tensor? left, Tensor? right, int n_iters, float noise)"
-    " -> (Tensor out, Tensor scalings, Tensor absorbed)",
+    "gumbel_sinkhorn": "(Tensor scores, Tensor tau, Tensor seed, Tensor? left, Tensor? right, int n_iters, "
+    "float noise, Tensor? start) -> (Tensor out, Tensor scalings, Tensor absorbed)",
     "gumbel_sinkhorn_backward": "(Tensor grad, Tensor scores, Tensor tau, Tensor seed, Tensor? left, Tensor? right, "
-    "Tensor scalings, Tensor absorbed, float noise, bool need_tau)"
-    " -> (Tensor grad_scores, Tensor grad_tau, Tensor grad_right)",
+    "Tensor scalings, Tensor absorbed, float noise, bool need_tau, Tensor? start)"
+    " -> (Tensor grad_scores, Tensor grad_tau, Tensor grad_right, Tensor grad_start)",
     "log_sinkhorn": "(Tensor logits, int n_iters) -> (Tensor out, Tensor scalings, Tensor absorbed)",
     "log_sinkhorn_backward": "(Tensor grad, Tensor logits, Tensor scalings, Tensor absorbed) -> Tensor",
     "cumulative_masks": "(Tensor permutation, Tensor weights) -> Tensor",
@@ -37,8 +37,8 @@ SCHEMAS = {
 
 # arguments with one entry per image; vmap folds its dimension into theirs
 _PER_IMAGE = {
-    "gumbel_sinkhorn": {"scores", "right"},
-    "gumbel_sinkhorn_backward": {"grad", "scores", "right", "scalings", "absorbed"},
+    "gumbel_sinkhorn": {"scores", "right", "start"},
+    "gumbel_sinkhorn_backward": {"grad", "scores", "right", "scalings", "absorbed", "start"},
     "log_sinkhorn": {"logits"},
     "log_sinkhorn_backward": {"grad", "logits", "scalings", "absorbed"},
     "cumulative_masks": {"permutation"},
@@ -63,7 +63,7 @@ class Operators:
         return self._op("log_sinkhorn")(logits, n_iters)[0]
 
     def gumbel_sinkhorn(self, scores: Tensor, tau: Tensor, n_iters: int, noise: float, seed: Tensor) -> Tensor:
-        return self._op("gumbel_sinkhorn")(scores, tau, seed, None, None, n_iters, noise)[0]
+        return self._op("gumbel_sinkhorn")(scores, tau, seed, None, None, n_iters, noise, None)[0]
 
     def cumulative_masks(self, permutation: Tensor, weights: Tensor) -> Tensor:
         return self._op("cumulative_masks")(permutation, _steps(weights)).cumsum(1)
@@ -71,18 +71,20 @@ class Operators:
     def soft_topk_masks(
         self, scores: Tensor, weights: Tensor, tau: Tensor, n_iters: int, noise: float, seed: Tensor
     ) -> Tensor:
-        masks, *_ = self._op("gumbel_sinkhorn")(scores, tau, seed, _steps(weights), None, n_iters, noise)
+        masks, *_ = self._op("gumbel_sinkhorn")(scores, tau, seed, _steps(weights), None, n_iters, noise, None)
         return masks.cumsum(1)
 
     def weigh_ranks(
-        self, scores: Tensor, weights: Tensor, tau: Tensor, n_iters: int, noise: float, seed: Tensor
-    ) -> Tensor:
-        return self._op("gumbel_sinkhorn")(scores, tau, seed, weights[None], None, n_iters, noise)[0][:, 0]
+        self, scores: Tensor, start: Tensor, weights: Tensor, tau: Tensor, n_iters: int, noise: float, seed: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        out, *state = self._op("gumbel_sinkhorn")(scores, tau, seed, weights[None], None, n_iters, noise, start)
+        return out[:, 0], _row_error(*state)
 
     def weigh_regions(
-        self, scores: Tensor, values: Tensor, tau: Tensor, n_iters: int, noise: float, seed: Tensor
-    ) -> Tensor:
-        return self._op("gumbel_sinkhorn")(scores, tau, seed, None, values, n_iters, noise)[0]
+        self, scores: Tensor, start: Tensor, values: Tensor, tau: Tensor, n_iters: int, noise: float, seed: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        out, *state = self._op("gumbel_sinkhorn")(scores, tau, seed, None, values, n_iters, noise, start)
+        return out, _row_error(*state)
 
     def perturb(self, images, references, masks, rows, cols, mean, std, dtype) -> tuple[Tensor, Tensor]:
         computed = torch.float64 if images.dtype == torch.float64 else torch.float32
@@ -105,6 +107,15 @@ class Operators:
         computed = torch.float64 if images.dtype == torch.float64 else torch.float32
         mean, std = _constant(mean, computed), _constant(std, computed)
         return self._op("perturb_by_rank")(images, references, ranks, counts, mean, std, dtype)
+
+
+def _row_error(scalings: Tensor, absorbed: Tensor) -> Tensor:
+    """(B,) largest |row sum − 1| of P before the last iteration, inf if there was one alone: u^T sets it right."""
+    if scalings.shape[1] < 3:
+        return scalings.new_full(scalings.shape[:1], torch.inf)
+    # absorbed scalings are in the potentials: the next ones count from 1
+    before = torch.where(absorbed[:, -2:-1] > 0, 1, scalings[:, -2, 0])
+    return (before / scalings[:, -1, 0] - 1).abs().amax(dim=1)
 
 
 def _constant(values: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -130,16 +141,17 @@ def register(namespace: str) -> None:
 # ---- shapes
 
 
-def _fake_gumbel_sinkhorn(scores, tau, seed, left, right, n_iters, noise):
+def _fake_gumbel_sinkhorn(scores, tau, seed, left, right, n_iters, noise, start):
     batch, k = scores.shape
     shape = (batch, k) if right is not None else (batch, k if left is None else left.shape[0], k)
     return scores.new_empty(shape), *_state(scores, n_iters)
 
 
-def _fake_gumbel_sinkhorn_backward(grad, scores, tau, seed, left, right, scalings, absorbed, noise, need_tau):
+def _fake_gumbel_sinkhorn_backward(grad, scores, tau, seed, left, right, scalings, absorbed, noise, need_tau, start):
     grad_tau = scores.new_empty(scores.shape[0] if need_tau else 0)
     grad_right = scores.new_empty(0) if right is None else scores.new_empty(scores.shape)
-    return scores.new_empty(scores.shape), grad_tau, grad_right
+    grad_start = scores.new_empty(0) if start is None else scores.new_empty(scores.shape)
+    return scores.new_empty(scores.shape), grad_tau, grad_right, grad_start
 
 
 def _fake_log_sinkhorn(logits, n_iters):
@@ -197,20 +209,21 @@ _FAKES: dict[str, Callable] = {
 
 def _gradients(ops: Any) -> dict[str, tuple[Callable, Callable]]:
     def keep_ranking(ctx, inputs, output):
-        scores, tau, seed, left, right, _, noise = inputs
+        scores, tau, seed, left, right, _, noise, start = inputs
         _, scalings, absorbed = output
         ctx.mark_non_differentiable(scalings, absorbed)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(scores, tau, seed, left, right, scalings, absorbed)
+        ctx.save_for_backward(scores, tau, seed, left, right, scalings, absorbed, start)
         ctx.noise = noise
 
     def ranking_backward(ctx, grad, *_):
         if grad is None:
-            return (None,) * 7
-        need_tau = ctx.needs_input_grad[1]
-        scores, tau, right = ops.gumbel_sinkhorn_backward(grad, *ctx.saved_tensors, ctx.noise, need_tau)
-        right = right if ctx.needs_input_grad[4] else None
-        return scores, tau.sum() if need_tau else None, None, None, right, None, None
+            return (None,) * 8
+        need_tau, need_right, need_start = (ctx.needs_input_grad[n] for n in (1, 4, 7))
+        *saved, start = ctx.saved_tensors
+        scores, tau, right, start = ops.gumbel_sinkhorn_backward(grad, *saved, ctx.noise, need_tau, start)
+        right, start = right if need_right else None, start if need_start else None
+        return scores, tau.sum() if need_tau else None, None, None, right, None, None, start
 
     def keep_logits(ctx, inputs, output):
         _, scalings, absorbed = output

@@ -28,7 +28,7 @@ enum class Readout { matrix, weigh_ranks, weigh_regions, logarithm };
 template <typename T>
 struct Problem {
   RankingShape shape;
-  const T *scores, *logits;
+  const T *scores, *logits, *start;  // start: the initial column potential, or null
   T tau, noise;
   uint64_t seed;
   int64_t k() const { return shape.k; }
@@ -48,7 +48,7 @@ class Matrix {
     for (T* column : {h.get(), G.get(), c_.get()}) std::fill_n(column, ld, T{0});
     for (int64_t j = 0; problem.scores && j < k; ++j) {
       c_[j] = problem.scores[b * k + j] - T(0.5);
-      h[j] = -(c_[j] * c_[j]) / problem.tau;
+      h[j] = problem.start ? problem.start[b * k + j] : -(c_[j] * c_[j]) / problem.tau;
     }
   }
 
@@ -283,7 +283,7 @@ void run_forward(const Problem<T>& problem, const Output<T>& output, T* scalings
 
 template <typename T>
 struct Gradients {
-  T *scores, *tau, *right, *logits;  // null where not asked for
+  T *scores, *tau, *right, *logits, *start;  // null where not asked for
 };
 
 // The gradients of one matrix, gathered block by block.
@@ -396,14 +396,17 @@ void run_backward(const Problem<T>& problem, const Output<T>& output, T* scaling
     }
     if (gradients.logits) return;
     // The logits depend on a_j as -2 (a_j - p_i) / tau = 2 (q_i - c_j) / tau. The sum of L over a column, which c_j
-    // multiplies, is the gradient of the first column potential, and more accurate in that form.
+    // multiplies, is the gradient of the first column potential, and more accurate in that form. A start that is given
+    // takes that part as its own.
     T* moment = r;
     matrix.add_blocks(sums + blocks * ld, [&](int64_t j, T sum) { moment[j] = sum; });
     // d / d tau is -L . logits / tau. Rows of L sum to 0, so the logits may be log (K P) - g_j: small where L is not 0.
     double of_tau = 0;
     for (int64_t j = 0; j < k; ++j) {
-      gradients.scores[b * k + j] = 2 * (moment[j] - (problem.scores[b * k + j] - T(0.5)) * g[j]) / problem.tau;
-      of_tau += g[j] * (matrix.h[j] - g_last[j]);
+      if (gradients.start) gradients.start[b * k + j] = g[j];
+      const T square = gradients.start ? T{0} : (problem.scores[b * k + j] - T(0.5)) * g[j];
+      gradients.scores[b * k + j] = 2 * (moment[j] - square) / problem.tau;
+      of_tau += g[j] * ((gradients.start ? 0 : matrix.h[j]) - g_last[j]);
     }
     if (!want_tau) return;
     matrix.add_blocks(sums + 2 * blocks * ld, [&](int64_t, T sum) { of_tau += sum; });
@@ -427,8 +430,9 @@ std::tuple<Tensor, Tensor> new_state(const RankingShape& shape, const Tensor& li
 }
 
 template <typename T>
-Problem<T> ranking(const RankingShape& shape, const Tensor& scores, const Tensor& tau, const Tensor& seed, double noise) {
-  return {shape, data<T>(scores), nullptr, *data<T>(tau), static_cast<T>(noise),
+Problem<T> ranking(const RankingShape& shape, const Tensor& scores, const Tensor& tau, const Tensor& seed,
+                   const std::optional<Tensor>& start, double noise) {
+  return {shape, data<T>(scores), nullptr, start ? data<T>(*start) : nullptr, *data<T>(tau), static_cast<T>(noise),
           static_cast<uint64_t>(*data<int64_t>(seed))};
 }
 
@@ -443,43 +447,50 @@ void with_output(const std::optional<Tensor>& left, const std::optional<Tensor>&
 }
 
 Triple gumbel_sinkhorn(const Tensor& scores, const Tensor& tau, const Tensor& seed, const std::optional<Tensor>& left,
-                       const std::optional<Tensor>& right, int64_t n_iters, double noise) {
-  const RankingShape shape = check_ranking(scores, tau, seed, left, right, n_iters);
+                       const std::optional<Tensor>& right, int64_t n_iters, double noise,
+                       const std::optional<Tensor>& start) {
+  const RankingShape shape = check_ranking(scores, tau, seed, left, right, start, n_iters);
   const Tensor values = torch::stable::contiguous(scores);
+  const std::optional<Tensor> initial = contiguous(start);
   auto [scalings, absorbed] = new_state(shape, values);
   Tensor out = torch::stable::new_empty(values, out_sizes(shape, left, right));
   with_type(values, "gumbel_sinkhorn", [&](auto type) {
     using T = decltype(type);
     with_output<T>(left, right, shape.k, [&](const Output<T>& output) {
-      run_forward(ranking<T>(shape, values, tau, seed, noise), output, data<T>(scalings), data<int32_t>(absorbed),
+      run_forward(ranking<T>(shape, values, tau, seed, initial, noise), output, data<T>(scalings), data<int32_t>(absorbed),
                   data<T>(out));
     });
   });
   return {out, scalings, absorbed};
 }
 
-Triple gumbel_sinkhorn_backward(const Tensor& grad, const Tensor& scores, const Tensor& tau, const Tensor& seed,
+std::tuple<Tensor, Tensor, Tensor, Tensor> gumbel_sinkhorn_backward(const Tensor& grad, const Tensor& scores, const Tensor& tau, const Tensor& seed,
                                 const std::optional<Tensor>& left, const std::optional<Tensor>& right,
-                                const Tensor& scalings, const Tensor& absorbed, double noise, bool need_tau) {
-  const RankingShape shape = check_ranking(scores, tau, seed, left, right, iterations_of(absorbed));
+                                const Tensor& scalings, const Tensor& absorbed, double noise, bool need_tau,
+                                const std::optional<Tensor>& start) {
+  const RankingShape shape = check_ranking(scores, tau, seed, left, right, start, iterations_of(absorbed));
   check_state(shape, scalings, absorbed, scores);
   check_grad(grad, scores, out_sizes(shape, left, right));
   const Tensor values = torch::stable::contiguous(scores), above = torch::stable::contiguous(grad);
   const Tensor state = torch::stable::contiguous(scalings), moved = torch::stable::contiguous(absorbed);
+  const std::optional<Tensor> initial = contiguous(start);
   Tensor grad_scores = torch::stable::new_empty(values, {shape.batch, shape.k});
   Tensor grad_tau = torch::stable::new_empty(values, {need_tau ? shape.batch : 0});
-  Tensor grad_right =
-      torch::stable::new_empty(values, right ? std::vector{shape.batch, shape.k} : std::vector<int64_t>{0});
+  const auto like_scores = [&](bool given) {
+    return torch::stable::new_empty(values, given ? std::vector{shape.batch, shape.k} : std::vector<int64_t>{0});
+  };
+  Tensor grad_right = like_scores(right.has_value()), grad_start = like_scores(start.has_value());
   with_type(values, "gumbel_sinkhorn_backward", [&](auto type) {
     using T = decltype(type);
     with_output<T>(left, right, shape.k, [&](const Output<T>& output) {
       const Gradients<T> gradients{data<T>(grad_scores), need_tau ? data<T>(grad_tau) : nullptr,
-                                   right ? data<T>(grad_right) : nullptr, nullptr};
-      run_backward(ranking<T>(shape, values, tau, seed, noise), output, data<T>(state), data<int32_t>(moved),
+                                   right ? data<T>(grad_right) : nullptr, nullptr,
+                                   start ? data<T>(grad_start) : nullptr};
+      run_backward(ranking<T>(shape, values, tau, seed, initial, noise), output, data<T>(state), data<int32_t>(moved),
                    data<T>(above), gradients);
     });
   });
-  return {grad_scores, grad_tau, grad_right};
+  return {grad_scores, grad_tau, grad_right, grad_start};
 }
 
 Triple log_sinkhorn(const Tensor& logits, int64_t n_iters) {
@@ -489,7 +500,7 @@ Triple log_sinkhorn(const Tensor& logits, int64_t n_iters) {
   Tensor out = torch::stable::new_empty(values, {shape.batch, shape.k, shape.k});
   with_type(values, "log_sinkhorn", [&](auto type) {
     using T = decltype(type);
-    const Problem<T> problem{shape, nullptr, data<T>(values), T{1}, T{0}, 0};
+    const Problem<T> problem{shape, nullptr, data<T>(values), nullptr, T{1}, T{0}, 0};
     const Output<T> output{Readout::logarithm, nullptr, 0, nullptr};
     run_forward(problem, output, data<T>(scalings), data<int32_t>(absorbed), data<T>(out));
   });
@@ -505,10 +516,10 @@ Tensor log_sinkhorn_backward(const Tensor& grad, const Tensor& logits, const Ten
   Tensor grad_logits = torch::stable::new_empty(values, {shape.batch, shape.k, shape.k});
   with_type(values, "log_sinkhorn_backward", [&](auto type) {
     using T = decltype(type);
-    const Problem<T> problem{shape, nullptr, data<T>(values), T{1}, T{0}, 0};
+    const Problem<T> problem{shape, nullptr, data<T>(values), nullptr, T{1}, T{0}, 0};
     const Output<T> output{Readout::logarithm, nullptr, 0, nullptr};
     run_backward(problem, output, data<T>(state), data<int32_t>(moved), data<T>(above),
-                 {nullptr, nullptr, nullptr, data<T>(grad_logits)});
+                 {nullptr, nullptr, nullptr, data<T>(grad_logits), nullptr});
   });
   return grad_logits;
 }

@@ -3,7 +3,7 @@
 //
 // Rows i are ranks, columns j regions; k of each. A CTA holds a band of consecutive rows of
 //   X_ij = exp(M_ij + F_i + G_j),  M_ij = (2 q_i c_j + noise gamma_ij) / tau,  c_j = a_j - 1/2,  q_i = p_i - 1/2,
-// and the initial column potential is h_j = -c_j^2 / tau; log_sinkhorn: M are the logits given, h = 0.
+// and the initial column potential h_j is the start given or -c_j^2 / tau; log_sinkhorn: M are the logits given, h = 0.
 // F and G change only where scalings have been absorbed, between two segments of iterations.
 #pragma once
 
@@ -17,7 +17,7 @@ enum class Readout { matrix, log_matrix, steps, regions };  // P, log P, left P,
 struct Ranking {
   const float *scores, *logits, *tau;  // scores or logits
   const int64_t* seed;
-  const float *left, *right;
+  const float *left, *right, *start;
   Readout readout;
   float noise;
   int k, steps, iterations;
@@ -25,7 +25,7 @@ struct Ranking {
 
 // The logits of one image.
 struct Logits {
-  const float *scores, *given;
+  const float *scores, *given, *start;
   float tau, noise;
   uint64_t seed, first;  // first: element of the noise at (0, 0)
   int k;
@@ -33,6 +33,7 @@ struct Logits {
   __device__ Logits(const Ranking& p, int64_t image)
       : scores(p.logits ? nullptr : p.scores + image * p.k),
         given(p.logits ? p.logits + image * p.k * p.k : nullptr),
+        start(p.start ? p.start + image * p.k : nullptr),
         tau(p.logits ? 1.0f : *p.tau),
         noise(p.noise),
         seed(p.logits ? 0 : static_cast<uint64_t>(*p.seed)),
@@ -41,7 +42,9 @@ struct Logits {
 
   __device__ float rank(int i) const { return k > 1 ? 0.5f - static_cast<float>(i) / static_cast<float>(k - 1) : 0.5f; }
   __device__ float centred(int j) const { return scores[j] - 0.5f; }
-  __device__ float initial(int j) const { return given ? 0.0f : -(centred(j) * centred(j)) / tau; }
+  __device__ float initial(int j) const {
+    return given ? 0.0f : start ? start[j] : -(centred(j) * centred(j)) / tau;
+  }
 };
 
 // The scalings of one image, as saved for the backward.

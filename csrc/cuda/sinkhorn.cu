@@ -122,31 +122,33 @@ const float* data(const std::optional<Tensor>& tensor) { return tensor ? tensor-
 // The inputs of an operator, checked and contiguous, which the kernels' arguments point into.
 struct Inputs {
   Tensor given, tau, seed;  // of log_sinkhorn only the first
-  std::optional<Tensor> left, right;
+  std::optional<Tensor> left, right, initial;
   Ranking ranking{};
   RankingShape shape{};
 
   Inputs(const Tensor& logits, int64_t iterations) : given(logits), tau(logits), seed(logits) {
-    start(check_logits(logits, iterations));
+    begin(check_logits(logits, iterations));
     ranking.logits = given.const_data_ptr<float>();
     ranking.readout = Readout::log_matrix;
   }
 
   Inputs(const Tensor& scores, const Tensor& tau_, const Tensor& seed_, const std::optional<Tensor>& left_,
-         const std::optional<Tensor>& right_, int64_t iterations, double noise)
-      : given(scores), tau(tau_), seed(seed_), left(contiguous(left_)), right(contiguous(right_)) {
-    start(check_ranking(scores, tau, seed, left, right, iterations));
+         const std::optional<Tensor>& right_, const std::optional<Tensor>& start, int64_t iterations, double noise)
+      : given(scores), tau(tau_), seed(seed_), left(contiguous(left_)), right(contiguous(right_)),
+        initial(contiguous(start)) {
+    begin(check_ranking(scores, tau, seed, left, right, initial, iterations));
     ranking.scores = given.const_data_ptr<float>();
     ranking.tau = tau.const_data_ptr<float>();
     ranking.seed = seed.const_data_ptr<int64_t>();
     ranking.left = data(left);
     ranking.right = data(right);
+    ranking.start = data(initial);
     ranking.readout = left ? Readout::steps : right ? Readout::regions : Readout::matrix;
     ranking.noise = static_cast<float>(noise);
     ranking.steps = left ? as_int(left->size(0), "the number of steps") : 0;
   }
 
-  void start(const RankingShape& checked) {
+  void begin(const RankingShape& checked) {
     check_float32(given);
     given = torch::stable::contiguous(given);
     shape = checked;
@@ -199,24 +201,28 @@ void backward(const Inputs& inputs, const Tensor& grad, const Tensor& scalings, 
 }
 
 Tensors3 gumbel_sinkhorn(const Tensor& scores, const Tensor& tau, const Tensor& seed, const std::optional<Tensor>& left,
-                         const std::optional<Tensor>& right, int64_t n_iters, double noise) {
-  return forward(Inputs(scores, tau, seed, left, right, n_iters, noise));
+                         const std::optional<Tensor>& right, int64_t n_iters, double noise,
+                         const std::optional<Tensor>& start) {
+  return forward(Inputs(scores, tau, seed, left, right, start, n_iters, noise));
 }
 
-Tensors3 gumbel_sinkhorn_backward(const Tensor& grad, const Tensor& scores, const Tensor& tau, const Tensor& seed,
-                                  const std::optional<Tensor>& left, const std::optional<Tensor>& right,
-                                  const Tensor& scalings, const Tensor& absorbed, double noise, bool need_tau) {
-  const Inputs inputs(scores, tau, seed, left, right, iterations_of(absorbed), noise);
+std::tuple<Tensor, Tensor, Tensor, Tensor> gumbel_sinkhorn_backward(
+    const Tensor& grad, const Tensor& scores, const Tensor& tau, const Tensor& seed, const std::optional<Tensor>& left,
+    const std::optional<Tensor>& right, const Tensor& scalings, const Tensor& absorbed, double noise, bool need_tau,
+    const std::optional<Tensor>& start) {
+  const Inputs inputs(scores, tau, seed, left, right, start, iterations_of(absorbed), noise);
   inputs.check_backward(grad, scalings, absorbed);
   Tensor grad_scores = empty(scores, {inputs.shape.batch, inputs.shape.k});
   Tensor grad_tau = empty(scores, {need_tau ? inputs.shape.batch : 0});
   Tensor grad_right = empty(scores, right ? Sizes{inputs.shape.batch, inputs.shape.k} : Sizes{0});
+  Tensor grad_start = empty(scores, start ? Sizes{inputs.shape.batch, inputs.shape.k} : Sizes{0});
   BackwardTensors to{};
   to.grad_scores = grad_scores.mutable_data_ptr<float>();
   to.grad_tau = need_tau ? grad_tau.mutable_data_ptr<float>() : nullptr;
   to.grad_right = right ? grad_right.mutable_data_ptr<float>() : nullptr;
+  to.grad_start = start ? grad_start.mutable_data_ptr<float>() : nullptr;
   backward(inputs, grad, scalings, absorbed, to);
-  return {grad_scores, grad_tau, grad_right};
+  return {grad_scores, grad_tau, grad_right, grad_start};
 }
 
 Tensors3 log_sinkhorn(const Tensor& logits, int64_t n_iters) { return forward(Inputs(logits, n_iters)); }

@@ -376,7 +376,7 @@ __global__ void __launch_bounds__(256) streamed_forward_steps(Ranking p, Forward
 struct BackwardTensors {
   const float *grad, *scalings;
   const int32_t* absorbed;
-  float *grad_scores, *grad_logits, *grad_tau, *grad_right;  // null where not wanted
+  float *grad_scores, *grad_logits, *grad_tau, *grad_right, *grad_start;  // null where not wanted
   float* kept;       // of every matrix r, terms of grad_tau (k,) each, y, z (iterations,k) each, the centre (k,)
   float* workspace;  // streamed
 };
@@ -389,7 +389,7 @@ struct Backward {
   Arriving arriving;
   Team team;
   Place at;
-  float *grad_scores, *grad_logits, *grad_tau, *grad_right, *kept;
+  float *grad_scores, *grad_logits, *grad_tau, *grad_right, *grad_start, *kept;
 
   __device__ Backward(const Ranking& p, const BackwardTensors& to, int64_t image, Team team, Place at)
       : p(p),
@@ -402,6 +402,7 @@ struct Backward {
         grad_logits(to.grad_logits ? to.grad_logits + image * p.k * p.k : nullptr),
         grad_tau(to.grad_tau ? to.grad_tau + image : nullptr),
         grad_right(to.grad_right ? to.grad_right + image * p.k : nullptr),
+        grad_start(to.grad_start ? to.grad_start + image * p.k : nullptr),
         kept(to.kept + image * kept_floats(p.k, p.iterations)) {}
 
   __device__ float* row_sums() const { return kept; }
@@ -570,7 +571,10 @@ struct Backward {
     }
     if (t <= p.iterations) g *= -previous(t, j);
     if (t <= p.iterations && state.fresh(t) && grad_scores) gather(j, last(t) == p.iterations, t == 1 ? g : 0.0f);
-    if (t == 1) return;
+    if (t == 1) {
+      if (grad_start) grad_start[j] = g;
+      return;
+    }
     const float next = state.columns(t - 1)[j] * g;
     y(t - 1)[j] = next;
     team.publish(at.columns, j, next);
@@ -578,7 +582,9 @@ struct Backward {
 
   // What the segment that was folded last adds to the gradients of score j and, for this column, of tau. `initial`, the
   // gradient of the initial column potential, comes with the first segment: summing the fold's columns would cancel.
+  // It is the scores' own where no start is given.
   __device__ void gather(int j, bool final, float initial) const {
+    if (grad_start) initial = 0.0f;
     float* sums = at.own + p.k + 1;
     const float ranked = total(team, sums, j), c = logits.centred(j);
     const float score = 2.0f * (ranked - c * initial) / logits.tau;

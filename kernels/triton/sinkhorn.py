@@ -370,6 +370,7 @@ def end_backward(
     tau,
     grad_out,
     grad_tau,
+    grad_start,
     k,
     steps,
     n_iters,
@@ -377,7 +378,7 @@ def end_backward(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """The gradient of the logits (B,K,K), or those of scores (B,K) and, if given, of tau (B,column blocks)."""
+    """The gradient of the logits (B,K,K), or of scores (B,K) and, if given, of tau (B,column blocks) and the start."""
     b, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
     j = block * COLUMNS + tl.arange(0, COLUMNS)
     state, absorbed = scalings + b * (n_iters + 1) * 2 * k, absorbed + b * n_iters
@@ -402,6 +403,10 @@ def end_backward(
     if not LOG:
         temperature = tl.load(tau)
         c = tl.load(scores + b * k + j, j < k, 0.0) - 0.5
+        if grad_start is not None:  # then h is an argument, not a function of scores and tau
+            tl.store(grad_start + b * k + j, plain, j < k)
+            scaled -= plain * h
+            plain = tl.zeros_like(plain)
         tl.store(grad_out + b * k + j, 2 * (weighted - c * plain) / temperature, j < k)
         if grad_tau is not None:  # M and h are proportional to 1/τ
             tl.store(grad_tau + b * tl.num_programs(1) + block, -tl.sum(scaled) / temperature)
@@ -531,16 +536,17 @@ def _backward(
     grad_out: Tensor,
     grad_tau: Tensor | None,
     grad_right: Tensor,
+    grad_start: Tensor | None,
     log: bool,
 ) -> None:
-    """Fill the gradient of the logits, or those of scores, tau (B,column blocks) and right."""
+    """Fill the gradient of the logits, or those of scores, tau (B,column blocks), right and the start."""
     batch, k, _ = logits.shape
     adjoint, level = _adjoints(grad, logits, left, right, scalings, absorbed, grad_right, log)
     upstream = grad, left, right, level
     state = logits, column, scalings, absorbed, adjoint
     sizes = k, 0 if left is None else left.shape[0], absorbed.shape[1]
     end_backward[batch, triton.cdiv(k, FIELD_COLUMNS)](
-        *upstream, *state, scores, tau, grad_out, grad_tau, *sizes, log, FIELD_ROWS, FIELD_COLUMNS
+        *upstream, *state, scores, tau, grad_out, grad_tau, grad_start, *sizes, log, FIELD_ROWS, FIELD_COLUMNS
     )
 
 
@@ -549,9 +555,18 @@ def log_sinkhorn(logits: Tensor, n_iters: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def gumbel_sinkhorn(
-    scores: Tensor, tau: Tensor, seed: Tensor, left: Tensor | None, right: Tensor | None, n_iters: int, noise: float
+    scores: Tensor,
+    tau: Tensor,
+    seed: Tensor,
+    left: Tensor | None,
+    right: Tensor | None,
+    n_iters: int,
+    noise: float,
+    start: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     logits, column = _ranking_logits(scores.contiguous(), tau, seed, noise)
+    if start is not None:
+        column = start.contiguous()
     return _forward(logits, column, left, right, n_iters, log=False)
 
 
@@ -560,7 +575,7 @@ def log_sinkhorn_backward(grad: Tensor, logits: Tensor, scalings: Tensor, absorb
     out = torch.empty_like(logits)
     if not out.numel():
         return out
-    _backward(grad, logits, None, None, None, scalings, absorbed, None, None, out, None, out, log=True)
+    _backward(grad, logits, None, None, None, scalings, absorbed, None, None, out, None, out, None, log=True)
     return out
 
 
@@ -575,15 +590,18 @@ def gumbel_sinkhorn_backward(
     absorbed: Tensor,
     noise: float,
     need_tau: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+    start: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     grad, scores, scalings, absorbed = (x.contiguous() for x in (grad, scores, scalings, absorbed))
     left, right = (None if x is None else x.contiguous() for x in (left, right))
     batch, k = scores.shape
     column_blocks = triton.cdiv(k, FIELD_COLUMNS)
     grad_scores, grad_right = torch.empty_like(scores), scores.new_empty(0 if right is None else scores.shape)
+    grad_start = scores.new_empty(0 if start is None else scores.shape)
     grad_tau = scores.new_empty(batch, column_blocks) if need_tau else None
     if batch:
         logits, column = _ranking_logits(scores, tau, seed, noise)
-        given = grad, logits, column, left, right, scalings, absorbed, scores, tau
-        _backward(*given, grad_scores, grad_tau, grad_right, log=False)
-    return grad_scores, scores.new_empty(0) if grad_tau is None else grad_tau.sum(1), grad_right
+        given = grad, logits, column if start is None else start.contiguous(), left, right, scalings, absorbed
+        own_start = None if start is None else grad_start
+        _backward(*given, scores, tau, grad_scores, grad_tau, grad_right, own_start, log=False)
+    return grad_scores, scores.new_empty(0) if grad_tau is None else grad_tau.sum(1), grad_right, grad_start

@@ -24,6 +24,7 @@ class Problem(NamedTuple):
     seed: Tensor = torch.tensor(0)
     left: Tensor | None = None
     right: Tensor | None = None
+    start: Tensor | None = None
     noise: float = 0.0
     iterations: int = 5
 
@@ -46,7 +47,9 @@ def cumulative_steps(k: int, steps: int) -> Tensor:
     return torch.diff(weights, dim=0, prepend=torch.zeros(1, k)).float()
 
 
-def make(k, readout="matrix", batch=2, spread=0.5, tau=0.3, noise=0.0, iterations=5) -> tuple[Problem, Tensor]:
+def make(
+    k, readout="matrix", batch=2, spread=0.5, tau=0.3, noise=0.0, iterations=5, start=False
+) -> tuple[Problem, Tensor]:
     """A problem and the gradient that arrives at its output; with `spread` large, scalings leave their range."""
     g = torch.Generator().manual_seed(k)
     settings = {"noise": noise, "iterations": iterations}
@@ -61,12 +64,14 @@ def make(k, readout="matrix", batch=2, spread=0.5, tau=0.3, noise=0.0, iteration
             "regions": {"right": torch.randn(batch, k, generator=g)},
         }[readout]
         seed = torch.tensor(-12345678901234)  # both words of the key are used
+        if start:
+            choice["start"] = spread * torch.randn(batch, k, generator=g)
         problem = Problem(scores=scores, tau=torch.tensor(tau), seed=seed, **choice, **settings)
     return problem, torch.randn(problem.out_shape(), generator=g)
 
 
 def by_reference(problem: Problem, grad: Tensor, dtype: torch.dtype) -> list[Tensor]:
-    """out and the gradients of scores, tau (B,) and right; of log_sinkhorn: out and the gradient of the logits."""
+    """out and the gradients of scores, tau (B,), right, start; of log_sinkhorn: out and the gradient of the logits."""
     if problem.logits is not None:
         logits = problem.logits.to(dtype).requires_grad_()
         out = reference.log_sinkhorn(logits, problem.iterations)
@@ -74,20 +79,23 @@ def by_reference(problem: Problem, grad: Tensor, dtype: torch.dtype) -> list[Ten
     scores = problem.scores.to(dtype).requires_grad_()
     # one temperature for each image: its gradient is one number, whose error at a single image may be small by chance
     tau = problem.tau.to(dtype).expand(len(scores), 1, 1).clone().requires_grad_()
-    right = None if problem.right is None else problem.right.to(dtype).requires_grad_()
-    out = reference.gumbel_sinkhorn(scores, tau, problem.iterations, problem.noise, problem.seed)
+    optional = (problem.right, problem.start)
+    right, start = (None if given is None else given.to(dtype).requires_grad_() for given in optional)
+    given = scores, tau, problem.iterations, problem.noise, problem.seed, start
+    out = reference.log_permutation(*given)[0].exp()
     if problem.left is not None:
         out = problem.left.to(dtype) @ out
     elif right is not None:
         out = (out @ right[..., None])[..., 0]
-    inputs = [scores, tau] if right is None else [scores, tau, right]
-    scores_grad, tau_grad, *right_grad = torch.autograd.grad(out, inputs, grad.to(dtype))
-    return [out.detach(), scores_grad, tau_grad.flatten(), *right_grad]
+    inputs = [x for x in (scores, tau, right, start) if x is not None]
+    scores_grad, tau_grad, *others = torch.autograd.grad(out, inputs, grad.to(dtype))
+    return [out.detach(), scores_grad, tau_grad.flatten(), *others]
 
 
 def assert_as_good_as_float32(got: list[Tensor], problem: Problem, grad: Tensor) -> None:
     """``got`` in the order of `by_reference`."""
+    names = ("out", "inputs", "tau", "right or start", "start")
     truth, single = (by_reference(problem, grad, dtype) for dtype in (torch.float64, torch.float32))
-    for name, ours, exact, theirs in zip(("out", "inputs", "tau", "right"), got, truth, single, strict=False):
+    for name, ours, exact, theirs in zip(names, got, truth, single, strict=False):
         assert_accurate(ours, theirs, exact, what=name)
     assert len(got) == len(truth)

@@ -31,9 +31,10 @@ def by_operators(problem: Problem, grad: Tensor) -> list[Tensor]:
         out, *state = ops.log_sinkhorn(problem.logits, problem.iterations)
         return [out, ops.log_sinkhorn_backward(grad, problem.logits, *state)]
     inputs = (problem.scores, problem.tau, problem.seed, problem.left, problem.right)
-    out, *state = ops.gumbel_sinkhorn(*inputs, problem.iterations, problem.noise)
-    scores, tau, right = ops.gumbel_sinkhorn_backward(grad, *inputs, *state, problem.noise, True)
-    return [out, scores, tau] if problem.right is None else [out, scores, tau, right]
+    out, *state = ops.gumbel_sinkhorn(*inputs, problem.iterations, problem.noise, problem.start)
+    grads = ops.gumbel_sinkhorn_backward(grad, *inputs, *state, problem.noise, True, problem.start)
+    wanted = (True, True, problem.right is not None, problem.start is not None)
+    return [out, *(g for g, want in zip(grads, wanted, strict=True) if want)]
 
 
 def scores_of(k: int) -> Tensor:
@@ -51,6 +52,12 @@ def check(k: int, readout: str, **settings) -> None:
 def test_settings(k, setting):
     spread, tau, noise = SETTINGS[setting]
     check(k, "steps", spread=spread, tau=tau, noise=noise, iterations=30)
+
+
+@pytest.mark.parametrize("k", SIZES)
+def test_a_start_and_its_gradient(k):
+    for readout in ("steps", "regions"):
+        check(k, readout, iterations=10, start=True)
 
 
 @pytest.mark.parametrize("k", SIZES)
@@ -130,11 +137,11 @@ def test_opcheck():
     left, right = torch.rand(2, 9, device="cuda"), torch.rand(3, 9, device="cuda", requires_grad=True)
     op = torch.ops.aha.gumbel_sinkhorn.default
     for weights in ((None, None), (left, None), (None, right)):
-        torch.library.opcheck(op, (scores, tau, seed, *weights, 4, 0.5))
-        out, scalings, absorbed = (t.detach() for t in op(scores, tau, seed, *weights, 4, 0.5))
+        torch.library.opcheck(op, (scores, tau, seed, *weights, 4, 0.5, None))
+        out, scalings, absorbed = (t.detach() for t in op(scores, tau, seed, *weights, 4, 0.5, None))
         backward = torch.ops.aha.gumbel_sinkhorn_backward.default
         state = (scores.detach(), tau.detach(), seed, *(None if w is None else w.detach() for w in weights))
-        torch.library.opcheck(backward, (torch.rand_like(out), *state, scalings, absorbed, 0.5, True))
+        torch.library.opcheck(backward, (torch.rand_like(out), *state, scalings, absorbed, 0.5, True, None))
     logits = torch.randn(2, 9, 9, device="cuda", requires_grad=True)
     torch.library.opcheck(torch.ops.aha.log_sinkhorn.default, (logits, 4))
     torch.library.opcheck(torch.ops.aha.cumulative_masks.default, (logits, left))
@@ -163,7 +170,7 @@ def test_non_contiguous_expanded_and_empty():
 )
 def test_refuses_what_does_not_fit_in_one_line(change, message):
     arguments = {"scores": torch.zeros(3, 9), "tau": torch.tensor(1.0), "seed": torch.tensor(0), "left": None}
-    arguments |= {"right": None, "n_iters": 3, "noise": 0.0} | change
+    arguments |= {"right": None, "n_iters": 3, "noise": 0.0, "start": None} | change
     on_gpu = {name: value.cuda() if isinstance(value, Tensor) else value for name, value in arguments.items()}
     with pytest.raises(RuntimeError, match=message) as error:
         torch.ops.aha.gumbel_sinkhorn(**on_gpu)

@@ -23,8 +23,7 @@ def emulator(tmp_path_factory) -> Emulator:
 
 def by_kernels(emulator: Emulator, problem: Problem, grad: Tensor, ranks: int, order: int = 0) -> list[Tensor]:
     out, scalings, absorbed = emulator.forward(problem, ranks, order)
-    inputs, tau, right = emulator.backward(problem, grad, scalings, absorbed, ranks, order)
-    return [x for x in (out, inputs, tau, right) if x is not None]
+    return [x for x in (out, *emulator.backward(problem, grad, scalings, absorbed, ranks, order)) if x is not None]
 
 
 @pytest.mark.parametrize("readout", READOUTS)
@@ -33,6 +32,15 @@ def test_every_readout_in_every_layout(emulator, layout, readout):
     # the gradient of tau is one number for each image: enough of them for the error of the reference to be typical
     problem, grad = make(21, readout, batch=6, noise=0.0 if readout == "log" else 0.5)
     assert_as_good_as_float32(by_kernels(emulator, problem, grad, LAYOUTS[layout]), problem, grad)
+
+
+@pytest.mark.parametrize("readout", ["steps", "regions"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_start_and_its_gradient_in_every_layout(emulator, layout, readout):
+    # scores so large that scalings are absorbed: the gradient of the start comes with the first segment alone
+    for spread, noise in ((0.5, 0.5), (100.0, 0.0)):
+        problem, grad = make(21, readout, batch=6, spread=spread, noise=noise, start=True)
+        assert_as_good_as_float32(by_kernels(emulator, problem, grad, LAYOUTS[layout]), problem, grad)
 
 
 @pytest.mark.parametrize("k", [1, 2, 16, 49, 64, 65, 100, 130])

@@ -73,7 +73,7 @@ def test_scalings_are_absorbed_where_they_grow(backend):
 
     def absorbed(spread):
         scores = spread * torch.randn(2, 196, generator=torch.Generator().manual_seed(0)).to(device)
-        return ops.gumbel_sinkhorn(scores, tau, seed, None, None, 30, 1.0)[2].sum()
+        return ops.gumbel_sinkhorn(scores, tau, seed, None, None, 30, 1.0, None)[2].sum()
 
     assert absorbed(0.3) == 0
     assert absorbed(100.0) > 0
@@ -193,7 +193,7 @@ def test_weights_of_any_sign_and_density(backend):
     ops = getattr(torch.ops, "aha_triton" if backend == "triton" else "aha")
     tau, seed = torch.tensor(0.3), torch.tensor(9)
     inputs = (t.to(device) for t in (scores, tau, seed, weights))
-    out = ops.gumbel_sinkhorn(*inputs, None, 8, 1.0)[0]
+    out = ops.gumbel_sinkhorn(*inputs, None, 8, 1.0, None)[0]
     expected = weights @ kernels.gumbel_sinkhorn(scores, 0.3, 8, 1.0, 9, backend="reference")
     torch.testing.assert_close(out.cpu(), expected, rtol=1e-5, atol=2e-5)
 
@@ -214,18 +214,21 @@ def arguments(dtype=torch.float64, grad=True):
 
 
 @needs_native
-@pytest.mark.parametrize("readout", ["permutation", "left", "right"])
+@pytest.mark.parametrize("readout", ["permutation", "left", "right", "start"])
 def test_opcheck(readout):
     scores, tau, seed = arguments()
     left = torch.rand(3, 6, dtype=torch.float64) if readout == "left" else None
     right = torch.rand(2, 6, dtype=torch.float64, requires_grad=True) if readout == "right" else None
+    start = torch.rand(2, 6, dtype=torch.float64, requires_grad=True) if readout == "start" else None
     ops = torch.ops.aha
-    torch.library.opcheck(ops.gumbel_sinkhorn.default, (scores, tau, seed, left, right, 4, 0.5))
+    torch.library.opcheck(ops.gumbel_sinkhorn.default, (scores, tau, seed, left, right, 4, 0.5, start))
     with torch.no_grad():
-        out, scalings, absorbed = ops.gumbel_sinkhorn(scores, tau, seed, left, right, 4, 0.5)
+        out, scalings, absorbed = ops.gumbel_sinkhorn(scores, tau, seed, left, right, 4, 0.5, start)
+        start = None if start is None else start.detach()
         saved = tuple(None if t is None else t.detach() for t in (scores, tau, seed, left, right, scalings, absorbed))
     for need_tau in (False, True):
-        torch.library.opcheck(ops.gumbel_sinkhorn_backward.default, (torch.rand_like(out), *saved, 0.5, need_tau))
+        args = (torch.rand_like(out), *saved, 0.5, need_tau, start)
+        torch.library.opcheck(ops.gumbel_sinkhorn_backward.default, args)
 
 
 @needs_native
@@ -337,6 +340,7 @@ def test_soft_sort_rank_and_topk_become_hard():
         ({"left": torch.ones(2, 4)}, r"left must be \(S,K\)"),
         ({"right": torch.ones(1, 9)}, r"right must be \(B,K\)"),
         ({"left": torch.ones(1, 9), "right": torch.ones(2, 9)}, "not both"),
+        ({"start": torch.ones(9)}, r"start must be \(B,K\)"),
         ({"n_iters": 0}, "at least 1"),
         ({"scores": torch.ones(2, 0)}, "K >= 1"),
         ({"scores": torch.ones(2, 9, dtype=torch.bfloat16), "tau": torch.tensor(1.0).bfloat16()}, "use float32"),
@@ -351,6 +355,7 @@ def test_the_operator_itself_checks_its_arguments(change, message):
         "right": None,
         "n_iters": 3,
         "noise": 0.0,
+        "start": None,
     }
     with pytest.raises(RuntimeError, match=message):
         torch.ops.aha.gumbel_sinkhorn(**{**given, **change})

@@ -121,15 +121,18 @@ def ranking(name, b, k, n_iters, std, tau, noise, seed):
     weights = torch.rand(3, k, generator=generator).sort(dim=0).values  # dense: nothing to skip
     fractions = kernels.functional._cumulative_weights([0.15, 0.5, 0.8], scores)  # steps: mostly zero
     values = torch.randn(b, k, generator=generator)
+    start = torch.randn(b, k, generator=generator)
     if name == "log_sinkhorn":
         inputs = (scores[:, None] * torch.randn(b, k, k, generator=generator) / tau,)
         return inputs, lambda run, x: run.log_sinkhorn(x, n_iters)
     if name == "weigh_regions":
-        return (scores, tau, values), lambda run, a, t, v: run.weigh_regions(a, v, t, n_iters, noise, key)
+        given = (scores, tau, values, start)
+        return given, lambda run, a, t, v, s: run.weigh_regions(a, s, v, t, n_iters, noise, key)[0]
     if name == "gumbel_sinkhorn":
         return (scores, tau), lambda run, a, t: run.gumbel_sinkhorn(a, t, n_iters, noise, key)
     if name == "weigh_ranks":
-        return (scores, tau), lambda run, a, t: run.weigh_ranks(a, weights[0].to(a), t, n_iters, noise, key)
+        given = (scores, tau, start)
+        return given, lambda run, a, t, s: run.weigh_ranks(a, s, weights[0].to(a), t, n_iters, noise, key)[0]
     given = fractions if name == "soft_topk_masks" else weights
     return (scores, tau), lambda run, a, t: run.soft_topk_masks(a, given.to(a), t, n_iters, noise, key)
 
@@ -198,7 +201,7 @@ def test_absorbed_scalings(streamed, monkeypatch):
         monkeypatch.setattr(sinkhorn, "RESIDENT", 0)
         monkeypatch.setattr(sinkhorn, "TILE", 128)
     inputs, _ = ranking("gumbel_sinkhorn", 2, 16, 12, 100.0, 0.3, 0.0, 3)
-    args = (*inputs, torch.tensor(7), None, None, 12, 0.0)
+    args = (*inputs, torch.tensor(7), None, None, 12, 0.0, None)
     _, scalings, absorbed = torch.ops.aha_triton.gumbel_sinkhorn(*args)
     assert absorbed.any() and not absorbed.all() and not absorbed[:, -1].any()
     assert torch.isfinite(scalings).all()
@@ -208,7 +211,7 @@ def test_absorbed_scalings(streamed, monkeypatch):
 @interpreted
 def test_both_paths_are_one_algorithm(monkeypatch):
     inputs, _ = ranking("gumbel_sinkhorn", 2, 13, 6, 100.0, 0.3, 1.0, 0)
-    args = (*inputs, torch.tensor(7), None, None, 6, 1.0)
+    args = (*inputs, torch.tensor(7), None, None, 6, 1.0, None)
     expected = torch.ops.aha_triton.gumbel_sinkhorn(*args)
     monkeypatch.setattr(sinkhorn, "RESIDENT", 0)
     monkeypatch.setattr(sinkhorn, "TILE", 64)
@@ -335,8 +338,9 @@ def test_opcheck():
     ranks, counts = torch.arange(40, dtype=torch.int32).view(2, 4, 5), torch.tensor([3], dtype=torch.int32)
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
     for op, args in (
-        (ops.gumbel_sinkhorn, (scores, tau, seed, left, None, 2, 1.0)),
-        (ops.gumbel_sinkhorn, (scores, tau, seed, None, right, 2, 0.0)),
+        (ops.gumbel_sinkhorn, (scores, tau, seed, left, None, 2, 1.0, None)),
+        (ops.gumbel_sinkhorn, (scores, tau, seed, None, right, 2, 0.0, None)),
+        (ops.gumbel_sinkhorn, (scores, tau, seed, None, None, 2, 0.0, right)),
         (ops.log_sinkhorn, (torch.randn(2, 5, 5, requires_grad=True), 2)),
         (ops.cumulative_masks, (torch.randn(2, 5, 5, requires_grad=True), left)),
         (ops.perturb, (images, references, masks.requires_grad_(), *taps, 3, 4, mean, std, torch.bfloat16)),

@@ -66,11 +66,12 @@ def launches(monkeypatch):
     return recorded
 
 
-def rank(k: int, left: bool, right: bool, noise: float) -> None:
+def rank(k: int, left: bool, right: bool, noise: float, started: bool) -> None:
     scores, tau, seed = torch.zeros(1, k), torch.tensor(0.3), torch.tensor(0)
     weights, values = torch.zeros(3, k) if left else None, torch.zeros(1, k) if right else None
-    out, *state = sinkhorn.gumbel_sinkhorn(scores, tau, seed, weights, values, 3, noise)
-    sinkhorn.gumbel_sinkhorn_backward(out, scores, tau, seed, weights, values, *state, noise, True)
+    start = torch.zeros(1, k) if started else None
+    out, *state = sinkhorn.gumbel_sinkhorn(scores, tau, seed, weights, values, 3, noise, start)
+    sinkhorn.gumbel_sinkhorn_backward(out, scores, tau, seed, weights, values, *state, noise, True, start)
 
 
 def rank_logits(k: int) -> None:
@@ -111,10 +112,10 @@ def compile_all(launches: Launches, capability: int, folder: Path) -> dict[str, 
     return over
 
 
-@pytest.mark.parametrize("k", [49, 784])
-def test_soft_masks_for_hopper(k, launches, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("k", "started"), [(49, False), (784, False), (196, True)])
+def test_soft_masks_for_hopper(k, started, launches, tmp_path, monkeypatch):
     monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path))
-    rank(k, True, False, 1.0)
+    rank(k, True, False, 1.0, started)
     assert not compile_all(launches, 90, tmp_path)
 
 
@@ -131,7 +132,8 @@ def test_everything(capability, launches, tmp_path, monkeypatch):
     monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path))
     for k in (49, 100, 196, 784):
         for left, right, noise in ((True, False, 1.0), (False, True, 0.0), (False, False, 0.0)):
-            rank(k, left, right, noise)
+            rank(k, left, right, noise, started=False)
+        rank(k, True, False, 0.0, started=True)
         rank_logits(k)
     for dtype in (torch.float32, torch.float16):
         blend(dtype)

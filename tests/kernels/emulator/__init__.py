@@ -21,7 +21,7 @@ _POINTER, _INT, _LONG, _FLOAT = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, c
 
 
 class _Ranking(ctypes.Structure):
-    _fields_ = [(name, _POINTER) for name in ("scores", "logits", "tau", "seed", "left", "right")]
+    _fields_ = [(name, _POINTER) for name in ("scores", "logits", "tau", "seed", "left", "right", "start")]
     _fields_ += [("readout", _INT), ("noise", _FLOAT), ("k", _INT), ("steps", _INT), ("iterations", _INT)]
 
 
@@ -30,7 +30,7 @@ class _Forward(ctypes.Structure):
 
 
 class _Backward(ctypes.Structure):
-    _names = "grad scalings absorbed grad_scores grad_logits grad_tau grad_right kept workspace"
+    _names = "grad scalings absorbed grad_scores grad_logits grad_tau grad_right grad_start kept workspace"
     _fields_ = [(name, _POINTER) for name in _names.split()]
 
 
@@ -38,7 +38,7 @@ def _arguments(problem: Problem) -> _Ranking:
     """The kernels' struct; it borrows the memory of the tensors."""
     given = (problem.logits, problem.left, problem.right)
     readout = next((n for n, tensor in enumerate(given, start=1) if tensor is not None), 0)
-    tensors = (problem.scores, problem.logits, problem.tau, problem.seed, problem.left, problem.right)
+    tensors = (problem.scores, problem.logits, problem.tau, problem.seed, problem.left, problem.right, problem.start)
     steps = 0 if problem.left is None else len(problem.left)
     return _Ranking(*map(_data, tensors), readout, problem.noise, problem.shape[1], steps, problem.iterations)
 
@@ -83,18 +83,18 @@ class Emulator:
 
     def backward(
         self, problem: Problem, grad: Tensor, scalings: Tensor, absorbed: Tensor, ranks: int, order: int = 0
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Gradients of scores and tau (B,), or of the logits and None; that of ``right`` or None."""
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        """Gradients of scores and tau (B,), or of the logits and None; those of ``right`` and ``start`` or None."""
         batch, k = problem.shape
         ranked = problem.logits is None
         inputs = _empty(batch, k) if ranked else _empty(batch, k, k)
         tau = _empty(batch) if ranked else None
-        right = None if problem.right is None else _empty(batch, k)
-        grads = (inputs, None, tau, right) if ranked else (None, inputs, tau, right)
+        right, start = (None if given is None else _empty(batch, k) for given in (problem.right, problem.start))
+        grads = (inputs, None, tau, right, start) if ranked else (None, inputs, tau, right, start)
         tensors = _Backward(*map(_data, (grad, scalings, absorbed, *grads)), None, None)
         arguments = _arguments(problem)
         self._call("backward", ctypes.byref(arguments), ctypes.byref(tensors), _LONG(batch), ranks, order)
-        return inputs, tau, right
+        return inputs, tau, right, start
 
     def masks(self, given: Tensor, weights: Tensor, backward: bool, order: int = 0) -> Tensor:
         """cumulative_masks of ``given`` (B, K, K), or its backward of (B, S, K)."""
