@@ -115,7 +115,7 @@ def _row_error(scalings: Tensor, absorbed: Tensor) -> Tensor:
         return scalings.new_full(scalings.shape[:1], torch.inf)
     # absorbed scalings are in the potentials: the next ones count from 1
     before = torch.where(absorbed[:, -2:-1] > 0, 1, scalings[:, -2, 0])
-    return (before / scalings[:, -1, 0] - 1).abs().amax(dim=1)
+    return (before / scalings[:, -1, 0] - 1).detach().abs().amax(dim=1)
 
 
 def _constant(values: Tensor | None, dtype: torch.dtype) -> Tensor | None:

@@ -13,24 +13,21 @@ from .random import gumbel
 def log_sinkhorn(logits: Tensor, n_iters: int) -> Tensor:
     """(B,K,K) → (B,K,K): ``n_iters`` pairs of row and column normalisation in the log domain, columns last."""
     column = logits.new_zeros(()).expand(logits.shape[0], 1, logits.shape[-1])
-    return _normalise(logits, column, n_iters)[0]
+    return _normalise(logits, column, n_iters)
 
 
-def _normalise(logits: Tensor, column: Tensor, n_iters: int) -> tuple[Tensor, Tensor]:
-    """log P, and (B,) the largest |row sum − 1| of P before the last iteration, inf if there was one alone."""
+def _normalise(logits: Tensor, column: Tensor, n_iters: int) -> Tensor:
     # the matrix stays as it is, only the potentials move: one rounding per entry, not 2·n_iters
-    row = logits.new_full((), torch.inf)
     for _ in range(n_iters):
-        before, row = row, -torch.logsumexp(logits + column, dim=-1, keepdim=True)  # [B, K, 1]
+        row = -torch.logsumexp(logits + column, dim=-1, keepdim=True)  # [B, K, 1]
         column = -torch.logsumexp(logits + row, dim=-2, keepdim=True)  # [B, 1, K]
-    # the last row step took from the potentials what the rows had summed to
-    return logits + row + column, torch.expm1((before - row).detach()).abs().amax(dim=(-1, -2))
+    return logits + row + column
 
 
 def log_permutation(
     scores: Tensor, tau: Tensor, n_iters: int, noise: float, seed: Tensor, start: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """(B,K) → (B,K,K) log P of L_ij = (−(a_j − p_i)² + noise·γ_ij)/τ, and (B,) how far its rows are off, `_normalise`.
+) -> Tensor:
+    """(B,K) → (B,K,K) log P of L_ij = (−(a_j − p_i)² + noise·γ_ij)/τ.
 
     −(a−p)² is split into the product 2(a−½)(p−½), a column constant, which becomes the first column potential unless
     another ``start`` (B,K) is given, and a row constant, which the first row step removes: the same operator, far
@@ -48,7 +45,7 @@ def log_permutation(
 
 def gumbel_sinkhorn(scores: Tensor, tau: Tensor, n_iters: int, noise: float, seed: Tensor) -> Tensor:
     """(B,K) → (B,K,K) soft permutation; row i holds the region at rank i, every column sums to 1."""
-    return log_permutation(scores, tau, n_iters, noise, seed)[0].exp()
+    return log_permutation(scores, tau, n_iters, noise, seed).exp()
 
 
 def cumulative_masks(permutation: Tensor, weights: Tensor) -> Tensor:
@@ -64,17 +61,24 @@ def soft_topk_masks(scores: Tensor, weights: Tensor, tau: Tensor, n_iters: int, 
 def weigh_ranks(
     scores: Tensor, start: Tensor, weights: Tensor, tau: Tensor, n_iters: int, noise: float, seed: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """(B,K), (B,K), (K,) → (B,K): weights · P, for every region the soft choice of a weight; and the row error."""
-    log_p, error = log_permutation(scores, tau, n_iters, noise, seed, start)
-    return weights @ log_p.exp(), error
+    """(B,K), (B,K), (K,) → (B,K): weights · P, for every region the soft choice of a rank's weight; and the row error.
+
+    The row error (B,): the largest |row sum − 1| of P. Columns, normalised last, sum to 1.
+    """
+    p = log_permutation(scores, tau, n_iters, noise, seed, start).exp()
+    return weights @ p, _row_error(p)
 
 
 def weigh_regions(
     scores: Tensor, start: Tensor, values: Tensor, tau: Tensor, n_iters: int, noise: float, seed: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Thrice (B,K) → (B,K): P · values, at every rank the soft choice of a region's value; and the row error."""
-    log_p, error = log_permutation(scores, tau, n_iters, noise, seed, start)
-    return (log_p.exp() @ values[..., None])[..., 0], error
+    p = log_permutation(scores, tau, n_iters, noise, seed, start).exp()
+    return (p @ values[..., None])[..., 0], _row_error(p)
+
+
+def _row_error(p: Tensor) -> Tensor:
+    return (p.detach().sum(dim=2) - 1).abs().amax(dim=1)
 
 
 def _precise(pixels: Tensor) -> Tensor:

@@ -82,7 +82,7 @@ def by_reference(problem: Problem, grad: Tensor, dtype: torch.dtype) -> list[Ten
     optional = (problem.right, problem.start)
     right, start = (None if given is None else given.to(dtype).requires_grad_() for given in optional)
     given = scores, tau, problem.iterations, problem.noise, problem.seed, start
-    out = reference.log_permutation(*given)[0].exp()
+    out = reference.log_permutation(*given).exp()
     if problem.left is not None:
         out = problem.left.to(dtype) @ out
     elif right is not None:
