@@ -7,10 +7,6 @@ import pytest
 import torch
 
 import aha
-from aha.attributors import learned
-from aha.demo import shortcut
-from aha.metrics import PROTOCOLS
-from aha.refinement import refine
 
 from .toys import TINY_DECODER, pictures, tiny_classifier
 from .toys import tiny_vit as tiny_vit
@@ -40,6 +36,12 @@ def poison_empty_memory():
 @pytest.fixture
 def coarse(monkeypatch):
     """The protocol aha in 5 points, refinement on 4: for tests of what is written, not of how exact it is."""
+    # here, for the tests of the operators need none of it
+    from aha.attributors import learned
+    from aha.demo import shortcut
+    from aha.metrics import PROTOCOLS
+    from aha.refinement import refine
+
     monkeypatch.setitem(PROTOCOLS, "aha", dataclasses.replace(PROTOCOLS["aha"], points=5))
     for module in (learned, shortcut):
         monkeypatch.setattr(module, "refine", functools.partial(refine, fractions=4))
