@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import itertools
 import os
 import random
 import unicodedata
 import warnings
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -212,52 +214,50 @@ def find_images(*paths: str | os.PathLike) -> list[Path]:
 def output_names(files: Sequence[str | os.PathLike]) -> list[str]:
     """A name for what is made of each file, without suffix: distinct, also where case does not count.
 
-    It is the file's own stem where no other file has it, else with as many of its folders before it as tell it apart
-    (``cat_1`` and ``dog_1``), else with its suffix behind it (``1_png``). Names do not depend on the files' order.
+    It is the file's own stem where no other file has it; with its suffix behind it (``1_png``) where the same folder
+    has that stem twice; with as many of its folders before it as tell it apart (``cat_1`` and ``dog_1``). What names
+    cannot tell apart is numbered. Names do not depend on the order of the files.
     """
     paths = [Path(os.path.abspath(file)) for file in files]
-    choices = [_names_of(path) for path in paths]
+    if not paths:
+        return []
+    shared = len(Path(os.path.commonpath([path.parent for path in paths])).parts)
+    beside = Counter(_folded(str(path.with_suffix(""))) for path in paths)
+    choices = []
+    for path in paths:
+        ambiguous = beside[_folded(str(path.with_suffix("")))] > 1 and path.suffix
+        stem = f"{path.stem}_{path.suffix[1:]}" if ambiguous else path.stem
+        above = path.parts[shared:-1]
+        choices.append(["_".join([*above[len(above) - up :], stem]) for up in range(len(above) + 1)])
     level = [0] * len(paths)
-
-    def clashes() -> list[list[int]]:
-        groups: dict[str, list[int]] = {}
-        for place, names in enumerate(choices):
-            groups.setdefault(_folded(names[level[place]]), []).append(place)
-        return [group for group in groups.values() if len(group) > 1]
-
-    while clashing := clashes():
-        longer = [
-            place
-            for group in clashing
-            # a plain stem stays where only longer names run into it
-            for place in ([p for p in group if level[p]] if 0 < sum(not level[p] for p in group) == 1 else group)
-            if level[place] + 1 < len(choices[place])
-        ]
-        if not longer:
-            break
+    while longer := [place for group in _clashes(choices, level) for place in _to_lengthen(group, choices, level)]:
         for place in longer:
             level[place] += 1
-    chosen: list[str] = [""] * len(paths)
-    taken = {_folded(names[at]) for names, at in zip(choices, level, strict=True)}
-    clashing = clashes()
-    spare = {place for group in clashing for place in sorted(group, key=lambda p: str(paths[p]))[1:]}
-    for place in sorted(range(len(paths)), key=lambda p: str(paths[p])):
-        name, number = choices[place][level[place]], 2
-        if place in spare:  # one file twice, or folders whose names hold the separator
-            while _folded(f"{name}_{number}") in taken:
-                number += 1
-            name = f"{name}_{number}"
-            taken.add(_folded(name))
-        chosen[place] = name
-    return chosen
+    names = [choices[place][level[place]] for place in range(len(paths))]
+    taken = set(map(_folded, names))
+    for group in _clashes(choices, level):
+        for place in sorted(group, key=lambda place: (level[place], str(paths[place])))[1:]:
+            free = (f"{names[place]}_{number}" for number in itertools.count(2))
+            names[place] = next(name for name in free if _folded(name) not in taken)
+            taken.add(_folded(names[place]))
+    return names
 
 
-def _names_of(path: Path) -> list[str]:
-    """Names of a file from the shortest, each telling it apart from more files."""
-    parts = [part for part in path.parts[:-1] if part != path.anchor]
-    plain = ["_".join([*parts[len(parts) - up :], path.stem]) for up in range(len(parts) + 1)]
-    suffix = path.suffix.removeprefix(".")
-    return plain if not suffix else [*plain, f"{plain[-1]}_{suffix}"]
+def _clashes(choices: Sequence[Sequence[str]], level: Sequence[int]) -> list[list[int]]:
+    """Places of names that are the same."""
+    groups: dict[str, list[int]] = {}
+    for place, names in enumerate(choices):
+        groups.setdefault(_folded(names[level[place]]), []).append(place)
+    return sorted((group for group in groups.values() if len(group) > 1), key=lambda group: choices[group[0]][0])
+
+
+def _to_lengthen(group: Sequence[int], choices: Sequence[Sequence[str]], level: Sequence[int]) -> list[int]:
+    """Which of several places of one name take one more folder into it."""
+    plain = [place for place in group if level[place] == 0]
+    # a stem that nothing but longer names runs into stays as it is
+    moving = [place for place in group if level[place]] if len(plain) == 1 else list(group)
+    able = [place for place in moving if level[place] + 1 < len(choices[place])]
+    return able or [place for place in group if level[place] + 1 < len(choices[place])]
 
 
 def _folded(name: str) -> str:
@@ -300,7 +300,7 @@ def _entries(folder: Path, warn: bool = False) -> list[os.DirEntry]:
         reason = error.strerror or error
         if not warn:
             raise ImageReadError(f"cannot list folder {folder}: {reason}") from error
-        warnings.warn(f"cannot list folder {folder} ({reason}): its images are left out", stacklevel=4)
+        warnings.warn(f"cannot list folder {folder} ({reason}): its images are left out", stacklevel=2)
         return []
 
 
@@ -361,7 +361,7 @@ def _by_folder(folder: Path, given: list[str] | None):
     for path, first in again:
         here, there = (file.relative_to(folder).parts[0] for file in (path, first))
         if labels.get(here, labels[there]) != labels[there]:
-            warnings.warn(f"{path} is the same file as {first}: it counts once, as {there}", stacklevel=4)
+            warnings.warn(f"{path} is the same file as {first}: it counts once, as {there}", stacklevel=2)
     samples = [(path, labels[name]) for path, name in zip(images, classes, strict=True)]
     return samples, names or given, "names" if names else "numbers"
 

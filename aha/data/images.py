@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -86,7 +87,8 @@ def open_mask(path: Path, resize: int, beside: tuple[int, int]) -> Image.Image:
     return mask
 
 
-def _opened(path: Path, resize: int, convert) -> Image.Image:
+def _opened(path: Path, resize: int, convert: Callable[[Image.Image, str | None], Image.Image]) -> Image.Image:
+    """What ``convert`` makes of the upright image and its file format; ImageReadError in one line if it cannot."""
     try:
         if not path.is_file():
             what = "a link to nothing" if path.is_symlink() else "no such image"
@@ -95,7 +97,7 @@ def _opened(path: Path, resize: int, convert) -> Image.Image:
         with Image.open(path) as file:
             _check_shape(file.size, resize)  # before a pixel is decoded
             file.load()
-            return convert(ImageOps.exif_transpose(file))
+            return convert(ImageOps.exif_transpose(file), file.format)
     except ImageReadError:
         raise
     # damaged files raise nearly anything from inside PIL's parsers
@@ -120,13 +122,13 @@ def _check_shape(size: tuple[int, int], resize: int) -> None:
         )
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def _to_rgb(image: Image.Image, kind: str | None) -> Image.Image:
     # PIL clips wide grey values to 255 where it should scale them
     if image.mode.startswith("I;16"):
         image = _scaled(np.asarray(image).astype(np.float32), 65535.0)
     elif image.mode in ("I", "F"):
         values = np.asarray(image)
-        image = _scaled(values.astype(np.float32), _top(values, image))
+        image = _scaled(values.astype(np.float32), _top(values, image.mode == "F", kind))
     return image.convert("RGB")
 
 
@@ -134,29 +136,28 @@ def _scaled(values: np.ndarray, top: float) -> Image.Image:
     return Image.fromarray((np.clip(values / np.float32(top), 0, 1) * 255 + 0.5).astype(np.uint8))
 
 
-def _top(values: np.ndarray, image: Image.Image) -> float:
+def _top(values: np.ndarray, floating: bool, kind: str | None) -> float:
     """The upper end of the range of wide grey values; ValueError where that is not plain."""
-    floating = image.mode == "F"
     low, high = float(values.min()), float(values.max())
-    kind = "floating point" if floating else "32 bit"
+    what = "floating point" if floating else "32 bit"
     ranges = RANGES if floating else RANGES[1:]
     accepted = ", ".join(f"[0, {top:.0f}]" for top in ranges)
     if not np.isfinite(values).all():
-        raise ValueError(f"it holds NaN or infinite values; {kind} images are in {accepted}")
+        raise ValueError(f"it holds NaN or infinite values; {what} images are in {accepted}")
     slack = SLACK if floating else 0.0
     top = next((top for top in ranges if high <= top * (1 + slack)), None)
     if top is None or low < -slack * top:
-        raise ValueError(f"its values are {low:.6g} … {high:.6g}; {kind} images are in {accepted}")
+        raise ValueError(f"its values are {low:.6g} … {high:.6g}; {what} images are in {accepted}")
     before = ranges[ranges.index(top) - 1] if top != ranges[0] else 0.0
     if floating and high < 2 * before:
         # a range overshot, or the next one hardly used: the one would be black where the other is white
         raise ValueError(f"its values are {low:.6g} … {high:.6g}, just above {before:.0f}: bring them into {accepted}")
-    if not floating and image.format in ("PNG", "PPM"):
+    if not floating and kind in ("PNG", "PPM"):
         return RANGES[-1]  # 16 bits on disk, however dark
     return top
 
 
-def _marks(image: Image.Image) -> Image.Image:
+def _marks(image: Image.Image, _: str | None) -> Image.Image:
     """Whatever is not 0 is object; in a palette that does not begin with black, whatever is not black."""
     if image.mode == "P" and not any((image.getpalette() or [0, 0, 0])[:3]):
         values = np.asarray(image)

@@ -82,12 +82,12 @@ def _check_numbers(folder: Any, clf: Any) -> None:
             wrong.setdefault(label, path)
     if not wrong:
         return
-    first = min(wrong)
     known = {label for _, label in folder.samples}
-    hint = ", they seem to count from 1" if max(known) == clf.num_classes and 0 not in known else ""
+    hint = " (they seem to count from 1)" if max(known) == clf.num_classes and 0 not in known else ""
+    first = min(wrong)
+    which = f"label {first} is" if len(wrong) == 1 else f"labels {some(sorted(wrong))} are"
     raise ValueError(
-        f"{_count(len(wrong), 'label')} ({some(sorted(wrong))}; {wrong[first].name} has {first}) "
-        f"{'is' if len(wrong) == 1 else 'are'} not among the classes of {clf.name}, 0 … {clf.num_classes - 1}{hint}: "
+        f"{which} not among the classes of {clf.name}, 0 … {clf.num_classes - 1}{hint}; {wrong[first]} has {first}: "
         "correct them, or leave the labels out (labels=False)"
     )
 
@@ -114,7 +114,7 @@ def _numbers_of(folder: Any, clf: Any) -> dict[int, int]:
         twice = [name for name in lost if sum(name == other for other in classes) > 1]
         why = f" ({twice[0]} is the name of several)" if twice else ""
         raise ValueError(
-            f"{some_of} ({some(lost)}) {'is' if len(lost) == 1 else 'are'} not classes of {clf.name} "
+            f"{some_of} ({some(lost)}) {'is not a class' if len(lost) == 1 else 'are not classes'} of {clf.name} "
             f"({clf.num_classes} classes){why}: give class_names, a labels.csv of numbers, or leave the labels out "
             "(labels=False)"
         )
@@ -128,10 +128,10 @@ def _numbers_of(folder: Any, clf: Any) -> dict[int, int]:
     if len(used) < clf.num_classes:
         warnings.warn(
             f"{_count(len(used), kind)}, the classifier has {clf.num_classes} classes: labels are mapped by {how}",
-            stacklevel=4,
+            stacklevel=2,
         )
     elif any(label != number for label, number in zip(used, found, strict=True)):
-        warnings.warn(f"{kind}s are in another order than the classes: labels are mapped by {how}", stacklevel=4)
+        warnings.warn(f"{kind}s are in another order than the classes: labels are mapped by {how}", stacklevel=2)
     return dict(zip(used, found, strict=True))  # type: ignore[arg-type]
 
 
@@ -273,7 +273,7 @@ def read_labels(file: Path) -> list[tuple[int, str, str]]:
     if twice:
         raise ValueError(f"{file} has two columns {twice[0]}: leave one")
     name_at, label_at = columns.index("file"), columns.index("label")
-    rows = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
+    rows = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     next(rows)
     listed = []
     try:
@@ -290,7 +290,7 @@ def read_labels(file: Path) -> list[tuple[int, str, str]]:
             cells += [""] * (len(columns) - len(cells))
             name, label = cells[name_at], cells[label_at]
             if not name or not label:
-                raise ValueError(f"{where}: needs a file and a label, got {name!r} and {label!r}")
+                raise ValueError(f"{where}: needs a file and a label (-1 for unknown), got {name!r} and {label!r}")
             # where semicolons separate, commas are decimal points
             decimal = label.replace(",", ".") if delimiter != "," else label
             listed.append((rows.line_num, name, decimal if is_number(decimal) else label))
