@@ -166,7 +166,7 @@ def _marks(image: Image.Image, _: str | None) -> Image.Image:
         if image.mode == "F" and not np.isfinite(values).all():
             raise ValueError("the mask holds NaN or infinite values")
     else:
-        values = np.asarray(image.convert("RGB")).any(axis=-1)
+        values = np.asarray(image.convert("RGB")).max(axis=-1)
     return Image.fromarray((values != 0).astype(np.uint8) * 255)
 
 

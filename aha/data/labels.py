@@ -132,7 +132,7 @@ def _numbers_of(folder: Any, clf: Any) -> dict[int, int]:
         )
     elif any(label != number for label, number in zip(used, found, strict=True)):
         warnings.warn(f"{kind}s are in another order than the classes: labels are mapped by {how}", stacklevel=2)
-    return dict(zip(used, found, strict=True))  # type: ignore[arg-type]
+    return dict(zip(used, found, strict=True))
 
 
 def _imagenet(classes: int) -> dict[str, int]:

@@ -384,6 +384,7 @@ def test_identity_of_masks_parts_and_others(tmp_path):
     parts = [identity(Part(data, indices)) for indices in ([0, 1], [1, 0], [0, 1], [0, 2])]
     assert parts[0] == parts[2] == identity(torch.utils.data.Subset(data, [0, 1]))
     assert len({part["digest"] for part in parts}) == 3
+    assert identity(Part(Part(data, [2, 1, 0]), [2, 1])) == parts[0]
     write(tmp_path / "in" / "c.png", 3)
     assert identity(Part(ImageFolder(tmp_path / "in", 8), [0, 1])) == parts[0]
     assert identity(Scenes("val", size=3)) != identity(Scenes("val", size=3, seed=1))
