@@ -69,7 +69,6 @@ def test_no_rule_is_idle(models, monkeypatch, kind, operation):
         assert full_gradient(clf, pictures(clf), 1).error.max() > 1e-4 * logits.abs().max()
 
 
-@pytest.mark.slow
 def test_completeness_of_a_transformers_model():
     transformers = pytest.importorskip("transformers")
     sizes = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 48}

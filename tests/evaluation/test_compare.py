@@ -318,9 +318,10 @@ def test_significance_against_the_best(clf):
 
 def test_compare_resumes_and_keeps_settings_apart(tmp_path):
     methods, _ = parse(["random", "input_x_gradient"])
+    black = dataclasses.replace(SHORT, references=("black",))
 
     def run(**changed):
-        settings = {"protocols": (SHORT,), "targets": ("predicted", "true"), "batch_size": 4, "progress": False}
+        settings = {"protocols": (black,), "targets": ("predicted", "true"), "batch_size": 4, "progress": False}
         return compare([Source(limit=6)], methods, tmp_path, **{**settings, **changed})
 
     first = run()
@@ -332,7 +333,7 @@ def test_compare_resumes_and_keeps_settings_apart(tmp_path):
     again = run()
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*/0000*.npz")} == files
     assert str(again.per_image()) == str(table)  # also the times: nothing ran
-    other = run(protocols=(dataclasses.replace(SHORT, points=7),), targets=("predicted",))
+    other = run(protocols=(dataclasses.replace(black, points=7),), targets=("predicted",))
     assert other.per_image()["deletion"] != table["deletion"][:12]
     assert str(run().per_image()) == str(table)
 
