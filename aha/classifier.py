@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from .checks import check_answers, check_colour, check_images, check_normalisation, check_size, check_target
-from .protection import protected, steady
+from .protection import protected, recording, steady
+from .weights import load_weights, numbers, read_weights
 
 RANDOM = "random:"
 
@@ -67,7 +70,9 @@ class Classifier(nn.Module):
             raise ValueError(
                 f"{type(module).__name__} has lazy parameters without a shape: run it once on a batch first"
             )
-        self.module = module.requires_grad_(False).eval()
+        self.module = module.eval()
+        for value in module.parameters():
+            value.requires_grad_(False)
         with torch.inference_mode(False):  # a tensor made in it could never take part in autograd
             for name, value in (("mean", mean), ("std", std), ("mean_colour", colour)):
                 # cloned: one tensor registered twice would confuse safetensors and DDP
@@ -77,6 +82,7 @@ class Classifier(nn.Module):
         self.traced = isinstance(module, torch.jit.ScriptModule)
         self._reads, self.num_classes, self.differentiable = _probe(self)
         self._sizes = {self.input_size}
+        self._watching: list[list[Tensor]] = []
         if num_classes is not None and num_classes != self.num_classes and (num_classes, self.num_classes) != (1, 2):
             raise ValueError(f"{self.name} returns {self.num_classes} logits, num_classes={num_classes}: leave it out")
         if class_names is not None and len(class_names) != self.num_classes:
@@ -139,9 +145,8 @@ class Classifier(nn.Module):
 
         Args:
             name: e.g. ``"vit_base_patch16_224.orig_in21k_ft_in1k"``.
-            weights: local .safetensors or .pth file instead of the hub; half precision is cast to float32. A
-                safetensors file
-                may carry ``mean`` and ``std`` in its metadata.
+            weights: local file instead of the hub, see `aha.weights.read_weights`; half precision is cast to float32. A
+                safetensors file may carry ``mean`` and ``std`` in its metadata.
             pretrained: load hub weights; default: yes unless ``weights`` is given.
             model_options: passed to ``timm.create_model``.
         """
@@ -149,7 +154,8 @@ class Classifier(nn.Module):
 
         pretrained = weights is None if pretrained is None else pretrained
         try:
-            module: Any = timm.create_model(name, pretrained=pretrained, **model_options)
+            with torch.inference_mode(False):  # no gradient could pass what is made in it
+                module: Any = timm.create_model(name, pretrained=pretrained, **model_options)
         except RuntimeError as error:
             if "Unknown model" not in str(error):
                 raise
@@ -174,7 +180,8 @@ class Classifier(nn.Module):
         """A transformers image classification model from the hub or a local folder."""
         from transformers import AutoImageProcessor, AutoModelForImageClassification
 
-        model = AutoModelForImageClassification.from_pretrained(name_or_path, **model_options)
+        with torch.inference_mode(False):  # no gradient could pass what is made in it
+            model = AutoModelForImageClassification.from_pretrained(name_or_path, **model_options)
         processor = AutoImageProcessor.from_pretrained(name_or_path)
         size = getattr(processor, "crop_size", None) or processor.size
         size = dict(size)
@@ -202,11 +209,32 @@ class Classifier(nn.Module):
     def read(self, out: Any) -> Tensor:
         """What the network, or its head alone, returned → logits (B, classes), float32 or float64."""
         logits = self._reads(out)
+        for finite in self._watching:
+            finite.append(torch.isfinite(logits.detach()).all())
         return logits if logits.dtype == torch.float64 else logits.float()
 
+    @contextmanager
+    def watched(self, by: str) -> Iterator[None]:
+        """Raise ValueError on exit if any answer inside was NaN or infinite; for callers that hold the lock.
+
+        A method may hide it: where the target's logit is NaN its gradient can be zero. Read once, at the end, so that
+        a GPU need not wait after every pass.
+        """
+        finite: list[Tensor] = []
+        self._watching.append(finite)
+        try:
+            yield
+        finally:
+            self._watching.pop()
+        if finite and not torch.stack(finite).all():
+            raise ValueError(
+                f"{self.name} returns NaN or infinite values while {by} looks at it: nothing can be explained there"
+            )
+
     def probabilities(self, images: Tensor) -> Tensor:
-        """(B,C,H,W) → softmax (B,classes), float32."""
-        return self(images).float().softmax(dim=-1)
+        """(B,C,H,W) → softmax (B,classes), float32, also under autocast."""
+        with protected(self, gradients=False):
+            return self(images).float().softmax(dim=-1)
 
     def check(self, images: Tensor) -> Tensor:
         """``images`` as the library works on them, or ValueError in one line: the door that all images enter by.
@@ -341,29 +369,45 @@ def _probe(clf: Classifier) -> tuple[Reading, int, bool]:
     heads = [part for part_name, part in module.named_children() if part_name in _HEADS]
     if getattr(module, "num_classes", None) == 0 or (heads and all(isinstance(h, nn.Identity) for h in heads)):
         raise ValueError(f"{name} has no classification head: give a model with one, it explains a class")
-    out = _blank_pass(clf, clf.input_size, watched=True)
+    out, pixels = _blank_pass(clf, clf.input_size, watched=True)
     reads = _read_of(out, name)
     logits = reads(out)
+    differentiable = _reached(logits, pixels)
     if logits.is_meta:  # a network without weights: enough to plan with
-        return reads, logits.shape[1], logits.requires_grad
+        return reads, logits.shape[1], differentiable
     check_answers(logits, f"{name}, for a blank image,")
     total, low = float(logits.detach().double().sum()), float(logits.detach().min())
     if not reads.binary and low >= 0 and abs(total - 1) < 1e-3 and logits.shape[1] > 1:
         raise ValueError(f"{name} returns probabilities: leave its softmax out, so that it returns logits")
-    return reads, logits.shape[1], logits.requires_grad
+    return reads, logits.shape[1], differentiable
+
+
+def _reached(logits: Tensor, pixels: Tensor) -> bool:
+    """Whether a gradient of the logits arrives at the pixels; quantised layers only find out that they have none."""
+    if not logits.requires_grad:
+        return False
+    try:
+        with recording(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of kernels without a gradient
+            (gradient,) = torch.autograd.grad(logits.sum(), pixels, allow_unused=True)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError:
+        return False
+    return gradient is not None
 
 
 # what networks call their last layer; nn.Identity is how a head is taken away
 _HEADS = ("fc", "head", "heads", "classifier")
 
 
-def _blank_pass(clf: Classifier, size: tuple[int, int], watched: bool = False) -> Any:
-    """What the network returns for one image of the mean colour; ``watched``, as a function of it."""
+def _blank_pass(clf: Classifier, size: tuple[int, int], watched: bool = False) -> tuple[Any, Tensor]:
+    """What the network returns for one image of the mean colour, and its pixels; ``watched``, as a function of them."""
     with protected(clf):
         pixels = torch.zeros(1, len(clf.mean), *size, device=clf.device, dtype=clf.dtype).requires_grad_(watched)
         try:
             with torch.set_grad_enabled(watched):
-                return clf.module(pixels)
+                return clf.module(pixels), pixels
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # networks refuse what they do not take in many ways
@@ -399,59 +443,6 @@ class HFLogits(nn.Module):
         return self.model(pixel_values=pixels).logits
 
 
-def read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """A state dict in float32 and its metadata, from .safetensors or a .pth/.pt file (loaded without pickle code).
-
-    Raises:
-        FileNotFoundError, ValueError: one line, for a missing, truncated or foreign file.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no weights file at {path}: give a .safetensors or .pth file")
-    metadata: dict[str, str] = {}
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors import safe_open
-
-            with safe_open(str(path), framework="pt") as file:
-                metadata = file.metadata() or {}
-                state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-            state = state.get("state_dict", state.get("model", state))
-    except Exception as error:  # each reader has its own error types
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"{path} cannot be read as weights, it may be truncated ({reason}): fetch it again") from error
-    state = {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
-    return state, metadata
-
-
-def numbers(text: str | None, default: Sequence[float]) -> Sequence[float]:
-    """Numbers written as a JSON list or separated by commas or blanks; ``default`` for None."""
-    if text is None:
-        return default
-    return tuple(float(part) for part in text.strip("[]() ").replace(",", " ").split())
-
-
-def load_weights(module: nn.Module, state: dict[str, Tensor], path: str | Path) -> None:
-    """Load strictly; a mismatch raises one line that names the first keys that differ."""
-    own = module.state_dict()
-    missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
-    misshaped = [key for key in own.keys() & state.keys() if own[key].shape != state[key].shape]
-    if missing or unexpected or misshaped:
-        parts = [
-            f"{len(keys)} {what} ({', '.join(keys[:2])}{', …' if len(keys) > 2 else ''})"
-            for what, keys in (
-                ("missing", missing),
-                ("unexpected", unexpected),
-                ("of another shape", misshaped),
-            )
-            if keys
-        ]
-        raise ValueError(f"{path} does not fit {type(module).__name__}: parameters {'; '.join(parts)}")
-    module.load_state_dict(state)
-
-
 def from_source(source: dict[str, Any]) -> Classifier:
     """The classifier that ``Classifier.source`` describes; ValueError for a module that only its owner can make."""
     if source["kind"] == "timm":
@@ -464,7 +455,8 @@ def from_source(source: dict[str, Any]) -> Classifier:
         from .data import Scenes
         from .demo import classifier as demo
 
-        module, size = demo.load(), demo.CONFIG["img_size"]
+        with torch.inference_mode(False):
+            module, size = demo.load(), demo.CONFIG["img_size"]
         names, classes = Scenes.class_names, demo.CONFIG["num_classes"]
         made = {"kind": "scenes", "name": "scenes"}
         return Classifier(module, demo.MEAN, demo.STD, (size, size), classes, names, source=made)

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import tyro
 
+from .terminal import CommandError, failed
+
 if TYPE_CHECKING:
     from .source import Source
 
@@ -102,6 +104,7 @@ def evaluate(
     limit: int | None = None,
     batch_size: int = 16,
     seed: int = 0,
+    labels: bool = True,
 ) -> None:
     """Faithfulness of an explainer, and of other methods beside it.
 
@@ -118,12 +121,13 @@ def evaluate(
         limit: use only the first images.
         batch_size: images at a time.
         seed: of the random methods and the bootstrap.
+        labels: read the images' labels; --no-labels for folders that are not named after the classifier's classes.
     """
     from . import attributors
     from .source import Source
 
     loaded = _load(explainer)
-    source = Source(data=data, split=split, holdout=holdout, limit=limit)
+    source = Source(data=data, split=split, holdout=holdout, limit=limit, labels=labels)
     images = source.images(loaded.classifier.input_size, training=False, seed=seed)
     extra: dict[str, Any] = {} if lr is None else {"lr": lr}
     chosen: dict[str, Any] = {}
@@ -155,6 +159,7 @@ def compare(
     limit: int | None = None,
     batch_size: int = 16,
     seed: int = 0,
+    labels: bool = True,
 ) -> None:
     """Classifiers × methods × metrics × references × targets over a set of images, resumable.
 
@@ -179,6 +184,7 @@ def compare(
         limit: that many images, drawn at random with the seed.
         batch_size: images at a time.
         seed: of the random methods, the choice of images and the bootstrap.
+        labels: read the images' labels; --no-labels for folders that are not named after the classifier's classes.
     """
     import dataclasses
 
@@ -194,7 +200,7 @@ def compare(
         if given and len(given) != len(classifier):
             raise ValueError(f"{len(given)} {name} for {len(classifier)} classifiers: give one each, in the same order")
     sources = [
-        Source(name, weights[i] if weights else None, data, split, holdout, limit, masks)
+        Source(name, weights[i] if weights else None, data, split, holdout, limit, masks, labels)
         for i, name in enumerate(classifier)
     ]
     settings = [presets.get(name) for name in protocols]
@@ -282,10 +288,9 @@ def list_methods(markdown: bool = False) -> None:
     Args:
         markdown: in full, as docs/methods.md holds them.
     """
-    from rich.console import Console
     from rich.table import Table
 
-    from . import attributors
+    from . import attributors, terminal
     from .metrics import PROTOCOLS
 
     if markdown:
@@ -303,10 +308,15 @@ def list_methods(markdown: bool = False) -> None:
         for name, protocol in PROTOCOLS.items():
             print(row(f"`{name}`", protocol.about))
         return
-    table = Table("method", "cost", "architectures", "paper")
+    methods = Table("method", "cost", "architectures", "paper")
     for name, about in attributors.available().items():
-        table.add_row(name, about.cost, about.architectures, about.paper)
-    Console().print(table)
+        methods.add_row(name, about.cost, about.architectures, about.paper)
+    measured = Table("protocol", "measures", "about")
+    for name, protocol in PROTOCOLS.items():
+        measured.add_row(name, ", ".join(protocol.metrics), protocol.about)
+    console = terminal.console()
+    console.print(methods)
+    console.print(measured)
 
 
 def info(json: bool = False) -> None:
@@ -394,47 +404,45 @@ def _explain(
     import torch
     from rich.progress import track
 
-    from .data import find_images, load_image
+    from .checks import check_answers, check_target
+    from .data import find_images, load_image, output_names
     from .refinement import refine
     from .report import overlays
 
-    files = [file for path in paths for file in find_images(path)]
+    files = find_images(*paths)
     explainer = _load(folder)
     classifier = other.load_classifier() if other else explainer.classifier
+    chosen = None if target is None else check_target(target, 1, classifier.num_classes, classifier.device)
     options: dict[str, Any] = {} if lr is None else {"lr": lr}
     bad: list[str] = []
-    for file in track(files, "explaining", disable=len(files) < 2):
+    for file, name in track(list(zip(files, output_names(files), strict=True)), "explaining", disable=len(files) < 2):
         try:
             image = load_image(file, image_size=classifier.input_size[0])[None].to(classifier.device)
-        except ValueError as error:
-            bad.append(str(error))
+            with torch.no_grad():
+                probabilities = check_answers(classifier.probabilities(classifier.check(image)), classifier.name)
+            classes = probabilities.argmax(dim=-1) if chosen is None else chosen
+            # at T = 0 it is one pass of the explainer
+            trail = refine(explainer, classifier, image, classes, steps, every_step=True, **options)[:, 0].cpu()
+        except ValueError as error:  # of this image; the others go on
+            bad.append(str(error) if str(file) in str(error) else f"{file}: {error}")
             continue
-        classes = classifier.resolve_target(image, target)
-        with torch.no_grad():
-            probability = float(classifier.probabilities(image)[0, classes[0]])
-        trail = refine(explainer, classifier, image, classes, steps, every_step=True, **options)[:, 0].cpu()
         output.mkdir(parents=True, exist_ok=True)
-        # two folders may hold files of one name
-        alone = sum(other_file.stem == file.stem for other_file in files) == 1
-        stem = file.stem if alone else "_".join([*file.parent.parts[-1:], file.name.replace(".", "_")])
-        np.save(output / f"{stem}.npy", trail[:, 0].numpy() if every_step else trail[-1, 0].numpy())
-        shown = trail if every_step else trail[-1:]
-        overlays.save_strip(image[0].cpu(), shown, output / f"{stem}.png")
-        names = classifier.class_names
-        label = f"{int(classes)} {names[int(classes)]}" if names else f"{int(classes)}"
-        print(f"{file.name}: class {label}, p = {probability:.3f}")
+        np.save(output / f"{name}.npy", trail[:, 0].numpy() if every_step else trail[-1, 0].numpy())
+        overlays.save_strip(image[0].cpu(), trail if every_step else trail[-1:], output / f"{name}.png")
+        number, names = int(classes), classifier.class_names
+        label = f"{number} {names[number]}" if names else f"{number}"
+        print(f"{file.name}: class {label}, p = {float(probabilities[0, number]):.3f}")
     print(f"{len(files) - len(bad)} maps written to {output}")
     if bad:
-        raise CommandError(f"{len(bad)} of {len(files)} images failed: {'; '.join(bad)}")
-
-
-class CommandError(RuntimeError):
-    """Part of a command failed; what worked is kept."""
+        raise failed(bad, len(files), "images")
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Entry point; returns the exit code: 0 done, 1 the command failed (one line says why), 2 wrong usage."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a file's name may hold bytes that no encoding knows
+            stream.reconfigure(errors="backslashreplace")
     if not arguments or arguments[0] in ("-h", "--help"):
         width = max(map(len, COMMANDS))
         print("usage: aha COMMAND [OPTIONS]\n\nLearned visual attribution.\n")

@@ -1,9 +1,8 @@
-"""What kept work was made from: the weights of a network, the images of a data set."""
+"""What kept work was made with: the weights of a network. `aha.data.identity` says it of images."""
 
 from __future__ import annotations
 
 import hashlib
-from typing import Any
 
 from torch import nn
 
@@ -21,16 +20,3 @@ def fingerprint(module: nn.Module) -> str:
         value = value.dequantize() if getattr(value, "is_quantized", False) else value
         digest.update(value.detach().float().cpu().contiguous().numpy().data)
     return digest.hexdigest()[:16]
-
-
-def data_identity(data: Any, content: bool) -> dict[str, Any]:
-    """What identifies the images of a data set, in JSON types.
-
-    Args:
-        data: a data set with a method ``identity(content)``, as those of `aha.data`; of others only type and size are
-            known.
-        content: read all files, for results that are kept; else names, sizes and labels, for millions of images.
-    """
-    if hasattr(data, "identity"):
-        return data.identity(content)
-    return {"type": type(data).__name__, "size": len(data)}

@@ -79,7 +79,7 @@ def protected(*modules: nn.Module, gradients: bool = True) -> Iterator[None]:
         if torch.amp.is_autocast_available(device.type):
             stack.enter_context(autocast("fp32", device))
         if gradients:
-            stack.enter_context(_recording())
+            stack.enter_context(recording())
         yield
 
 
@@ -102,7 +102,7 @@ def undisturbed(
             stack.enter_context(switched_off(module, *switches))
         for submodule, hook in hooks:
             stack.callback(submodule.register_forward_hook(hook).remove)
-        stack.enter_context(_recording())
+        stack.enter_context(recording())
         yield
 
 
@@ -120,7 +120,7 @@ def _evaluating(module: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _recording() -> Iterator[None]:
+def recording() -> Iterator[None]:
     """Autograd on, inference mode off."""
     with torch.inference_mode(False), torch.enable_grad():
         yield
@@ -173,5 +173,6 @@ _COMPILED = ("_compiled_call_impl", "forward")
 
 def _is_compiled(module: nn.Module, name: str) -> bool:
     if name == "forward":
-        return "forward" in vars(module) and isinstance(vars(module).get("_modules", {}).get("_orig_mod"), nn.Module)
+        parts = vars(module).get("_modules")
+        return "forward" in vars(module) and isinstance(parts, dict) and "_orig_mod" in parts
     return vars(module).get(name) is not None

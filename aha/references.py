@@ -29,14 +29,16 @@ def blur(images: Tensor, kernel: int = 37, sigma: float = 37.0) -> Tensor:
     if kernel < 1 or kernel % 2 == 0:
         raise ValueError(f"kernel={kernel}: give an odd number of pixels")
     out = images
-    for dim in (-2, -1):
-        radius = min(kernel // 2, images.shape[dim] - 1)
-        weights = gaussian(2 * radius + 1, sigma).to(images)
-        shape = (1, 1, -1, 1) if dim == -2 else (1, 1, 1, -1)
-        padding = (0, 0, radius, radius) if dim == -2 else (radius, radius, 0, 0)
-        padded = F.pad(out, padding, mode="reflect")
-        channels = images.shape[1]
-        out = F.conv2d(padded, weights.view(shape).expand(channels, 1, *shape[2:]), groups=channels)
+    # a half precision convolution would make another reference under autocast
+    with torch.autocast(images.device.type, enabled=False):
+        for dim in (-2, -1):
+            radius = min(kernel // 2, images.shape[dim] - 1)
+            weights = gaussian(2 * radius + 1, sigma).to(images)
+            shape = (1, 1, -1, 1) if dim == -2 else (1, 1, 1, -1)
+            padding = (0, 0, radius, radius) if dim == -2 else (radius, radius, 0, 0)
+            padded = F.pad(out, padding, mode="reflect")
+            channels = images.shape[1]
+            out = F.conv2d(padded, weights.view(shape).expand(channels, 1, *shape[2:]), groups=channels)
     return out
 
 

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -37,16 +38,36 @@ class Regions:
 
     def pool(self, maps: Tensor) -> Tensor:
         """(B,1,H,W) → (B,K): mean of the map over every region, in the maps' precision."""
-        with torch.autocast(maps.device.type, enabled=False):
-            vertical = _pooling(self.row_index, self.rows).to(maps)
-            horizontal = _pooling(self.col_index, self.cols).to(maps)
-            return (vertical @ maps[:, 0] @ horizontal.mT).flatten(1)
+        vertical = _pooling(self.row_index, self.rows).to(maps)
+        horizontal = _pooling(self.col_index, self.cols).to(maps)
+        return _Pool.apply(maps[:, 0], vertical, horizontal).flatten(1)
 
     def upsampler(self, sigma: float = 1.0, kernel: int = 7, device: torch.device | str = "cpu") -> Upsampler:
         """Cells back to pixels: nearest, then a Gaussian with reflect padding (``sigma=0``: nearest only)."""
         return Upsampler(
             _taps(self.row_index, self.rows, sigma, kernel), _taps(self.col_index, self.cols, sigma, kernel)
         ).to(device)
+
+
+class _Pool(torch.autograd.Function):
+    """vertical · map · horizontalᵀ in the maps' precision, forward and backward, also where autocast is on."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(maps: Tensor, vertical: Tensor, horizontal: Tensor) -> Tensor:
+        with torch.autocast(maps.device.type, enabled=False):
+            return vertical @ maps @ horizontal.mT
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[1:])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        vertical, horizontal = ctx.saved_tensors
+        with torch.autocast(grads[0].device.type, enabled=False):
+            return vertical.mT @ grads[0] @ horizontal, None, None
 
 
 def grid(height: int, width: int, cells: int | tuple[int, int], offset: tuple[float, float] = (0.0, 0.0)) -> Regions:
@@ -77,7 +98,7 @@ def draw(
     """A random grid: rows uniform in ``cells`` (both ends included), offset uniform up to half a cell."""
     low, high = cells
     rows = int(torch.randint(low, high + 1, (), generator=generator))
-    shift = torch.rand(2, generator=generator) - 0.5 if offset else torch.zeros(2)
+    shift = torch.rand(2, dtype=torch.float32, generator=generator) - 0.5 if offset else torch.zeros(2)
     return grid(height, width, rows, (float(shift[0]), float(shift[1])))
 
 

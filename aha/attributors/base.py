@@ -87,7 +87,7 @@ class Attributor(ABC):
         if target is not None:
             target = self.clf.resolve_target(images, target)
         maps = []
-        with protected(*self.networks):
+        with protected(*self.networks), self.clf.watched(self.name):
             for start in range(0, len(images), self.internal_batch_size):
                 part = images[start : start + self.internal_batch_size].detach()
                 classes = None if target is None else target[start : start + self.internal_batch_size]

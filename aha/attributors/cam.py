@@ -100,8 +100,8 @@ class LayerAttributor(Attributor):
             found = as_maps(output, size, self.channels_last)
         if found is None:
             raise ValueError(
-                f"{self.name}: layer {self.layer_name} of {self.clf.name} gives {tuple(output.shape)} for images of "
-                f"{size[0]}×{size[1]}, not maps (B, C, h, w), or (B, h, w, C), of these proportions or a transformer's "
+                f"{self.name}: layer {self.layer_name} of {self.clf.name} gives {tuple(output.shape)}, not maps "
+                f"(B, C, h, w) or (B, h, w, C) with the proportions of {size[0]}×{size[1]} images, nor a transformer's "
                 "patch tokens: pass layer=, a module or its name, that does, or channels_last="
             )
         return found
@@ -141,7 +141,7 @@ class LayerAttributor(Attributor):
                 hook = block.register_forward_pre_hook(lambda _, args: entering.append(args[0].detach()))
                 stack.callback(hook.remove)
             stack.enter_context(self._replacing(keep))
-            logits = self.clf(images).float()
+            logits = self.clf(images)
         if not seen:
             raise ValueError(f"{self.name}: layer {self.layer_name} does not run in a pass: choose another one")
         last = self.layer is None or any(returned is passed[0] for returned in features)
@@ -161,10 +161,10 @@ class LayerAttributor(Attributor):
                 return self.clf.read(module.forward_head(output))
         with self._replacing(lambda _: output):
             if captured.entering is None or self._transformer is None or self._block is None:
-                return self.clf(captured.images.repeat_interleave(copies, dim=0)).float()
+                return self.clf(captured.images.repeat_interleave(copies, dim=0))
             tokens = captured.entering.repeat_interleave(copies, dim=0)
             with self._transformer.starting_at(self._block, tokens):
-                return self.clf(captured.images[:1].expand(len(output), -1, -1, -1)).float()
+                return self.clf(captured.images[:1].expand(len(output), -1, -1, -1))
 
     @contextmanager
     def _replacing(self, replace: Callable[[Any], Tensor]) -> Iterator[None]:
@@ -284,7 +284,10 @@ class GradientCam(CamAttributor):
         captured = self.capture(images)
         score = captured.logits.gather(1, target[:, None]).sum()
         (gradient,) = torch.autograd.grad(score, captured.output)
-        return self.combine(self.maps(captured.output.detach(), images), self.maps(gradient, images))
+        maps, gradients = (
+            self.maps(values, images).to(images.dtype) for values in (captured.output.detach(), gradient)
+        )
+        return self.combine(maps, gradients)
 
 
 _TOKENS = "vision transformers: patch tokens of the last block's first norm, prefix tokens dropped"
@@ -384,7 +387,7 @@ class ScoreCam(CamAttributor):
             masks = _rescale(F.interpolate(part, images.shape[-2:], mode="bilinear", align_corners=False))
             masked = (pixels[:, None] * masks[:, :, None]).flatten(0, 1)  # [B·m, 3, H, W]
             classes = target.repeat_interleave(part.shape[1])
-            logits = self.clf.forward_normalized(masked).float()
+            logits = self.clf.forward_normalized(masked)
             scores.append(logits.gather(1, classes[:, None]).view(len(images), -1))
         # interpolation rounds, so a channel of one value is known by its own range
         flat = maps.amax(dim=(2, 3)) == maps.amin(dim=(2, 3))
@@ -428,7 +431,7 @@ class AblationCam(CamAttributor):
             without.append(self.tail(captured, copies).gather(1, classes[:, None]).view(batch, -1))
         score = captured.logits.gather(1, target[:, None])
         weights = (score - torch.cat(without, dim=1)) / torch.where(score == 0, 1, score)
-        return torch.einsum("bc,bchw->bhw", weights, maps)
+        return torch.einsum("bc,bchw->bhw", weights, maps.to(weights))
 
 
 def _rescale(maps: Tensor) -> Tensor:

@@ -49,6 +49,11 @@ class Chefer(AttentionAttributor):
             raise ValueError(f"relevance={relevance!r} is not known: choose one of {', '.join(RELEVANCES)}")
         self.relevance = relevance
         if relevance == "propagation":
+            if clf.dtype in (torch.float16, torch.bfloat16):
+                raise ValueError(
+                    f"{self.name} divides by residuals that nearly cancel, too small for the half precision of "
+                    f"{clf.name}: give it in float32"
+                )
             self._check_rules()
 
     def _check_rules(self) -> None:

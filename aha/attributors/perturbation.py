@@ -33,7 +33,7 @@ class Random(Attributor):
         for image in images:
             key = zlib.crc32(image.float().numpy(force=True).tobytes(), self.seed & 0xFFFFFFFF)
             generator = torch.Generator().manual_seed(key)
-            maps.append(torch.rand(1, *image.shape[1:], generator=generator))
+            maps.append(torch.rand(1, *image.shape[1:], dtype=torch.float32, generator=generator))
         return torch.stack(maps).to(images.device)
 
 
@@ -78,8 +78,8 @@ class Rise(Attributor):
         device."""
         # all coins are flipped first, on the CPU: neither chunk size nor device changes the masks
         generator = torch.Generator().manual_seed(self.seed)
-        coins = torch.rand(self.n_masks, 1, self.cells, self.cells, generator=generator) < self.p
-        offsets = torch.rand(2, self.n_masks, generator=generator)
+        coins = torch.rand(self.n_masks, 1, self.cells, self.cells, dtype=torch.float32, generator=generator) < self.p
+        offsets = torch.rand(2, self.n_masks, dtype=torch.float32, generator=generator)
         coins, offsets = coins.float().to(self.clf.device), offsets.to(self.clf.device)
         cell_height, cell_width = math.ceil(height / self.cells), math.ceil(width / self.cells)
         size = (height + cell_height, width + cell_width)

@@ -117,7 +117,7 @@ class Lime(Surrogate):
 
     def coalitions(self, players: int) -> Tensor:
         generator = torch.Generator().manual_seed(self.seed)
-        drawn = torch.rand(self.n_samples, players, generator=generator) < 0.5
+        drawn = torch.rand(self.n_samples, players, dtype=torch.float32, generator=generator) < 0.5
         drawn[0] = True
         return drawn
 
@@ -159,8 +159,8 @@ class KernelShap(Surrogate):
         generator = torch.Generator().manual_seed(self.seed)
         sizes = torch.arange(1, players)
         pairs = (self.n_samples - 1) // 2
-        drawn = torch.multinomial(1 / (sizes * (players - sizes)), pairs, replacement=True, generator=generator)
-        order = torch.rand(pairs, players, generator=generator).argsort(dim=1).argsort(dim=1)
+        drawn = torch.multinomial(1 / (sizes * (players - sizes)).float(), pairs, replacement=True, generator=generator)
+        order = torch.rand(pairs, players, dtype=torch.float32, generator=generator).argsort(dim=1).argsort(dim=1)
         half = order < sizes[drawn][:, None]
         return torch.cat([ends, torch.stack([half, ~half], dim=1).flatten(0, 1)])[: self.n_samples]
 

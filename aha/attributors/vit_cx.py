@@ -90,7 +90,7 @@ class ViTCX(LayerAttributor):
     def _attribute(self, images: Tensor, target: Tensor) -> Tensor:
         captured = self.capture(images)
         whole = _confidence(captured.logits, target)
-        masks, owner = self.masks(self.maps(captured.output.detach(), images))
+        masks, owner = self.masks(self.maps(captured.output.detach(), images).to(images.dtype))
         if not len(owner):
             return images.new_zeros(len(images), 1, *images.shape[-2:])
         first = torch.searchsorted(owner, torch.arange(len(images), device=owner.device))
@@ -98,7 +98,7 @@ class ViTCX(LayerAttributor):
         pixels = self.clf.normalize(images)
         # masks of one number share their noise, which is then made once
         order = number.argsort(stable=True)
-        scores = torch.zeros(len(owner), device=images.device)
+        scores = torch.zeros(len(owner), dtype=masks.dtype, device=images.device)
         for part in order.split(self.internal_batch_size):
             mask = F.interpolate(masks[part][:, None], images.shape[-2:], mode="bilinear", align_corners=False)
             mine = owner[part]
@@ -107,7 +107,7 @@ class ViTCX(LayerAttributor):
             shown, disturbed = (
                 _confidence(self.clf.forward_normalized(variant), target[mine]) for variant in (seen, noisy)
             )
-            scores[part] = shown - disturbed + whole[mine]
+            scores[part] = (shown - disturbed + whole[mine]).to(scores)
         empty = masks.new_zeros(len(images), *masks.shape[1:])
         grids = (
             empty.index_add(0, owner, weight[:, None, None] * masks) for weight in (scores, torch.ones_like(scores))
@@ -121,9 +121,7 @@ class ViTCX(LayerAttributor):
         """n_k of the masks' numbers k (N,), ascending → (N, C, H, W)."""
         numbers, place = number.unique_consecutive(return_inverse=True)
         fields = [
-            torch.randn(
-                pixels.shape[1:], generator=torch.Generator().manual_seed(zlib.crc32(b"%d %d" % (self.seed, k)))
-            )
+            torch.randn(pixels.shape[1:], dtype=torch.float32, generator=_generator(self.seed, k))
             for k in numbers.tolist()
         ]
         return self.noise * torch.stack(fields).to(pixels)[place]
@@ -179,3 +177,7 @@ def _rescale(values: Tensor) -> Tensor:
 
 def _confidence(logits: Tensor, target: Tensor) -> Tensor:
     return logits.float().softmax(dim=-1).gather(1, target[:, None])[:, 0]
+
+
+def _generator(seed: int, number: int) -> torch.Generator:
+    return torch.Generator().manual_seed(zlib.crc32(b"%d %d" % (seed, number)))

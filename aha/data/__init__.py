@@ -2,7 +2,7 @@
 
 from aha.data.folders import ImageFolder, find_images, output_names
 from aha.data.images import ImageMissingError, ImageReadError, load_image
-from aha.data.labels import fit_labels
+from aha.data.labels import fit_labels, label_note
 from aha.data.readable import Readable, readable
 from aha.data.scenes import Scenes
 from aha.data.split import Part, hold_out, identity
@@ -18,6 +18,7 @@ __all__ = [
     "fit_labels",
     "hold_out",
     "identity",
+    "label_note",
     "load_image",
     "output_names",
     "readable",

@@ -60,10 +60,24 @@ def fit_labels(data: Data, clf: Any) -> Data:
     if folder.labelled_by == "numbers":
         _check_numbers(folder, clf)
         return data
-    numbers = _numbers_of(folder, clf)
+    numbers, note = _numbers_of(folder, clf)
+    if note:
+        warnings.warn(note, stacklevel=2)
     if all(old == new for old, new in numbers.items()):
         return data
-    return folder.relabelled(numbers, clf.class_names)
+    fitted = folder.relabelled(numbers, clf.class_names)
+    fitted.label_note = note
+    return fitted
+
+
+def label_note(data: Any) -> str | None:
+    """What `fit_labels` had to say of a data set whose labels it renumbered, for reports."""
+    while (note := getattr(data, "label_note", None)) is None:
+        inner = next((vars(data)[name] for name in ("data", "dataset") if name in getattr(data, "__dict__", {})), None)
+        if inner is None:
+            return None
+        data = inner
+    return note
 
 
 def _holding(wrapper: Any, name: str, inner: Any) -> Any:
@@ -92,8 +106,8 @@ def _check_numbers(folder: Any, clf: Any) -> None:
     )
 
 
-def _numbers_of(folder: Any, clf: Any) -> dict[int, int]:
-    """Label in the folder → label in the classifier, for the labels that its images have."""
+def _numbers_of(folder: Any, clf: Any) -> tuple[dict[int, int], str]:
+    """Label in the folder → label in the classifier, for the labels that its images have, and what to say of it."""
     names: list[str] = list(folder.class_names)
     used = sorted({label for _, label in folder.samples if label >= 0})
     kind = "class name" if folder.labels_file is not None or folder.names_given else "class folder"
@@ -108,7 +122,7 @@ def _numbers_of(folder: Any, clf: Any) -> dict[int, int]:
             found, how = [known.get(names[label]) for label in used], "wnid"
             lost = [names[label] for label, number in zip(used, found, strict=True) if number is None]
     if lost and not classes and len(names) == clf.num_classes and how == "name":
-        return {label: label for label in used}
+        return {label: label for label in used}, ""
     if lost:
         some_of = f"{len(lost)} of {len(used)} {kind}s" if len(lost) < len(used) else _count(len(used), kind)
         twice = [name for name in lost if sum(name == other for other in classes) > 1]
@@ -125,14 +139,12 @@ def _numbers_of(folder: Any, clf: Any) -> dict[int, int]:
             raise ValueError(
                 f"{kind}s {other} and {names[label]} are both class {number} of {clf.name}: merge them or rename one"
             )
+    note = ""
     if len(used) < clf.num_classes:
-        warnings.warn(
-            f"{_count(len(used), kind)}, the classifier has {clf.num_classes} classes: labels are mapped by {how}",
-            stacklevel=2,
-        )
+        note = f"{_count(len(used), kind)}, the classifier has {clf.num_classes} classes: labels are mapped by {how}"
     elif any(label != number for label, number in zip(used, found, strict=True)):
-        warnings.warn(f"{kind}s are in another order than the classes: labels are mapped by {how}", stacklevel=2)
-    return dict(zip(used, found, strict=True))
+        note = f"{kind}s are in another order than the classes: labels are mapped by {how}"
+    return dict(zip(used, found, strict=True)), note
 
 
 def _imagenet(classes: int) -> dict[str, int]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +16,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from .. import terminal
 from .._version import __version__
 from ..classifier import Classifier
+from ..data import Part, fit_labels, identity
 from ..files import write_atomically
+from ..identity import fingerprint as network_fingerprint
 from ..metrics import INTERNAL_BATCH_SIZE, Protocol, Suite
 from ..metrics.protocols import get as get_protocol
 from ..source import Source
@@ -186,23 +187,15 @@ def _images(source: Source, clf: Classifier, seed: int) -> tuple[Any, list[int],
     """The data set, the indices to use, and what identifies them."""
     # a folder is sorted by class: its first images would be of one, so the limit is drawn at random
     drawn = source if source.data == "scenes" else dataclasses.replace(source, limit=None)
-    data = drawn.images(clf.input_size, training=False, seed=seed)
+    data = fit_labels(drawn.images(clf.input_size, training=False, seed=seed), clf)
     indices = choose(len(data), source.limit, seed)
     about = {"data": source.data, "split": source.split, "size": list(clf.input_size), "seed": seed}
-    if source.data == "scenes":
-        return data, indices, {**about, "images": len(indices)}
-    root = Path(source.data)
-    files = [Path(data.data.samples[data.indices[i]][0]) for i in indices]
-    listed = [
-        [str(file.relative_to(root) if file.is_relative_to(root) else file), file.stat().st_size] for file in files
-    ]
-    return data, indices, {**about, "images": len(indices), "files": fingerprint(listed)}
+    # by content: a corrected label, another picture or mask of the same name and size is another evaluation
+    kept = fingerprint(identity(Part(data, indices), content=True))
+    return data, indices, {**about, "images": len(indices), "content": kept}
 
 
-def _identity(clf: Classifier) -> dict[str, str]:
-    """What tells two classifiers of one name apart: their weights."""
-    digest = hashlib.sha256()
-    for name, tensor in clf.state_dict().items():
-        digest.update(name.encode())
-        digest.update(tensor.float().numpy(force=True).tobytes())
-    return {"name": clf.name, "weights": digest.hexdigest()}
+def _identity(clf: Classifier) -> dict[str, Any]:
+    """What tells two classifiers of one name apart: their weights and their normalisation."""
+    numbers = {name: getattr(clf, name).tolist() for name in ("mean", "std", "mean_colour")}
+    return {"name": clf.name, "weights": network_fingerprint(clf), **numbers}

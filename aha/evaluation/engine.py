@@ -20,6 +20,7 @@ from torch import Tensor
 from ..attributors import count_passes
 from ..checks import NotFiniteError, check_images, check_maps
 from ..classifier import Classifier
+from ..data import label_note
 from ..metrics import Batch, Suite
 from .memory import peak_bytes
 from .result import BACKWARD, FORWARD, SECONDS, Column, Evaluation, Failure
@@ -287,6 +288,8 @@ class Engine:
             "name": self.clf.name,
             "images": len(labels),
         }
+        if (note := label_note(self.data)) is not None:
+            classifier["labels"] = note
         protocols = [suite.protocol for suite in self.suites.values()]
         device = _describe(self.clf.device)
         return Evaluation(per_image, columns, curves, failures, classifier, protocols, self.target, seed, device, peaks)

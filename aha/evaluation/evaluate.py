@@ -8,6 +8,7 @@ import torch
 from rich.progress import Progress
 
 from ..classifier import Classifier
+from ..data import fit_labels
 from ..metrics import INTERNAL_BATCH_SIZE, Protocol, Suite
 from .engine import Engine, Method, Row
 from .result import Evaluation
@@ -35,7 +36,8 @@ def evaluate(
         clf: the classifier; images are moved to its device.
         methods: name → an `Attributor` or any callable (images (B,C,H,W), target (B,)) → maps (B,1,H,W).
         data: items {"image": (C,H,W) in [0,1], "label": int, −1 if unknown, optional "mask": (1,H,W) bool,
-            optional "path"}.
+            optional "path"}. Labels of an image folder are brought into the classifier's numbering, or refused, see
+            `aha.data.fit_labels`.
         target: explain the "predicted" class, or the "true" one, the label.
         protocol: a preset's name or a `Protocol`. Localisation is measured beside it where masks exist.
         batch_size: images given to a method at once.
@@ -49,6 +51,7 @@ def evaluate(
     """
     if limit is not None and limit < 1:
         raise ValueError(f"limit={limit}: give at least one image")
+    data = fit_labels(data, clf)
     suites = {name: Suite(clf, name, internal_batch_size) for name in (protocol, "localisation")}
     keyed = {suite.protocol.name: suite for suite in suites.values()}
     rows = [Row(name, name, method) for name, method in methods.items()]

@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..classifier import Classifier, HFLogits, dtype_of, load_weights, numbers, read_weights
+from ..classifier import Classifier, HFLogits, dtype_of
 from ..protection import protected, steady
+from ..weights import load_weights, numbers, read_weights
 from .stages import LEVELS, find_stages, quarters, seen_at
 
 
@@ -152,10 +153,8 @@ def _build_timm(name: str, weights: str | Path | None, pretrained: bool, size: t
     mean, std = config["mean"], config["std"]
     if weights is not None:
         state, metadata = read_weights(weights)
-        own = module.state_dict()
         # a classifier's weights serve as encoder: its head is not needed
-        heads = [key for key in state if key not in own and key.startswith(("head", "fc", "classifier"))]
-        load_weights(module, {key: value for key, value in state.items() if key not in heads}, weights)
+        load_weights(module, state, weights, surplus=("head", "fc", "classifier"))
         mean, std = numbers(metadata.get("mean"), mean), numbers(metadata.get("std"), std)
     source: dict[str, Any] = {"kind": "timm", "name": name}
     if weights is not None:

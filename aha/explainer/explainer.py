@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from .. import precision as mixed
 from .._version import __version__
 from ..checks import check_integer, finite_maps
-from ..classifier import Classifier, from_source, load_weights, read_weights
+from ..classifier import Classifier, from_source
 from ..files import write_atomically
 from ..identity import fingerprint
 from ..protection import protected
+from ..weights import load_weights, read_weights
 from .decoder import Decoder, DecoderConfig, upsample
 from .encoder import Encoder
 from .encoder import build as build_encoder
@@ -27,7 +28,7 @@ FORMAT = 1
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "decoder.safetensors"
 # settings in the configuration: what refinement continues with, and what training adds
 REFINED_WITH = ("temperature", "scores", "cells")
-TRAINED_FOR = ("objective", "references", "players", "surrogate")
+TRAINED_FOR = ("objective", "references", "players", "surrogate", "data")
 
 
 class Explainer(nn.Module):
@@ -41,7 +42,7 @@ class Explainer(nn.Module):
         classifier: the classifier it explains.
         settings: what it was trained with and refinement continues with: ``temperature`` (final τ), ``scores`` and
             ``cells``; and where known the ``objective`` it was trained for, with its ``references``, ``players`` and
-            ``surrogate`` (see `aha.shapley`).
+            ``surrogate`` (see `aha.shapley`), and what identifies the ``data``.
     """
 
     def __init__(self, encoder: Encoder, decoder: Decoder, classifier: Classifier, settings: dict[str, Any]):
@@ -73,11 +74,12 @@ class Explainer(nn.Module):
             decoder: widths; default the paper's.
             image_size: (H, W); default the classifier's.
         """
-        made = build_encoder(encoder, classifier, encoder_weights, pretrained, image_size)
         config = decoder or DecoderConfig()
-        head = Decoder(made.channels, classifier.num_classes, config)
         settings = {"temperature": 0.005, "scores": "standardized", "cells": None}
-        return cls(made, head, classifier, settings).to(classifier.device)
+        with torch.inference_mode(False):  # parameters made in it could never be trained
+            made = build_encoder(encoder, classifier, encoder_weights, pretrained, image_size)
+            head = Decoder(made.channels, classifier.num_classes, config).float()
+            return cls(made, head, classifier, settings).to(classifier.device)
 
     def features(self, images: Tensor, precision: str = "fp32") -> list[Tensor]:
         """Encoder features in float32, without gradient."""
@@ -194,20 +196,21 @@ class Explainer(nn.Module):
                 f"({saved.get('name')}): its maps may be unfaithful until refined",
                 stacklevel=2,
             )
-        source = config["encoder"]
-        if source["kind"] == "classifier":
-            encoder = build_encoder(None, classifier, image_size=image_size)
-        elif source["kind"] == "hf":
-            encoder = build_encoder(f"hf:{source['name']}", classifier, image_size=image_size)
-        else:
-            encoder = build_encoder(
-                source["name"], classifier, source.get("weights"), source.get("pretrained"), image_size
-            )
-        layout["strides"] = tuple(layout["strides"])
-        decoder = Decoder(encoder.channels, classes, DecoderConfig(**layout))
-        state, _ = read_weights(folder / WEIGHTS_FILE)
-        load_weights(decoder, state, folder / WEIGHTS_FILE)
-        return cls(encoder, decoder, classifier, settings).to(classifier.device).eval()
+        with torch.inference_mode(False):  # parameters made in it could never be refined
+            source = config["encoder"]
+            if source["kind"] == "classifier":
+                encoder = build_encoder(None, classifier, image_size=image_size)
+            elif source["kind"] == "hf":
+                encoder = build_encoder(f"hf:{source['name']}", classifier, image_size=image_size)
+            else:
+                encoder = build_encoder(
+                    source["name"], classifier, source.get("weights"), source.get("pretrained"), image_size
+                )
+            layout["strides"] = tuple(layout["strides"])
+            decoder = Decoder(encoder.channels, classes, DecoderConfig(**layout)).float()
+            state, _ = read_weights(folder / WEIGHTS_FILE)
+            load_weights(decoder, state, folder / WEIGHTS_FILE)
+            return cls(encoder, decoder, classifier, settings).to(classifier.device).eval()
 
 
 def _folder(path_or_hub_id: str | Path) -> Path:

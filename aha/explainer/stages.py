@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from itertools import groupby
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from ..geometry import as_maps
@@ -57,7 +58,8 @@ def find_stages(module: nn.Module, pixels: Tensor, name: str) -> list[nn.Module]
 
     with ExitStack() as stack:
         for part in module.modules():
-            if part is not module:
+            # hooks see nothing in TorchScript
+            if part is not module and not isinstance(part, torch.jit.ScriptModule):
                 stack.callback(part.register_forward_hook(note).remove)
         module(pixels)
     # a module that runs more than once, such as a shared activation, is no place

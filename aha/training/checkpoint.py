@@ -14,8 +14,10 @@ KEEP = 2
 _PREFIX = "step_"
 
 
-def save(folder: Path, step: int, state: dict[str, Any], config: dict[str, Any]) -> Path:
+def save(folder: Path, step: int, state: dict[str, Any], config: dict[str, Any], version: str) -> Path:
     """Write ``folder/step_XXXXXXXX`` and remove all but the newest `KEEP`.
+
+    ``config`` is what a resumed run must share, ``version`` that of the library.
 
     The files are made in a hidden folder that is renamed when it is complete.
     """
@@ -27,7 +29,7 @@ def save(folder: Path, step: int, state: dict[str, Any], config: dict[str, Any])
         torch.save(state, file)
         file.flush()
         os.fsync(file.fileno())
-    (partial / "run.json").write_text(json.dumps({"step": step, "config": config}, indent=2) + "\n")
+    (partial / "run.json").write_text(json.dumps({"step": step, "aha": version, "config": config}, indent=2) + "\n")
     shutil.rmtree(final, ignore_errors=True)
     os.replace(partial, final)
     for old in available(folder)[:-KEEP]:
@@ -40,8 +42,8 @@ def available(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob(f"{_PREFIX}*") if (path / "run.json").is_file())
 
 
-def load(path: Path) -> tuple[int, dict[str, Any], dict[str, Any]]:
-    """(step, state, config) of a checkpoint.
+def load(path: Path) -> tuple[int, dict[str, Any], dict[str, Any], str]:
+    """(step, state, config, version) of a checkpoint.
 
     Raises:
         FileNotFoundError, ValueError: one line, for a missing or damaged checkpoint.
@@ -51,7 +53,7 @@ def load(path: Path) -> tuple[int, dict[str, Any], dict[str, Any]]:
     try:
         record = json.loads((path / "run.json").read_text())
         state = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
-        return record["step"], state, record["config"]
+        return record["step"], state, record["config"], record.get("aha", "unknown")
     except Exception as error:  # a damaged archive raises whatever its reader met first
         reason = str(error).splitlines()[0]
         raise ValueError(f"checkpoint {path} is damaged ({reason}): remove it and resume from an older one") from error

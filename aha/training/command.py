@@ -11,6 +11,7 @@ import tyro
 from ..explainer import Explainer
 from ..explainer.decoder import DecoderConfig
 from ..source import Source
+from ..terminal import failed
 from .trainer import TrainConfig, Trainer
 
 
@@ -37,5 +38,8 @@ def train(
     data = source.images(classifier.input_size, training=True, augment=augment, seed=config.seed)
     explainer = Explainer.build(classifier, encoder, encoder_weights, decoder=decoder)
     run = dataclasses.replace(config, output=config.output or "runs/train")
-    Trainer(explainer, classifier, data, run).fit(resume=resume)
+    trainer = Trainer(explainer, classifier, data, run)
+    trainer.fit(resume=resume)
     print(f"explainer written to {run.output}/explainer")
+    if trainer.failures:
+        raise failed(trainer.failures, len(data), "images")

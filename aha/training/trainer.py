@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import time
+import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -13,15 +15,20 @@ from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs
+from accelerate.utils import DistributedDataParallelKwargs, gather_object
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from .. import references, shapley
+from .._version import __version__
+from ..checks import check_images
 from ..classifier import Classifier
+from ..data import fit_labels, identity, readable
 from ..explainer import Explainer
+from ..identity import fingerprint
 from ..objective import Objective
-from ..precision import uses_bf16
+from ..precision import autocast, uses_bf16
+from ..protection import recording
 from ..regions import Regions, default_cells, draw, grid
 from ..shapley import ShapleyObjective
 from . import checkpoint
@@ -188,7 +195,12 @@ class Trainer:
 
     Args:
         data: a Dataset of dicts with "image" (C,H,W) in [0,1] and, where known, "label".
+            Labels of an image folder are brought into the classifier's numbering (`aha.data.fit_labels`); an image that
+            cannot be read is left out and named in ``failures``.
         objective: default: the one that ``config`` names. Give one to train for something else, or with a surrogate.
+
+    Attributes:
+        failures: one line for every image that could not be read so far.
     """
 
     def __init__(
@@ -202,9 +214,14 @@ class Trainer:
         self.config = config
         self.explainer = explainer
         self.classifier = classifier
-        self.data = data
+        # an image that cannot be read is replaced by the next one, and named at the end
+        self.data = readable(fit_labels(data, classifier))
+        self.failures: list[str] = []
         if len(data) == 0:  # type: ignore[arg-type]
             raise ValueError("the data set is empty: give at least one image")
+        ranks = config.objective == "ranking" if objective is None else objective.settings()["objective"] == "ranking"
+        if ranks:
+            classifier.require("training for the ranking", gradients=True, inside=False)
         # every process steps with its own precision contexts, accelerate only distributes
         self.accelerator = Accelerator(kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=True)])
         device = self.accelerator.device
@@ -221,7 +238,6 @@ class Trainer:
         self.tau = config.tau or (start, end)
         self.noise = noise if config.noise is None else config.noise
         self.objective: TrainingObjective = make_objective(config, classifier) if objective is None else objective
-        ranks = self.objective.settings()["objective"] == "ranking"
         self.references = config.references or (references.REFERENCES if ranks else shapley.REFERENCES)
         self.step = 0
         self.folder = Path(config.output) if config.output else None
@@ -234,6 +250,10 @@ class Trainer:
                 from that checkpoint.
             progress: show a progress bar.
         """
+        with recording(), autocast("fp32", self.accelerator.device):
+            return self._fit(resume, progress)
+
+    def _fit(self, resume: bool | str | Path, progress: bool) -> Explainer:
         if resume:
             self._resume(None if resume is True else Path(resume))
         log = Log(self.folder if self.accelerator.is_main_process else None, self.step, self.total, progress)
@@ -249,12 +269,15 @@ class Trainer:
                     self._save()
         finally:
             log.close()
+        if self.accelerator.num_processes > 1:
+            self.failures = list(dict.fromkeys(gather_object(self.failures)))
         self.explainer.eval()
         self.explainer.settings.update(
             temperature=self.tau[1],
             scores=self.config.scores,
             cells=list(self._cells(self.data[0]["image"].shape[-2:])),
             references=list(self.references),
+            data=self._made_from["data"],
             **self.objective.settings(),
         )
         if self.folder is not None and self.accelerator.is_main_process:
@@ -280,9 +303,14 @@ class Trainer:
             self.data, batch_sampler=sampler, num_workers=config.workers, pin_memory=device.type == "cuda"
         )
         for batch in loader:
-            self.classifier.check(batch["image"])
+            check_images(batch["image"], len(self.classifier.mean))
+            self._note(batch["failed"])
             moved = {key: batch[key].to(device, non_blocking=True) for key in ("image", "label") if key in batch}
             yield moved
+
+    def _note(self, failed: Sequence[str]) -> None:
+        """Keep the reasons why images could not be read, each once."""
+        self.failures += [line for line in dict.fromkeys(failed) if line and line not in self.failures]
 
     def _train_step(self, batch: dict[str, Any]) -> dict[str, float]:
         config = self.config
@@ -360,14 +388,23 @@ class Trainer:
         if self.folder is None or not self.accelerator.is_main_process:
             return
         state = {"decoder": self.explainer.decoder.state_dict(), "optimizer": self.optimizer.state_dict()}
-        checkpoint.save(self.folder / "checkpoints", self.step, state, self._identity())
+        checkpoint.save(self.folder / "checkpoints", self.step, state, self._identity(), __version__)
 
     def _identity(self) -> dict[str, Any]:
         """The settings that a resumed run must share, in JSON types."""
         same = {k: v for k, v in dataclasses.asdict(self.config).items() if k not in ("output", "workers", "log_every")}
         bf16 = uses_bf16(self.config.precision, self.accelerator.device)
-        made = {**self.objective.settings(), "references": self.references}
+        made = {
+            **self.objective.settings(),
+            "references": self.references,
+            **self._made_from,
+        }
         return json.loads(json.dumps({**same, **made, "total": self.total, "bf16": bf16}))
+
+    @functools.cached_property
+    def _made_from(self) -> dict[str, Any]:
+        """Classifier and images; read once, for both may be large."""
+        return {"classifier": fingerprint(self.classifier), "data": identity(self.data, content=False)}
 
     def _resume(self, path: Path | None) -> None:
         if path is None:
@@ -377,7 +414,12 @@ class Trainer:
             if not found:
                 return
             path = found[-1]
-        step, state, config = checkpoint.load(path)
+        step, state, config, version = checkpoint.load(path)
+        if version != __version__:
+            warnings.warn(
+                f"checkpoint {path} was made by aha {version}, this is {__version__}: the run may continue differently",
+                stacklevel=4,
+            )
         differs = [key for key, value in self._identity().items() if config.get(key) != value]
         if differs:
             raise ValueError(

@@ -213,7 +213,7 @@ def test_damaged_files(explainer, classifier, tmp_path):
     weights = tmp_path / "decoder.safetensors"
     whole = weights.read_bytes()
     weights.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ValueError, match="truncated"):
+    with pytest.raises(ValueError, match="cut short"):
         aha.Explainer.from_pretrained(tmp_path, classifier)
     weights.unlink()
     with pytest.raises(FileNotFoundError, match="no weights file"):

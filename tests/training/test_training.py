@@ -249,10 +249,10 @@ def test_bad_checkpoints(tmp_path):
 
 
 def test_a_failed_checkpoint_leaves_the_old_ones(tmp_path, monkeypatch):
-    first = checkpoint.save(tmp_path, 1, {"a": torch.ones(2)}, {})
+    first = checkpoint.save(tmp_path, 1, {"a": torch.ones(2)}, {}, "0")
     monkeypatch.setattr(checkpoint.torch, "save", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
-        checkpoint.save(tmp_path, 2, {"a": torch.ones(2)}, {})
+        checkpoint.save(tmp_path, 2, {"a": torch.ones(2)}, {}, "0")
     assert checkpoint.available(tmp_path) == [first]
     assert checkpoint.load(first)[0] == 1
 
