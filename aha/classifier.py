@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from .checks import check_answers, check_colour, check_images, check_normalisation, check_size, check_target
 from .protection import protected, recording, steady
@@ -66,13 +67,13 @@ class Classifier(nn.Module):
         channels = check_normalisation(mean, std)
         colour = check_colour(mean if mean_colour is None else mean_colour, channels)
         self.input_size = check_size("input_size", input_size)
-        if any(isinstance(value, nn.parameter.UninitializedTensorMixin) for value in module.parameters()):
+        if any(is_lazy(value) for value in module.parameters()):
             raise ValueError(
                 f"{type(module).__name__} has lazy parameters without a shape: run it once on a batch first"
             )
         self.module = module.eval()
-        for value in module.parameters():
-            value.requires_grad_(False)
+        for parameter in module.parameters():
+            parameter.requires_grad_(False)
         with torch.inference_mode(False):  # a tensor made in it could never take part in autograd
             for name, value in (("mean", mean), ("std", std), ("mean_colour", colour)):
                 # cloned: one tensor registered twice would confuse safetensors and DDP

@@ -153,7 +153,7 @@ def _frozen(module: nn.Module) -> Iterator[None]:
             p.requires_grad_(False)
         for m, _, name in compiled:
             # past OptimizedModule.__setattr__, which would set it on the module inside
-            vars(m)[name] = None if name == "_compiled_call_impl" else m._orig_mod.__call__
+            vars(m)[name] = None if name == "_compiled_call_impl" else m.get_submodule("_orig_mod").__call__
         yield
     finally:
         guard.depth = 0

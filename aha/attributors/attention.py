@@ -87,7 +87,7 @@ class AttentionAttributor(TransformerAttributor):
 class RawAttention(AttentionAttributor):
     """Attention of the readout to the patches in the last block, mean over heads."""
 
-    gradients = False
+    needs_gradients = False
     metadata = Metadata(
         paper="baseline of Chefer et al., CVPR 2021",
         cost="1F",
@@ -108,7 +108,7 @@ class RawAttention(AttentionAttributor):
 class Rollout(AttentionAttributor):
     """Attention rollout: the readout's row of Π_l norm(I + E_h A_l), rows normalised to sum to 1."""
 
-    gradients = False
+    needs_gradients = False
     metadata = Metadata(
         paper="Abnar and Zuidema, ACL 2020",
         cost="1F",

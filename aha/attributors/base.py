@@ -49,13 +49,13 @@ class Attributor(ABC):
     # False where the map is the same for all classes: then no pass is spent on finding the predicted one
     class_specific: ClassVar[bool] = True
     # what the classifier must give: gradients to the images or to what is inside, and hooks on its parts
-    gradients: ClassVar[bool] = True
-    inside: ClassVar[bool] = False
+    needs_gradients: ClassVar[bool] = True
+    looks_inside: ClassVar[bool] = False
 
     def __init__(self, clf: Classifier, internal_batch_size: int = 64, seed: int = 0):
         if not isinstance(clf, Classifier):
             raise ValueError(f"clf is a {type(clf).__name__}: wrap it with aha.Classifier.wrap(module, mean, std)")
-        clf.require(self.name, self.gradients, self.inside)
+        clf.require(self.name, self.needs_gradients, self.looks_inside)
         self.clf = clf
         self.internal_batch_size = check_integer("internal_batch_size", internal_batch_size, 1)
         self.seed = check_seed(seed)

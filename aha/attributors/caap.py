@@ -33,7 +33,7 @@ class CAAP(TokenAttributor):
         internal_batch_size: images times patches in one pass.
     """
 
-    gradients = False
+    needs_gradients = False
     metadata = Metadata(
         paper="CAAP, arXiv 2603.13652",
         cost="2F, per patch F of the blocks from the first patched one on",

@@ -64,7 +64,7 @@ class LayerAttributor(Attributor):
         accepts, tokens_only: for messages, and whether the maps have to be a transformer's patch tokens.
     """
 
-    inside = True
+    looks_inside = True
     accepts: ClassVar[str] = ARCHITECTURES
     tokens_only: ClassVar[bool] = False
 
@@ -224,7 +224,7 @@ class LayerAttributor(Attributor):
 class _Tokens(TransformerAttributor):
     """A vision transformer's blocks, prefix, grid and partial passes, lent to a CAM; no method of its own."""
 
-    gradients = False
+    needs_gradients = False
     name = "cam"
 
     @classmethod
@@ -368,7 +368,7 @@ class ScoreCam(CamAttributor):
         internal_batch_size: masked images in one pass.
     """
 
-    gradients = False
+    needs_gradients = False
     metadata = Metadata(
         paper="Wang et al., CVPR workshops 2020",
         cost="C F",
@@ -405,7 +405,7 @@ class AblationCam(CamAttributor):
         internal_batch_size: ablated copies in one pass.
     """
 
-    gradients = False
+    needs_gradients = False
     metadata = Metadata(
         paper="Desai and Ramaswamy, WACV 2020",
         cost="1F, C F of what follows the layer",

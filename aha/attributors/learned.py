@@ -30,7 +30,7 @@ class LearnedAttributor(Attributor):
         objective: what the explainer must have been trained for.
     """
 
-    gradients = False
+    needs_gradients = False
 
     objective: ClassVar[str]
 

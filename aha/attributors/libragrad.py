@@ -406,7 +406,7 @@ class LibraGrad(Attributor):
             blank image.
     """
 
-    inside = True
+    looks_inside = True
     metadata = Metadata(
         paper="Mehri et al., CVPR 2025",
         cost="that of the base: 1F 1B",

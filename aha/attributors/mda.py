@@ -122,7 +122,7 @@ class MDA(Attributor):
         passes: (B,) int64 on the CPU, forward passes that each image of the last call took.
     """
 
-    gradients = False
+    needs_gradients = False
     metadata = Metadata(
         paper="Walker et al., ICLR 2025",
         cost="P·(W + 1) − W·(W − 1)/2 + b F and the prior's; 5,306 + b at 14×14, b ≤ 36",

@@ -24,7 +24,7 @@ class Random(Attributor):
     depend on the batch or the device.
     """
 
-    gradients = False
+    needs_gradients = False
     metadata = Metadata(paper="baseline", cost="none", architectures="any", licence="ours")
     class_specific = False
 
@@ -56,7 +56,7 @@ class Rise(Attributor):
         internal_batch_size: masked images in one pass; masks are enlarged in chunks and never all stored.
     """
 
-    gradients = False
+    needs_gradients = False
     metadata = Metadata(
         paper="Petsiuk et al., BMVC 2018",
         cost="500F (the paper: 4000F)",

@@ -30,7 +30,7 @@ class Surrogate(Attributor):
         internal_batch_size: images times coalitions in one pass.
     """
 
-    gradients = False
+    needs_gradients = False
 
     fewest: int = 2
 

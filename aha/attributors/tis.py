@@ -36,7 +36,7 @@ class TIS(TokenAttributor):
         internal_batch_size: images times masks in one pass.
     """
 
-    gradients = False
+    needs_gradients = False
     metadata = Metadata(
         paper="Englebert et al., ICCV Workshops 2023",
         cost="1F, 1024F of half the tokens",

@@ -32,7 +32,7 @@ class TransformerAttributor(Attributor):
         reads, accepts: what the method looks at, and where it finds it; both for messages.
     """
 
-    inside = True
+    looks_inside = True
     reads: ClassVar[str] = "reads tokens"
     accepts: ClassVar[str] = ARCHITECTURES
     # MLP-Mixers have blocks, patches and no other tokens; for methods that need no attention

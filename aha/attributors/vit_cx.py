@@ -39,7 +39,7 @@ class ViTCX(LayerAttributor):
         seed: of the noise; n_k depends on it and on k alone.
     """
 
-    gradients = False
+    needs_gradients = False
     metadata = Metadata(
         paper="Xie et al., IJCAI 2023",
         cost="(2K + 1)F, K masks found per image",

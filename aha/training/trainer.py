@@ -290,7 +290,7 @@ class Trainer:
     def _loader(self) -> Iterator[dict[str, Any]]:
         config = self.config
         sampler = StepSampler(
-            len(self.data),  # type: ignore[arg-type]
+            len(self.data),
             config.batch_size,
             range(self.step, self.total),
             config.seed,
