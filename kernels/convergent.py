@@ -18,7 +18,9 @@ FIRST = 25  # iterations before the rows are looked at; twice as many every time
 _warned = False
 
 
-def weigh_ranks(backend: Any, scores: Tensor, weights: Tensor, tau: Tensor, n_iters: int, noise: float, seed: Tensor):
+def weigh_ranks(
+    backend: Any, scores: Tensor, weights: Tensor, tau: Tensor, n_iters: int, noise: float, seed: Tensor
+) -> Tensor:
     """(B,K), (K,) → (B,K): weights · P; ``backend`` has the `weigh_ranks` of reference.py."""
 
     def run(images: Any, count: int) -> tuple[Tensor, Tensor]:
@@ -28,14 +30,16 @@ def weigh_ranks(backend: Any, scores: Tensor, weights: Tensor, tau: Tensor, n_it
     return _converge(run, scores, n_iters, bool(noise))
 
 
-def weigh_regions(backend: Any, scores: Tensor, values: Tensor, tau: Tensor, n_iters: int, noise: float, seed: Tensor):
-    """(B,K), (B,K) → (B,K): P · values; ``backend`` has the `weigh_regions` of reference.py."""
+def weigh_regions(
+    backend: Any, scores: Tensor, unit: Tensor, size: Tensor, tau: Tensor, n_iters: int, noise: float, seed: Tensor
+) -> Tensor:
+    """(B,K), (B,K), (B,1) → (B,K): P · (size · unit); ``backend`` has the `weigh_regions` of reference.py."""
 
     def run(images: Any, count: int) -> tuple[Tensor, Tensor]:
-        return backend.weigh_regions(scores[images], start[images], values[images], tau, count, noise, seed)
+        return backend.weigh_regions(scores[images], start[images], unit[images], tau, count, noise, seed)
 
     start = sorted_start(scores, tau)
-    return _converge(run, scores, n_iters, bool(noise))
+    return size * _converge(run, scores, n_iters, bool(noise))
 
 
 def sorted_start(scores: Tensor, tau: Tensor) -> Tensor:

@@ -5,29 +5,63 @@ Every function takes ``backend="auto" | "cuda" | "triton" | "cpu" | "reference"`
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
+from numbers import Integral, Real
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from . import dispatch, random
+from .convergent import readable
 
 _FLOATS = (torch.float32, torch.float64)
 _IMAGE_FLOATS = (*_FLOATS, torch.bfloat16, torch.float16)
+_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+# Rounding of a logarithm that still makes a number: e^16 is far from infinity. Scores of standard deviation 100 reach
+# it at τ = 1e-3 in float32.
+_ROUNDING = 16.0
 
 
-class Taps(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Taps:
     """A banded matrix (pixels × cells) as its non-zeros: pixel p reads ``Σ_t weight[p, t] · grid[cell[p, t]]``.
+
+    Checked once, here: all backends rely on it. Values are read for that, also from a GPU, but not again by ``to``.
+    Where they cannot be read (under torch.compile, export or vmap, on meta), only types and shapes are checked.
 
     Attributes:
         cell: (P, T) int64, values in [0, size); padding taps have weight 0 and any valid cell.
-        weight: (P, T) float32.
-        size: number of cells.
+        weight: (P, T) float32 or float64, finite, on the same device.
+        size: number of cells, ≥ 1.
+
+    Raises:
+        ValueError: types, shapes or values are not these.
     """
 
     cell: Tensor
     weight: Tensor
     size: int
+
+    def __post_init__(self) -> None:
+        _check_integer("size", self.size, 1)
+        if not _is_plain(self.cell) or self.cell.dtype != torch.int64 or self.cell.ndim != 2:
+            raise ValueError(f"cell is {_describe(self.cell)}: give (P, T) int64")
+        if not _is_plain(self.weight) or self.weight.dtype not in _FLOATS or self.weight.shape != self.cell.shape:
+            raise ValueError(f"weight is {_describe(self.weight)}: give float32 of shape {tuple(self.cell.shape)}")
+        dispatch.device_of(self.cell, self.weight)
+        if not self.cell.numel() or not readable(self.cell) or not readable(self.weight):
+            return
+        low, high = (int(x) for x in self.cell.aminmax())
+        if low < 0 or high >= self.size:
+            raise ValueError(f"cell spans {low} … {high}: cells must lie in 0 … size − 1 = {self.size - 1}")
+        if not self.weight.isfinite().all():
+            raise ValueError("weight holds NaN or infinite values: give finite ones")
+
+    def to(self, device: torch.device | str) -> "Taps":
+        """The same taps on another device."""
+        return _checked_taps((self.cell.to(device), self.weight.to(device)), self.size)
 
     def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The (P, size) matrix."""
@@ -46,23 +80,47 @@ class Upsampler(NamedTuple):
 
     def to(self, device: torch.device | str) -> "Upsampler":
         """The same upsampler on another device."""
-        return Upsampler(*(Taps(t.cell.to(device), t.weight.to(device), t.size) for t in self))
+        return Upsampler(*(taps.to(device) for taps in self))
+
+
+def _checked_taps(parts: Any, size: int) -> Taps:
+    """Taps of parts that were those of others, which are not checked again."""
+    taps = object.__new__(Taps)
+    for name, value in zip(("cell", "weight", "size"), (*parts, size), strict=True):
+        object.__setattr__(taps, name, value)
+    return taps
+
+
+# arguments of functions that are exported or mapped are taken apart and put together again, around any values
+pytree.register_pytree_node(
+    Taps,
+    lambda taps: ([taps.cell, taps.weight], taps.size),
+    _checked_taps,
+    serialized_type_name="aha.kernels.Taps",
+    flatten_with_keys_fn=lambda taps: (
+        [(pytree.GetAttrKey("cell"), taps.cell), (pytree.GetAttrKey("weight"), taps.weight)],
+        taps.size,
+    ),
+)
 
 
 def log_sinkhorn(logits: Tensor, n_iters: int = 30, *, backend: str = "auto") -> Tensor:
     """Sinkhorn normalisation in the log domain; row then column, columns last (paper §3.2).
 
     Args:
-        logits: (B, K, K) float32 or float64, finite.
-        n_iters: pairs of normalisations, ≥ 1.
+        logits: (B, K, K) float32 or float64, finite, K ≥ 1. Entries may be as low as they like; the largest of a row or
+            column must be a size that the type resolves (1e8 in float32), which is checked on the CPU.
+        n_iters: pairs of normalisations, ≥ 1; exactly so many are made.
 
     Returns:
         (B, K, K) log P. Columns of P sum to 1 to rounding, rows as far as the iterations converged.
     """
     _check_float("logits", logits, 3)
-    if logits.shape[-1] != logits.shape[-2]:
-        raise ValueError(f"logits has shape {tuple(logits.shape)}: give square matrices (B, K, K)")
-    _check_iterations(n_iters)
+    _check_square("logits", logits)
+    n_iters = _check_integer("n_iters", n_iters, 1)
+    if logits.numel() and _on_cpu(logits):
+        tops = (logits.detach().amax(dim).nan_to_num(0, 0, 0).abs().max() for dim in (-1, -2))
+        _check_resolution("logits", max(map(float, tops)), logits.dtype, "shift rows and columns towards 0")
     return dispatch.run("log_sinkhorn", backend, logits.device, logits, n_iters)
 
 
@@ -80,9 +138,10 @@ def gumbel_sinkhorn(
     P = Sinkhorn(L), L_ij = (−(a_j − p_i)² + noise·γ_ij)/τ with rank targets p = linspace(1, 0, K) and γ ~ Gumbel(0, 1).
 
     Args:
-        scores: (B, K), float32 or float64 (half precision is computed in float32).
-        tau: temperature > 0; a float or a 0-dim tensor, which receives a gradient.
-        n_iters: Sinkhorn iterations ≥ 1.
+        scores: (B, K), float32 or float64 (half precision is computed in float32), K ≥ 1. Their squares over tau must
+            be a size that the type resolves (1e8 in float32), which is checked on the CPU.
+        tau: temperature > 0; a number or a 0-dim tensor, which receives a gradient.
+        n_iters: Sinkhorn iterations ≥ 1; exactly so many are made.
         noise: scale of the Gumbel noise ≥ 0.
         seed: of the noise, in [0, 2⁶⁴), or a 0-dim int64 tensor; None draws one from PyTorch's default generator of
             the device, also inside a captured CUDA graph.
@@ -90,7 +149,7 @@ def gumbel_sinkhorn(
     Returns:
         (B, K, K) P; row i is the soft indicator of the region at rank i (0 = most important), columns sum to 1.
     """
-    scores = _check_scores(scores)
+    scores = _check_scores("scores", scores)
     ranking = _check_ranking(scores, tau, n_iters, noise, seed)
     return dispatch.run("gumbel_sinkhorn", backend, scores.device, scores, *ranking)
 
@@ -106,8 +165,7 @@ def cumulative_masks(permutation: Tensor, fractions: Tensor | Sequence[float], *
         (B, S, K) masks in [0, 1] if the columns of ``permutation`` sum to 1.
     """
     _check_float("permutation", permutation, 3)
-    if permutation.shape[-1] != permutation.shape[-2]:
-        raise ValueError(f"permutation has shape {tuple(permutation.shape)}: give square matrices (B, K, K)")
+    _check_square("permutation", permutation)
     weights = _cumulative_weights(fractions, permutation)
     return dispatch.run("cumulative_masks", backend, permutation.device, permutation, weights)
 
@@ -126,7 +184,7 @@ def soft_topk_masks(
 
     Arguments and ranges as in those two functions. A fused backend never stores P.
     """
-    scores = _check_scores(scores)
+    scores = _check_scores("scores", scores)
     weights = _cumulative_weights(fractions, scores)
     ranking = _check_ranking(scores, tau, n_iters, noise, seed)
     return dispatch.run("soft_topk_masks", backend, scores.device, scores, weights, *ranking)
@@ -143,12 +201,26 @@ def soft_sort(
 ) -> Tensor:
     """Differentiable sort in descending order: (B, K) → (B, K), at every rank a soft choice among the values.
 
-    Values are standardised per row before they are ranked, so ``tau`` does not depend on their scale: 1 is close to
-    the mean everywhere, 1e-4 close to the sorted values. Other arguments as in `gumbel_sinkhorn`.
+    For losses on order statistics: quantiles, trimmed means, the largest of many. Values are standardised per row
+    before they are ranked, so ``tau`` has no unit: at 1 every rank holds nearly the mean, and the lower, the closer to
+    the sorted values, down to 1e-5. Scale does not matter: values·1e38 sort as the values do.
+
+    Iterations start at the hard sort and end, for each row, when every rank's weights sum to 1 ± 0.005; if they do not,
+    a warning says so once. The gradient is exact for this start and the iterations made, and as close to the gradient
+    of the limit as P is to its limit. Noise is added to the scores of the ranks as in `gumbel_sinkhorn`.
+
+    Args:
+        values: (B, K) floating point, K ≥ 1. NaN or infinity in a row makes that row NaN.
+        tau: as in `gumbel_sinkhorn`; beyond 1e-6, float32 cannot tell more.
+        n_iters: the most iterations, ≥ 1. Exactly so many are made where values cannot be read: under torch.compile,
+            export, vmap and the capture of a CUDA graph.
+        noise, seed: as in `gumbel_sinkhorn`.
+
+    Raises:
+        ValueError: an argument is not as above.
     """
-    values = _check_scores(values)
-    ranking = _check_ranking(values, tau, n_iters, noise, seed)
-    return dispatch.run("soft_sort", backend, values.device, _standardize(values), values, *ranking)
+    scores, unit, size, ranking = _check_values(values, tau, n_iters, noise, seed)
+    return dispatch.run("soft_sort", backend, scores.device, scores, unit, size, *ranking)
 
 
 def soft_rank(
@@ -160,11 +232,14 @@ def soft_rank(
     *,
     backend: str = "auto",
 ) -> Tensor:
-    """Differentiable ranks, 0 for the largest value, K − 1 for the smallest: (B, K) → (B, K). See `soft_sort`."""
-    values = _check_scores(values)
-    weights = torch.arange(values.shape[1], dtype=values.dtype, device=values.device)
-    ranking = _check_ranking(values, tau, n_iters, noise, seed)
-    return dispatch.run("soft_rank", backend, values.device, _standardize(values), weights, *ranking)
+    """Differentiable ranks, 0 for the largest value, K − 1 for the smallest: (B, K) → (B, K).
+
+    For losses on ranks, such as Spearman's correlation. Equal values share the mean of their ranks. Arguments, accuracy
+    and gradient as in `soft_sort`.
+    """
+    scores, _, _, ranking = _check_values(values, tau, n_iters, noise, seed)
+    weights = torch.arange(scores.shape[1], dtype=scores.dtype, device=scores.device)
+    return dispatch.run("soft_rank", backend, scores.device, scores, weights, *ranking)
 
 
 def soft_topk(
@@ -177,15 +252,15 @@ def soft_topk(
     *,
     backend: str = "auto",
 ) -> Tensor:
-    """Differentiable indicator of the ``k`` largest values: (B, K) → (B, K) in [0, 1], rows sum to ``k`` where the
-    iterations converged. ``k`` in 0 … K; see `soft_sort`.
+    """Differentiable indicator of the ``k`` largest values: (B, K) → (B, K) in [0, 1], rows sum to ``k`` ± 0.005·k.
+
+    For a choice of k among many that a loss can move. ``k`` is an integer in 0 … K; other arguments, accuracy and
+    gradient as in `soft_sort`.
     """
-    values = _check_scores(values)
-    if not isinstance(k, int) or not 0 <= k <= values.shape[1]:
-        raise ValueError(f"k={k!r}: give an integer in 0 … {values.shape[1]}, the number of values")
-    weights = (torch.arange(values.shape[1], device=values.device) < k).to(values.dtype)
-    ranking = _check_ranking(values, tau, n_iters, noise, seed)
-    return dispatch.run("soft_topk", backend, values.device, _standardize(values), weights, *ranking)
+    scores, _, _, ranking = _check_values(values, tau, n_iters, noise, seed)
+    k = _check_integer("k", k, 0, scores.shape[1], ", the number of values")
+    weights = (torch.arange(scores.shape[1], device=scores.device) < k).to(scores.dtype)
+    return dispatch.run("soft_topk", backend, scores.device, scores, weights, *ranking)
 
 
 def perturb(
@@ -217,6 +292,10 @@ def perturb(
     """
     references = _check_images(images, references, mean, std)
     masks = _check_float("masks", masks, 3, _IMAGE_FLOATS)
+    if not (isinstance(upsampler, tuple) and len(upsampler) == 2 and all(isinstance(t, Taps) for t in upsampler)):
+        raise ValueError(
+            f"upsampler is {_describe(upsampler)}: give an Upsampler, a pair of Taps (aha.regions makes one)"
+        )
     rows, cols = upsampler
     dispatch.device_of(images, references, masks, rows.weight, cols.weight, mean, std)
     batch, _, height, width = images.shape
@@ -229,7 +308,7 @@ def perturb(
         raise ValueError(
             f"the upsampler makes {rows.cell.shape[0]}×{cols.cell.shape[0]} pixels, images are {height}×{width}"
         )
-    dtype = _check_dtype(dtype or images.dtype)
+    dtype = _check_dtype(images.dtype if dtype is None else dtype)
     arguments = (images, references, masks, rows, cols, mean, std, dtype)
     return dispatch.run("perturb", backend, images.device, *arguments)
 
@@ -257,109 +336,195 @@ def perturb_by_rank(
     """
     references = _check_images(images, references, mean, std)
     batch, _, height, width = images.shape
-    if not isinstance(ranks, Tensor) or ranks.is_floating_point() or ranks.shape != (batch, height, width):
+    if not _is_plain(ranks) or ranks.dtype not in _INTEGERS or ranks.shape != (batch, height, width):
         raise ValueError(f"ranks is {_describe(ranks)}: give integers of shape {(batch, height, width)}")
-    counts = torch.as_tensor(counts)
-    if counts.ndim != 1 or counts.is_floating_point():
-        raise ValueError(f"counts is {_describe(counts)}: give a 1-dim sequence of integers")
-    known = counts.device.type == "cpu" and counts.numel() and not _traced(counts)
-    if known and (counts.min() < 0 or counts.max() > height * width):
+    counts = _check_sequence("counts", counts, _INTEGERS, torch.int64, "integers")
+    if counts.numel() and _on_cpu(counts) and (counts.min() < 0 or counts.max() > height * width):
         raise ValueError(
             f"counts span {int(counts.min())} … {int(counts.max())}: they must lie in 0 … H·W = {height * width}"
         )
     counts = counts.to(images.device, torch.int32)
     dispatch.device_of(images, references, ranks, mean, std)
-    dtype = _check_dtype(dtype or images.dtype)
+    dtype = _check_dtype(images.dtype if dtype is None else dtype)
     arguments = (images, references, ranks.to(torch.int32), counts, mean, std, dtype)
     return dispatch.run("perturb_by_rank", backend, images.device, *arguments)
 
 
+def _is_plain(value: object) -> bool:
+    """Whether it is a dense tensor with values: not sparse, nested or on meta."""
+    if not isinstance(value, Tensor) or value.is_nested:
+        return False
+    return value.layout == torch.strided and value.device.type != "meta"
+
+
 def _describe(value: object) -> str:
-    if isinstance(value, Tensor):
-        return f"{value.dtype} of shape {tuple(value.shape)}".removeprefix("torch.")
-    return f"a {type(value).__name__}"
+    if not isinstance(value, Tensor):
+        return f"a {type(value).__name__}"
+    if value.is_nested:
+        return "a nested tensor"
+    text = f"{value.dtype} of shape {tuple(value.shape)}".removeprefix("torch.")
+    if value.device.type == "meta":
+        return f"{text} on meta, without values"
+    return text if value.layout == torch.strided else f"{str(value.layout).removeprefix('torch.')} {text}"
 
 
 def _check_float(name: str, value: Tensor, ndim: int, dtypes: tuple[torch.dtype, ...] = _FLOATS) -> Tensor:
-    if not isinstance(value, Tensor) or value.ndim != ndim or value.dtype not in dtypes:
+    if not _is_plain(value) or value.ndim != ndim or value.dtype not in dtypes:
         accepted = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
-        raise ValueError(f"{name} is {_describe(value)}: give a {ndim}-dim tensor of {accepted}")
+        raise ValueError(f"{name} is {_describe(value)}: give a {ndim}-dim tensor of {accepted}, dense and with values")
     return value if value.dtype in _FLOATS else value.float()
 
 
-def _check_scores(scores: Tensor) -> Tensor:
-    scores = _check_float("scores", scores, 2, _IMAGE_FLOATS)
+def _check_square(name: str, value: Tensor) -> None:
+    if value.shape[-1] != value.shape[-2] or value.shape[-1] == 0:
+        raise ValueError(f"{name} has shape {tuple(value.shape)}: give square matrices (B, K, K), K ≥ 1")
+
+
+def _check_scores(name: str, scores: Tensor) -> Tensor:
+    scores = _check_float(name, scores, 2, _IMAGE_FLOATS)
     if scores.shape[1] == 0:
-        raise ValueError(f"scores has shape {tuple(scores.shape)}: at least one region is needed")
+        raise ValueError(f"{name} has shape {tuple(scores.shape)}: at least one region is needed")
     return scores
 
 
-def _check_iterations(n_iters: int) -> None:
-    if not isinstance(n_iters, int) or n_iters < 1:
-        raise ValueError(f"n_iters={n_iters!r}: give an integer ≥ 1")
+def _check_integer(name: str, value: int, low: int, high: int | None = None, of: str = "") -> int:
+    if not isinstance(value, Integral) or isinstance(value, bool) or value < low or (high is not None and value > high):
+        accepted = f"≥ {low}" if high is None else f"in {low} … {high}"
+        raise ValueError(f"{name}={_short(value)}: give an integer {accepted}{of}")
+    return value if isinstance(value, int) else int(value)  # under torch.compile it may be symbolic, and stays so
+
+
+def _short(value: object) -> str:
+    """What came, in one line."""
+    text = _describe(value) if isinstance(value, Tensor) else " ".join(repr(value).split())
+    return text if len(text) <= 60 else f"{text[:57]}…"
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+Ranking = tuple[Tensor, int, float, Tensor]
+
+
+def _check_values(
+    values: Tensor, tau: float | Tensor, n_iters: int, noise: float, seed: int | Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Ranking]:
+    """Scores (B,K) of mean ½; the values in units of their row's largest, and that (B,1); the ranking's arguments."""
+    values = _check_scores("values", values)
+    largest = values.detach().abs().amax(dim=1, keepdim=True)
+    largest = torch.where(largest > 0, largest, 1.0)
+    unit = values / largest
+    scores = _standardize(unit)
+    return scores, unit, largest, _check_ranking(scores, tau, n_iters, noise, seed)
 
 
 def _check_ranking(
     scores: Tensor, tau: float | Tensor, n_iters: int, noise: float, seed: int | Tensor | None
-) -> tuple[Tensor, int, float, Tensor]:
+) -> Ranking:
     """The last arguments of every ranking operator: tau and seed as 0-dim tensors on the device of the scores."""
-    _check_iterations(n_iters)
-    if isinstance(tau, Tensor):
-        if tau.ndim != 0:
-            raise ValueError(f"tau is {_describe(tau)}: give a number or a 0-dim tensor")
-        # the value of a tensor on a device is not read: that would wait for the device
-        known = tau.device.type == "cpu" and not _traced(tau)
-        value = float(tau.detach()) if known else 1.0
-        tau = tau.to(scores)
-    else:
-        value = tau
-        tau = torch.full((), tau, dtype=scores.dtype, device=scores.device)
-    if not 0 < value < float("inf"):
-        raise ValueError(f"tau={value}: the temperature must be finite and > 0")
-    if not 0 <= noise < float("inf"):
-        raise ValueError(f"noise={noise}: the scale of the Gumbel noise must be finite and ≥ 0")
+    n_iters = _check_integer("n_iters", n_iters, 1)
+    tau, value = _check_tau(tau, scores)
+    if not _is_number(noise) or not 0 <= noise < float("inf"):
+        raise ValueError(f"noise={_short(noise)}: the scale of the Gumbel noise must be a number, finite and ≥ 0")
+    if value is not None and scores.numel() and _on_cpu(scores):
+        c = float((scores.detach() - 0.5).nan_to_num(0, 0, 0).abs().max())
+        # the largest noise is 16.7; logits and the column potential, c²/τ, are what is rounded
+        reach = (max(c, c * c) + 17 * float(noise)) / value
+        _check_resolution("logits (scores² or noise, over tau)", reach, scores.dtype, "raise tau or lower the scores")
     if seed is None:
         seed = random.draw_seed(scores.device) if noise else 0
     if isinstance(seed, Tensor):
-        if seed.ndim != 0 or seed.dtype != torch.int64:
+        if not _is_plain(seed) or seed.ndim != 0 or seed.dtype != torch.int64:
             raise ValueError(f"seed is {_describe(seed)}: give an integer or a 0-dim int64 tensor")
         return tau, n_iters, float(noise), seed.to(scores.device)
-    if not 0 <= seed < 2**64:
-        raise ValueError(f"seed={seed}: give an integer in [0, 2⁶⁴)")
+    seed = _check_integer("seed", seed, 0, 2**64 - 1)
     return tau, n_iters, float(noise), random.as_seed(seed, scores.device)
 
 
-def _traced(value: Tensor) -> bool:
-    """Whether the values cannot be read: under torch.compile, torch.export or a functorch transform."""
-    return torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(value)
+def _check_tau(tau: float | Tensor, scores: Tensor) -> tuple[Tensor, float | None]:
+    """As a tensor in the type of the scores, and its value where that is known without waiting for a device."""
+    value: float | None
+    if isinstance(tau, Tensor):
+        real = tau.is_floating_point() or tau.dtype in _INTEGERS
+        if not _is_plain(tau) or tau.ndim != 0 or not real:
+            raise ValueError(f"tau is {_describe(tau)}: give a number or a 0-dim tensor of real numbers")
+        value = float(tau.detach()) if _on_cpu(tau) else None
+    elif _is_number(tau):
+        value = float(tau)
+    else:
+        raise ValueError(f"tau={_short(tau)}: give a number or a 0-dim tensor, finite and > 0")
+    if value is not None and not 0 < value < float("inf"):
+        raise ValueError(f"tau={value}: the temperature must be finite and > 0")
+    if value is not None and not torch.finfo(scores.dtype).tiny <= value <= torch.finfo(scores.dtype).max:
+        held = str(scores.dtype).removeprefix("torch.")
+        raise ValueError(f"tau={value} is not a number that {held} holds: give one in its range")
+    if isinstance(tau, Tensor):
+        return tau.to(scores), value
+    return torch.full((), float(tau), dtype=scores.dtype, device=scores.device), value
+
+
+def _check_resolution(name: str, reach: float, dtype: torch.dtype, remedy: str) -> None:
+    """Refuse logarithms so large that their rounding alone is a factor e^`_ROUNDING`: any number could come of them."""
+    if reach * torch.finfo(dtype).eps > _ROUNDING:
+        held = str(dtype).removeprefix("torch.")
+        better = "" if dtype == torch.float64 else ", or give float64"
+        raise ValueError(
+            f"{name} reach {reach:.1e}, which {held} resolves to {reach * torch.finfo(dtype).eps:.1e} only: "
+            f"{remedy}{better}"
+        )
+
+
+def _on_cpu(value: Tensor) -> bool:
+    """Whether its values can be read without waiting for a device."""
+    return value.device.type == "cpu" and readable(value)
+
+
+def _check_sequence(name: str, values: Any, dtypes: tuple[torch.dtype, ...], dtype: torch.dtype, what: str) -> Tensor:
+    """A 1-dim tensor of one of ``dtypes``; sequences of numbers become ``dtype``, if they are of its kind."""
+    given = values
+    if not isinstance(values, Tensor):
+        try:
+            values = torch.as_tensor(values)
+        except (TypeError, ValueError, RuntimeError):
+            raise ValueError(f"{name}={_short(given)}: give a 1-dim sequence of {what}") from None
+        # integers are floats too, and nothing at all is anything
+        if not values.numel() or (dtype.is_floating_point and values.dtype in _INTEGERS):
+            values = values.to(dtype)
+        elif values.is_floating_point() and dtype.is_floating_point:
+            values = torch.as_tensor(given, dtype=dtype)
+    if not _is_plain(values) or values.ndim != 1 or values.dtype not in dtypes:
+        raise ValueError(f"{name} is {_describe(values)}: give a 1-dim sequence of {what}")
+    return values
 
 
 def _cumulative_weights(fractions: Tensor | Sequence[float], like: Tensor) -> Tensor:
     """(S, K): what share of each rank row belongs to the top fraction; linear between two ranks."""
-    fractions = torch.as_tensor(fractions, dtype=None if isinstance(fractions, Tensor) else torch.float64)
-    if fractions.ndim != 1 or not fractions.is_floating_point():
-        raise ValueError(f"fractions is {_describe(fractions)}: give a 1-dim sequence of floats in [0, 1]")
-    known = fractions.device.type == "cpu" and not _traced(fractions)
-    if known and fractions.numel():
+    fractions = _check_sequence("fractions", fractions, _IMAGE_FLOATS, torch.float64, "floats in [0, 1]")
+    if fractions.numel() and _on_cpu(fractions):
         inside = bool(((fractions >= 0) & (fractions <= 1)).all())
         if not inside or bool((fractions.diff() < 0).any()):
-            raise ValueError(f"fractions are {fractions.tolist()}: give ascending values in [0, 1]")
+            raise ValueError(f"fractions are {_short(fractions.tolist())}: give ascending values in [0, 1]")
     k = like.shape[-1]
     row = torch.arange(k, dtype=torch.float64, device=fractions.device)
     return (fractions.double()[:, None] * k - row).clamp(0, 1).to(like)
 
 
-def _standardize(values: Tensor) -> Tensor:
-    """Each row with mean ½ and standard deviation 0.29, that of the rank targets; constant rows become ½."""
-    spread, mean = torch.var_mean(values, dim=1, keepdim=True, correction=0)
-    rounding = (8 * torch.finfo(values.dtype).eps * values.detach().abs().amax(dim=1, keepdim=True)).square()
-    return 0.5 + 0.29 * (values - mean) * torch.rsqrt(torch.where(spread > rounding, spread, 1.0))
+def _standardize(unit: Tensor) -> Tensor:
+    """Each row with mean ½ and standard deviation 0.29, that of the rank targets; constant rows become ½.
+
+    ``unit`` (B,K) has 1 as the largest absolute value of a row: no square of it overflows, or is lost.
+    """
+    deviation = unit - unit.mean(dim=1, keepdim=True)
+    spread = deviation.square().mean(dim=1, keepdim=True)
+    constant = spread <= (8 * torch.finfo(unit.dtype).eps) ** 2
+    return 0.5 + 0.29 * deviation * torch.rsqrt(torch.where(constant, 1.0, spread))
 
 
 def _check_images(images: Tensor, references: Tensor, mean: Tensor | None, std: Tensor | None) -> Tensor:
     value: Tensor | None
     for name, value in (("images", images), ("references", references)):
-        if not isinstance(value, Tensor) or value.ndim != 4 or value.dtype not in _IMAGE_FLOATS:
+        if not _is_plain(value) or value.ndim != 4 or value.dtype not in _IMAGE_FLOATS:
             raise ValueError(f"{name} is {_describe(value)}: give floating point (B, C, H, W)")
     if references.dtype != images.dtype:
         raise ValueError(f"references are {references.dtype}, images {images.dtype}: give the same dtype")
@@ -369,12 +534,14 @@ def _check_images(images: Tensor, references: Tensor, mean: Tensor | None, std: 
             "or one reference for all of them"
         )
     for name, value in (("mean", mean), ("std", std)):
-        if value is not None and tuple(value.shape) != (images.shape[1],):
+        if value is None:
+            continue
+        if not _is_plain(value) or value.is_complex() or tuple(value.shape) != (images.shape[1],):
             raise ValueError(f"{name} is {_describe(value)}: give one value per channel, ({images.shape[1]},)")
     return references.expand_as(images)
 
 
 def _check_dtype(dtype: torch.dtype) -> torch.dtype:
     if dtype not in _IMAGE_FLOATS:
-        raise ValueError(f"dtype={dtype}: give float32, float64, bfloat16 or float16")
+        raise ValueError(f"dtype={_short(dtype)}: give float32, float64, bfloat16 or float16")
     return dtype

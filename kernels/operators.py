@@ -311,7 +311,10 @@ def _vmap(namespace: str, name: str) -> Callable:
         given = dict(zip(names, args, strict=False))
         mapped = [dim is not None for dim in in_dims]
         size = info.batch_size
-        if given.get("noise") or any(m and not p for m, p in zip(mapped, per_image, strict=False)):
+        shared = any(m and not p for m, p in zip(mapped, per_image, strict=False))
+        if shared and size == 0:
+            return _empty(op, args, in_dims)
+        if size and (shared or given.get("noise")):
             calls = [op(*_select(args, in_dims, n)) for n in range(size)]
             single = isinstance(calls[0], Tensor)
             out = torch.stack(calls) if single else tuple(map(torch.stack, zip(*calls, strict=True)))
@@ -320,12 +323,25 @@ def _vmap(namespace: str, name: str) -> Callable:
             _fold(value, dim, size) if fold and isinstance(value, Tensor) else value
             for value, dim, fold in zip(args, in_dims, per_image, strict=False)
         ]
+        images = next(a.movedim(dim, 0).shape[1] for a, dim in zip(args, in_dims, strict=False) if dim is not None)
         out = op(*folded)
         if isinstance(out, Tensor):
-            return _unfold(out, size), 0
-        return tuple(_unfold(o, size) for o in out), (0,) * len(out)
+            return _unfold(out, size, images), 0
+        return tuple(_unfold(o, size, images) for o in out), (0,) * len(out)
 
     return rule
+
+
+def _empty(op: Any, args: tuple, in_dims: tuple) -> tuple[Any, Any]:
+    """The mapped outputs over no element of a shared argument: their shapes are those of any element."""
+    element = [
+        a if dim is None else a.new_ones([n for d, n in enumerate(a.shape) if d != dim % a.ndim])
+        for a, dim in zip(args, in_dims, strict=False)
+    ]
+    out = op(*element)
+    if isinstance(out, Tensor):
+        return out.new_empty(0, *out.shape), 0
+    return tuple(o.new_empty(0, *o.shape) for o in out), (0,) * len(out)
 
 
 def _select(args, in_dims, n: int) -> list:
@@ -337,5 +353,5 @@ def _fold(value: Tensor, dim: int | None, size: int) -> Tensor:
     return value.flatten(0, 1)
 
 
-def _unfold(value: Tensor, size: int) -> Tensor:
-    return value.reshape(size, value.shape[0] // size, *value.shape[1:])
+def _unfold(value: Tensor, size: int, images: int) -> Tensor:
+    return value.reshape(size, images if value.shape[0] == size * images else 0, *value.shape[1:])
