@@ -127,6 +127,12 @@ def _taps(index: Tensor, cells: int, sigma: float, kernel: int) -> Taps:
 
 @lru_cache(maxsize=512)
 def _cached_taps(index: tuple[int, ...], cells: int, sigma: float, kernel: int) -> Taps:
+    # ordinary tensors also if the first to ask is in inference mode: the next may train
+    with torch.inference_mode(False):
+        return _make_taps(index, cells, sigma, kernel)
+
+
+def _make_taps(index: tuple[int, ...], cells: int, sigma: float, kernel: int) -> Taps:
     matrix = F.one_hot(torch.tensor(index), cells).double()  # [pixels, cells]
     if sigma > 0:
         radius = min(kernel // 2, len(index) - 1)
