@@ -116,9 +116,6 @@ def _rows(facts: Any, name: str = "") -> Iterator[tuple[str, str]]:
         yield name, str(facts)
 
 
-# ---- probes
-
-
 def _versions() -> dict[str, Any]:
     from ._version import __version__
 

@@ -73,9 +73,6 @@ def made() -> dict[str, str]:
     return found
 
 
-# ---- the file
-
-
 def read(path: Path) -> list[Record]:
     """The rows of a CSV, none if there is no such file."""
     if not path.exists():
@@ -98,9 +95,6 @@ def upsert(path: Path, fresh: Iterable[Record]) -> list[Record]:
 
 def _key(row: Mapping[str, str]) -> tuple[str, ...]:
     return tuple(row[column] for column in KEY)
-
-
-# ---- what is read from it
 
 
 def kind(row: Mapping[str, str]) -> str:

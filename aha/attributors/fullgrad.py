@@ -115,7 +115,7 @@ class Constants(TorchFunctionMode):
         return out
 
 
-# ---- what the operations add; each gets the operation's arguments, and answers None for nothing
+# what the operations add; each gets the operation's arguments, and answers None for nothing
 
 
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
@@ -199,8 +199,6 @@ _ADDED: dict[str, Callable] = {
 }
 _ADDED |= dict.fromkeys(("conv1d", "conv2d", "conv3d"), _convolution)
 
-
-# ---- the method
 
 # where a timm mixer works on (B, channels, tokens)
 _TOKEN_MIXING = ("mlp_tokens", "linear_tokens", "mlp_channels.gate.proj")

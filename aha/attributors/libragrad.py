@@ -116,7 +116,7 @@ def depends(value: Any) -> bool:
     return isinstance(value, Tensor) and _alive(value)
 
 
-# ---- what the input still flows through: pruned tensors carry a mark, and what is computed from them alone inherits it
+# what the input still flows through: pruned tensors carry a mark, and what is computed from them alone inherits it
 
 
 def _alive(tensor: Tensor) -> bool:
@@ -143,7 +143,7 @@ def _tensors(values: Any) -> Iterator[Tensor]:
         yield from _tensors(tuple(values.values()))
 
 
-# ---- the rules; each gets the function and its arguments
+# the rules; each gets the function and its arguments
 
 
 class _Carry(torch.autograd.Function):
@@ -351,9 +351,6 @@ _HOMOGENEOUS = frozenset(
     )
 )
 # fmt: on
-
-
-# ---- the method
 
 
 class _PixelsXGradient(InputXGradient):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
-from itertools import groupby
 from typing import Any, NamedTuple
 
 import torch
@@ -16,10 +15,12 @@ LEVELS = 4
 
 
 class _Seen(NamedTuple):
-    """What one module gave in a pass: its place over the image, and whether it is one of a row of equal blocks."""
+    """What one module gave in a pass: its place over the image, how deep it is nested, whether it is one of a row of
+    equal blocks."""
 
     module: nn.Module
     grid: tuple[int, int]
+    depth: int
     block: bool
 
 
@@ -33,8 +34,9 @@ def quarters(depth: int) -> list[int]:
 def find_stages(module: nn.Module, pixels: Tensor, name: str) -> list[nn.Module]:
     """The `LEVELS` modules whose outputs are the features of ``module``, shallow to deep, from one pass of ``pixels``.
 
-    A stage is a run of modules whose maps have one size; its last module closes it. A network of one size, such as a
-    vision transformer, gives the outputs of blocks a quarter of its depth apart.
+    A stage is what gives maps of one size; the last of the least nested modules that do closes it: inside the next
+    stage's first block others may still give that size. A network of one size, such as a vision transformer, gives
+    the outputs of blocks a quarter of its depth apart.
 
     Raises:
         ValueError: in one line, if nothing inside gives maps over the image; it says to name an encoder.
@@ -42,6 +44,7 @@ def find_stages(module: nn.Module, pixels: Tensor, name: str) -> list[nn.Module]
     size = (int(pixels.shape[-2]), int(pixels.shape[-1]))
     seen: list[_Seen] = []
     runs: dict[nn.Module, int] = {}
+    depths = {part: place.count(".") for place, part in module.named_modules()}
     siblings = {
         block
         for row in module.modules()
@@ -54,27 +57,37 @@ def find_stages(module: nn.Module, pixels: Tensor, name: str) -> list[nn.Module]
         runs[part] = runs.get(part, 0) + 1
         maps = as_maps(out, size) if isinstance(out, Tensor) else None
         if maps is not None and maps.shape[-2] * maps.shape[-1] > 1:
-            seen.append(_Seen(part, (int(maps.shape[-2]), int(maps.shape[-1])), part in siblings))
+            grid = (int(maps.shape[-2]), int(maps.shape[-1]))
+            seen.append(_Seen(part, grid, depths[part], part in siblings))
 
     with ExitStack() as stack:
-        for part in module.modules():
+        for part in depths:
             # hooks see nothing in TorchScript
             if part is not module and not isinstance(part, torch.jit.ScriptModule):
                 stack.callback(part.register_forward_hook(note).remove)
         module(pixels)
-    # a module that runs more than once, such as a shared activation, is no place
-    once = [entry for entry in seen if runs[entry.module] == 1]
-    stages = [list(group) for _, group in groupby(once, key=lambda entry: entry.grid)]
+    stages: dict[tuple[int, int], list[_Seen]] = {}
+    for entry in seen:
+        # what enlarges maps again, such as pooling to a fixed size, ends the network's own; and a module that runs more
+        # than once, such as a shared activation, is no place
+        if runs[entry.module] == 1 and (entry.grid in stages or all(entry.grid < grid for grid in stages)):
+            stages.setdefault(entry.grid, []).append(entry)
     if not stages:
         raise ValueError(
             f"{name} gives no intermediate features: give encoder= the name of a timm model, such as "
             "'vit_small_patch14_dinov2.lvd142m'"
         )
     if len(stages) == 1:
-        row = [entry for entry in stages[0] if entry.block] or stages[0]
+        (only,) = stages.values()
+        row = [entry for entry in only if entry.block] or only
         return [row[index].module for index in quarters(len(row))]
-    closing = [stage[-1].module for stage in stages[-LEVELS:]]
+    closing = [_closing(stage) for stage in list(stages.values())[-LEVELS:]]
     return [closing[0]] * (LEVELS - len(closing)) + closing
+
+
+def _closing(stage: Sequence[_Seen]) -> nn.Module:
+    least = min(entry.depth for entry in stage)
+    return [entry.module for entry in stage if entry.depth == least][-1]
 
 
 def seen_at(stages: Sequence[nn.Module], module: nn.Module, pixels: Tensor) -> list[Tensor]:

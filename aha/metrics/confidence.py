@@ -1,4 +1,4 @@
-"""Average drop and increase of the confidence when the map itself is the mask (method §6)."""
+"""Average drop and increase of the confidence when the map itself is the mask."""
 
 from __future__ import annotations
 

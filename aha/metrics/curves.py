@@ -34,7 +34,7 @@ def monotone_response(curve: Tensor, rising: bool) -> Tensor:
 
 
 class DeletionInsertion(ByReference):
-    """Deletion ↓, insertion ↑, positive ↓ and negative ↑ perturbation, and their differences ↑ (method §6).
+    """Deletion ↓, insertion ↑, positive ↓ and negative ↑ perturbation, and their differences ↑.
 
     Deletion and insertion are areas under the softmax probability of the explained class, positive and negative
     perturbation under its top-1 accuracy, over the replaced fraction of the pixels. All values are in [0, 1],

@@ -1,4 +1,4 @@
-"""Agreement of attributions with a mask of the object or evidence (method §6)."""
+"""Agreement of attributions with a mask of the object or evidence."""
 
 from __future__ import annotations
 

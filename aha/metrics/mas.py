@@ -16,7 +16,7 @@ from .protocols import Protocol
 
 
 class MagnitudeAlignment(ByReference):
-    """MAS deletion ↓ and insertion ↑ in [0, 1], and their difference ↑ (Walker et al.; method §6).
+    """MAS deletion ↓ and insertion ↑ in [0, 1], and their difference ↑ (Walker et al.).
 
     The response MR is `monotone_response` of the curve; the density DR is the share of Σ|A| among the pixels inserted
     so far, or among those not yet deleted. The score is MR − |MR − DR| for insertion and MR + |MR − DR| for deletion,

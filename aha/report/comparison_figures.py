@@ -37,9 +37,6 @@ _WORSE, _ALIKE = "#0072b2", "#f6c7a3"
 Rows = Mapping[str, Mapping[str, Any]]
 
 
-# ---- faithfulness against cost
-
-
 def tradeoff(rows: Rows, path: str | Path, metric: str = "ins_minus_del", cost: str = "seconds_per_image") -> Path:
     """One point per method: the metric over the cost on a log scale. Returns the path.
 
@@ -127,9 +124,6 @@ def _front(points: Mapping[str, tuple[float, float]], better: bool) -> list[tupl
         if not front or sign * y > sign * front[-1][1]:
             front.append((x, y))
     return front
-
-
-# ---- matrices
 
 
 def significance_matrix(summary: Mapping[str, Any], path: str | Path, metrics: Sequence[str] | None = None) -> Path:
@@ -353,9 +347,6 @@ def _is_dark(color: str) -> bool:
     return sum(int(color[i : i + 2], 16) for i in (1, 3, 5)) < 400
 
 
-# ---- maps of many methods
-
-
 def qualitative(
     images: Any,
     maps: Mapping[str, Any],
@@ -410,9 +401,6 @@ def _per_image(name: str, values: Any, count: int) -> np.ndarray:
     if array.shape != (count,):
         raise ValueError(f"scores of {name} have shape {array.shape}: give one per image, ({count},)")
     return array
-
-
-# ---- lines
 
 
 def ablation(
@@ -532,9 +520,6 @@ def curves_by_reference(
             handles[f"{len(curves) - len(named)} others"] = drawn[others[-1]]
         figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=5, handlelength=2.2)
         return write(figure, path)
-
-
-# ---- all that a summary allows
 
 
 def draw(summary: Mapping[str, Any], folder: str | Path) -> list[Path]:

@@ -73,9 +73,6 @@ def looks(methods: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     return found
 
 
-# ---- panels of images
-
-
 def batch(name: str, value: Any, count: int | None = None) -> np.ndarray:
     """Images or maps as float32, N of them; ``count`` is the N that is asked for. ValueError for another shape."""
     array = to_numpy(value)
@@ -204,9 +201,6 @@ def _broken(name: str, pixels: int, lines: int = 3, size: float = 9) -> str:
     """A name on as many lines as fit a panel's side of ``pixels``; what is too long for them is cut."""
     words = name.replace("_", " ")
     return "\n".join(textwrap.wrap(words, _letters(pixels, size), max_lines=lines, placeholder="…"))
-
-
-# ---- files
 
 
 @contextlib.contextmanager

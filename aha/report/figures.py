@@ -22,8 +22,6 @@ from .overlays import enlarge, overlay, to_numpy, to_pixels
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# ---- image grids
-
 
 def map_grid(
     images: Any,
@@ -77,9 +75,6 @@ def refinement(images: Any, trail: Any, path: str | Path, scores: Any = None) ->
             notes = [["Ins − Del", *(f"{v:.3f}" for v in row)] for row in values.T]
     with drawing():
         return write(image_grid([Band(["input", *(f"T = {t}" for t in range(len(trail)))], panels, notes)]), path)
-
-
-# ---- plots
 
 
 def curves(

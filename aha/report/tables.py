@@ -237,9 +237,6 @@ class Table:
         return path
 
 
-# ---- layouts
-
-
 def comparison(
     rows: Rows,
     significance: Significance | None = None,
@@ -408,9 +405,6 @@ def _cells(
             mark = ALIKE if place != 1 and names.inseparable(compared.get(method)) else ""
             cells[method].append(Cell(names.number(metric, value), place, spread, mark))
     return cells
-
-
-# ---- writing
 
 
 def _joined(path: Sequence[str]) -> str:
