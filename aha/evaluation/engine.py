@@ -197,7 +197,7 @@ class Engine:
         elif mask.numel() != image[0].numel():
             raise ValueError(f"mask has shape {tuple(mask.shape)}: give (1, {image.shape[1]}, {image.shape[2]})")
         mask = mask.reshape(1, *image.shape[1:]).bool()
-        return {"index": index, "image": image, "label": label, "mask": mask, "path": str(item.get("path", ""))}
+        return {"index": index, "image": image, "label": label, "mask": mask, "path": _printable(item.get("path", ""))}
 
     def _measure(self, row: Row, batch: str, shared: _Shared, suites: Sequence[str], again: bool) -> None:
         """Scores of one row; ``again`` does not trust kept maps, which may be of fewer images."""
@@ -419,6 +419,11 @@ def _arrays(scores: Any) -> dict[str, np.ndarray]:
             total = torch.cat([taking_part.sum(dim=0), taking_part.new_tensor([len(taking_part)])])
             arrays[_SEPARATOR.join((CURVE, reference, name))] = total.numpy(force=True)
     return arrays
+
+
+def _printable(path: Any) -> str:
+    """A path as text that any file can hold: bytes that no encoding knows are escaped."""
+    return str(path).encode("utf-8", "backslashreplace").decode()
 
 
 def _float64(value: Tensor) -> np.ndarray:
