@@ -14,6 +14,8 @@ import pytest
 from PIL import Image
 
 from aha import cli
+from aha.attributors import available
+from aha.metrics import PROTOCOLS
 
 pytestmark = pytest.mark.usefixtures("coarse")
 FAST = ["--steps", "2", "--batch-size", "2", "--fractions", "4", "--n-iters", "3", "--targets", "1"]
@@ -92,6 +94,9 @@ def test_list():
     assert done.returncode == 0
     for name in ("random", "integrated_gradients", "gradcam_vit", "rollout", "rise"):
         assert name in done.stdout
+    protocols = done.stdout.split("protocol", 1)[1]
+    for name in PROTOCOLS:
+        assert name in protocols
 
 
 def test_the_documentation_lists_every_method_and_protocol():
@@ -99,6 +104,11 @@ def test_the_documentation_lists_every_method_and_protocol():
     done = aha("list", "--markdown")
     assert done.returncode == 0
     assert page.read_text(encoding="utf-8").endswith(done.stdout), "append the output of aha list --markdown to it"
+
+
+def test_the_readme_counts_the_methods():
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    assert f"# {len(available()) - 1} other methods, one interface" in readme
 
 
 def test_train_writes_everything(trained):
