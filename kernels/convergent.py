@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 TOLERANCE = 5e-3  # of the sum of every row of P; the columns, normalised last, sum to 1
@@ -49,11 +50,12 @@ def sorted_start(scores: Tensor, tau: Tensor) -> Tensor:
     (k, k+1) and (k+1, k) leaves an interval for the difference of their potentials, whose middle is
     (c_k − c_{k+1})(q_k + q_{k+1})/τ. Equal scores get equal potentials.
     """
-    k = scores.shape[1]
+    gaps = scores.shape[1] - 1
     ordered, order = scores.double().sort(dim=1, descending=True)  # sums of terms up to 1/τ
-    middle = 1 - torch.arange(1, 2 * k - 1, 2, dtype=ordered.dtype, device=scores.device) / (k - 1)  # q_k + q_{k+1}
-    potential = torch.cat([torch.zeros_like(ordered[:, :1]), (-ordered.diff(dim=1) * middle).cumsum(dim=1)], dim=1)
-    return (potential / tau).to(scores.dtype).gather(1, order.argsort(dim=1))
+    last = 1 - 1 / max(gaps, 1)
+    middle = torch.linspace(-last, last, gaps, dtype=ordered.dtype, device=scores.device)  # −(q_k + q_{k+1})
+    potential = F.pad((ordered.diff(dim=1) * middle).cumsum(dim=1), (1, 0)) / tau
+    return torch.zeros_like(scores).scatter(1, order, potential.to(scores.dtype))
 
 
 def _converge(run: Callable[[Any, int], tuple[Tensor, Tensor]], scores: Tensor, n_iters: int, together: bool) -> Tensor:

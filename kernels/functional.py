@@ -6,6 +6,7 @@ Every function takes ``backend="auto" | "cuda" | "triton" | "cpu" | "reference"`
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import isfinite
 from numbers import Integral, Real
 from typing import Any, NamedTuple
 
@@ -412,7 +413,7 @@ def _check_values(
 ) -> tuple[Tensor, Tensor, Tensor, Ranking]:
     """Scores (B,K) of mean ½; the values in units of their row's largest, and that (B,1); the ranking's arguments."""
     values = _check_scores("values", values)
-    largest = values.detach().abs().amax(dim=1, keepdim=True)
+    largest = torch.linalg.vector_norm(values.detach(), float("inf"), dim=1, keepdim=True)
     largest = torch.where(largest > 0, largest, 1.0)
     unit = values / largest
     scores = _standardize(unit)
@@ -428,10 +429,13 @@ def _check_ranking(
     if not _is_number(noise) or not 0 <= noise < float("inf"):
         raise ValueError(f"noise={_short(noise)}: the scale of the Gumbel noise must be a number, finite and ≥ 0")
     if value is not None and scores.numel() and _on_cpu(scores):
-        c = float((scores.detach() - 0.5).nan_to_num(0, 0, 0).abs().max())
+        c = float(torch.linalg.vector_norm(scores.detach(), float("inf"))) + 0.5
         # the largest noise is 16.7; logits and the column potential, c²/τ, are what is rounded
         reach = (max(c, c * c) + 17 * float(noise)) / value
-        _check_resolution("logits (scores² or noise, over tau)", reach, scores.dtype, "raise tau or lower the scores")
+        if isfinite(c):  # images that are not finite become NaN, and no other
+            _check_resolution(
+                "logits (scores² or noise, over tau)", reach, scores.dtype, "raise tau or lower the scores"
+            )
     if seed is None:
         seed = random.draw_seed(scores.device) if noise else 0
     if isinstance(seed, Tensor):

@@ -25,7 +25,7 @@ struct Ranking {
 
 // The logits of one image.
 struct Logits {
-  const float *scores, *given, *start;
+  const float *scores, *given;
   float tau, noise;
   uint64_t seed, first;  // first: element of the noise at (0, 0)
   int k;
@@ -33,7 +33,6 @@ struct Logits {
   __device__ Logits(const Ranking& p, int64_t image)
       : scores(p.logits ? nullptr : p.scores + image * p.k),
         given(p.logits ? p.logits + image * p.k * p.k : nullptr),
-        start(p.start ? p.start + image * p.k : nullptr),
         tau(p.logits ? 1.0f : *p.tau),
         noise(p.noise),
         seed(p.logits ? 0 : static_cast<uint64_t>(*p.seed)),
@@ -42,8 +41,9 @@ struct Logits {
 
   __device__ float rank(int i) const { return k > 1 ? 0.5f - static_cast<float>(i) / static_cast<float>(k - 1) : 0.5f; }
   __device__ float centred(int j) const { return scores[j] - 0.5f; }
-  __device__ float initial(int j) const {
-    return given ? 0.0f : start ? start[j] : -(centred(j) * centred(j)) / tau;
+  // p.start is that of all images; found from here, it occupies no register between its uses
+  __device__ float initial(const Ranking& p, int j) const {
+    return given ? 0.0f : p.start ? p.start[scores - p.scores + j] : -(centred(j) * centred(j)) / tau;
   }
 };
 
@@ -114,14 +114,14 @@ __device__ inline void write_logits(const Logits& l, int i, float* row) {
 }
 
 // M_ij + F_i into the band, with F_i = -logsumexp_j(M_ij + h_j), which is also saved.
-__device__ inline void start_rows(const Logits& l, const Band& band, float* potentials) {
+__device__ inline void start_rows(const Ranking& p, const Logits& l, const Band& band, float* potentials) {
   for (int r = warp(); r < band.rows; r += warps()) {
     float* row = band.row(r);
     write_logits(l, band.first + r, row);
     float top = -INFINITY, sum = 0.0f;
-    for (int j = lane(); j < l.k; j += 32) top = fmaxf(top, row[j] + l.initial(j));
+    for (int j = lane(); j < l.k; j += 32) top = fmaxf(top, row[j] + l.initial(p, j));
     top = warp_max(top);
-    for (int j = lane(); j < l.k; j += 32) sum += expf(row[j] + l.initial(j) - top);
+    for (int j = lane(); j < l.k; j += 32) sum += expf(row[j] + l.initial(p, j) - top);
     const float potential = -(top + logf(warp_sum(sum)));
     for (int j = lane(); j < l.k; j += 32) row[j] += potential;
     if (lane() == 0) potentials[band.first + r] = potential;

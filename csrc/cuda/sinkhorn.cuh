@@ -258,7 +258,7 @@ struct Forward {
   }
 
   __device__ void start() const {
-    start_rows(logits, at.band, scalings);
+    start_rows(p, logits, at.band, scalings);
     __syncthreads();
     for (int j = threadIdx.x; j < p.k; j += blockDim.x) {
       float top = -INFINITY;
@@ -414,7 +414,7 @@ struct Backward {
 
   // v of the iteration before t, relative to the X of t.
   __device__ float previous(int t, int j) const {
-    if (t == 1) return expf(logits.initial(j) - state.columns(0)[j]);
+    if (t == 1) return expf(logits.initial(p, j) - state.columns(0)[j]);
     return state.fresh(t) ? 1.0f : state.columns(t - 1)[j];
   }
   // The last iteration with the X of t.

@@ -317,3 +317,15 @@ def test_numbers_may_change_between_compiled_calls():
     compiled = torch.compile(lambda s, n, tau, k: kernels.soft_topk(s, k, tau, n), fullgraph=True, backend="aot_eager")
     for n, tau, k in ((60, 0.3, 2), (50, 0.2, 3), (40, 0.1, 4)):
         torch.testing.assert_close(compiled(SCORES, n, tau, k).sum(1), torch.full((3,), float(k)), rtol=0, atol=0.02)
+
+
+def test_infinite_scores_make_their_own_image_nan():
+    scores = SCORES.clone()
+    scores[1, 3] = torch.inf
+    for operator in (lambda x: kernels.soft_topk_masks(x, [0.5], 0.3), kernels.soft_rank):
+        out = operator(scores)
+        assert out[1].isnan().all()
+        torch.testing.assert_close(out[[0, 2]], operator(SCORES[[0, 2]]))
+    # finite, yet not their squares
+    with pytest.raises(ValueError, match="reach inf"):
+        kernels.gumbel_sinkhorn(SCORES.double() * 1e200, 0.3)
