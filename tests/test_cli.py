@@ -186,6 +186,7 @@ def test_evaluate(trained, tmp_path):
     assert (tmp_path / "report.html").is_file()
 
 
+@pytest.mark.slow
 def test_compare_on_photographs_with_a_local_classifier(photos, tmp_path):
     import timm
     import torch
@@ -236,6 +237,7 @@ def test_compare_of_everything_at_once(trained, tmp_path):
     assert json.loads((tmp_path / "scenes" / "true" / "summary.json").read_text()) == summary
 
 
+@pytest.mark.slow
 def test_compare_with_an_explainer_writes_parquet(trained, tmp_path):
     parquet = pytest.importorskip("pyarrow.parquet")
     done = aha("compare", "--explainer", trained, "--methods", "random", "--limit", 3, "--output", tmp_path)

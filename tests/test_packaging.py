@@ -116,6 +116,7 @@ def test_mangled_symbols_are_recognised():
     assert not MANGLED.search("U aoti_torch_get_size\n U torch_call_dispatcher\n U _ZdlPvm@CXXABI_1.3.9\n")
 
 
+@pytest.mark.slow
 def test_pure_wheel(checkout, tmp_path):
     wheel, _ = build_wheel(checkout, tmp_path, AHA_BUILD="none")
     assert wheel.name.endswith("-py3-none-any.whl")
