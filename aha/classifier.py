@@ -195,11 +195,11 @@ class Classifier(nn.Module):
         return cls(HFLogits(model), mean, std, (height, width), len(names), names, source=source)
 
     def normalize(self, images: Tensor) -> Tensor:
-        """(…,C,H,W) RGB in [0,1] → what the network expects, in the dtype of its weights."""
+        """What the network expects of pixels: (…,C,H,W) RGB in [0,1], normalised, in the dtype of its weights."""
         return ((images - self.mean[:, None, None]) / self.std[:, None, None]).to(self.dtype)
 
     def forward(self, images: Tensor) -> Tensor:
-        """(B,C,H,W) RGB in [0,1] → logits (B,classes). Trusts its input; see `check`."""
+        """Logits (B,classes) of (B,C,H,W) RGB in [0,1]. Trusts its input; see `check`."""
         return self.forward_normalized(self.normalize(images))
 
     def forward_normalized(self, pixels: Tensor) -> Tensor:
@@ -233,7 +233,7 @@ class Classifier(nn.Module):
             )
 
     def probabilities(self, images: Tensor) -> Tensor:
-        """(B,C,H,W) → softmax (B,classes), float32, also under autocast."""
+        """Softmax (B,classes) of (B,C,H,W) RGB in [0,1]; float32, also under autocast."""
         with protected(self, gradients=False):
             return self(images).float().softmax(dim=-1)
 
@@ -267,7 +267,7 @@ class Classifier(nn.Module):
         target: Tensor | Sequence[int] | int | None = None,
         internal_batch_size: int | None = None,
     ) -> Tensor:
-        """(B,) int64 class indices: None means the predicted class; an int serves all images; a wrong length raises.
+        """The classes to explain, (B,) int64: None means the predicted class, an int serves all; a wrong length raises.
 
         ``internal_batch_size`` images go through the classifier at a time, all at once by default.
         """

@@ -44,7 +44,7 @@ def channels_first(output: Tensor, image: Size, last: bool | None = None) -> Ten
 
 
 def token_grid(tokens: int, image: Size) -> tuple[int, int, int] | None:
-    """(prefix, rows, cols) of a sequence of ``tokens`` that covers the image with square patches; None if none does."""
+    """How ``tokens`` cover the image with square patches: (prefix tokens, rows, cols), else None."""
     height, width = image
     for prefix in _PREFIXES:
         patches = tokens - prefix

@@ -31,7 +31,9 @@ class Losses(NamedTuple):
 
 @dataclass(frozen=True)
 class Objective:
-    """L = λ_del·delAUC − λ_ins·insAUC + λ_reg·R over S evenly spaced fractions, both ends included (paper eq. 6).
+    """What an explainer is trained and refined for: faithful maps, by the deletion and insertion curves themselves.
+
+    L = λ_del·delAUC − λ_ins·insAUC + λ_reg·R over S evenly spaced fractions, both ends included (paper eq. 6).
 
     Perturbed images are streamed: for every chunk perturb → classifier → backward to the masks at once, and only
     ∂L/∂mask is kept. Memory is set by ``chunk``, not by S. The end points are f(I) and f(I0), constants that are
@@ -85,7 +87,7 @@ class Objective:
         return {"row_entropy": float(entropy), "tau": tau}
 
     def region_scores(self, maps: Tensor, regions: Regions) -> Tensor:
-        """(B,1,H,W) → (B,K) scores that are ranked."""
+        """The scores that are ranked: (B,1,H,W) → (B,K)."""
         return regions.pool(standardize(maps) if self.scores == "standardized" else maps)
 
     def __call__(
@@ -249,7 +251,7 @@ def full_precision(values: Tensor) -> Tensor:
 
 
 def standardize(maps: Tensor) -> Tensor:
-    """(B,1,H,W) → each map with mean ½ and standard deviation 0.29, that of uniform rank targets on [0, 1]."""
+    """Give maps one scale: (B,1,H,W) → each with mean ½ and standard deviation 0.29, as uniform ranks on [0, 1]."""
     maps = full_precision(maps)
     spread, mean = torch.var_mean(maps, dim=(1, 2, 3), keepdim=True, correction=0)
     # a constant map has no order: it stays at ½ with a finite gradient
@@ -257,7 +259,7 @@ def standardize(maps: Tensor) -> Tensor:
 
 
 def sharpness(maps: Tensor) -> Tensor:
-    """R (B,): mean of relu(A − box-mean(A))², reflect padding, 15 px at 224, scaled with the image (paper §3.4)."""
+    """The regulariser, R (B,): mean of relu(A − box-mean(A))², reflect padding, 15 px at 224, scaled (paper §3.4)."""
     side = min(maps.shape[-2:])
     radius = max(1, round(15 * side / 224) // 2)
     padded = F.pad(maps, (radius,) * 4, mode="reflect")

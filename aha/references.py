@@ -12,17 +12,17 @@ MEASURED = (*REFERENCES, "zero", "blur11", "adaptive_blur")
 
 
 def black(images: Tensor) -> Tensor:
-    """(B,C,H,W) in [0,1] → zeros of the same shape."""
+    """A black image for each: (B,C,H,W) in [0,1] → zeros of the same shape."""
     return torch.zeros_like(images)
 
 
 def mean(images: Tensor, colour: Tensor) -> Tensor:
-    """(B,C,H,W) → the data set's mean colour (C,) everywhere."""
+    """The data set's mean colour (C,) everywhere, for each of (B,C,H,W)."""
     return colour.to(images)[:, None, None].expand_as(images).contiguous()
 
 
 def blur(images: Tensor, kernel: int = 37, sigma: float = 37.0) -> Tensor:
-    """(B,C,H,W) → Gaussian blur with reflect padding; kernel (odd) and sigma in pixels.
+    """A blurred copy of each of (B,C,H,W): Gaussian, reflect padding; kernel (odd) and sigma in pixels.
 
     A kernel too large for the image is cut to the largest that reflect padding allows.
     """
@@ -43,7 +43,7 @@ def blur(images: Tensor, kernel: int = 37, sigma: float = 37.0) -> Tensor:
 
 
 def gaussian(kernel: int, sigma: float) -> Tensor:
-    """(kernel,) weights that sum to 1."""
+    """A Gaussian as (kernel,) weights that sum to 1; σ in pixels."""
     x = torch.arange(kernel, dtype=torch.float64) - (kernel - 1) / 2
     weights = torch.exp(-0.5 * (x / sigma) ** 2)
     return (weights / weights.sum()).float()

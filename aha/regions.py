@@ -33,11 +33,11 @@ class Regions:
         return self.rows * self.cols
 
     def cell_index(self) -> Tensor:
-        """(H, W) int64: the region of every pixel."""
+        """The region of every pixel, (H, W) int64."""
         return self.row_index[:, None] * self.cols + self.col_index
 
     def pool(self, maps: Tensor) -> Tensor:
-        """(B,1,H,W) → (B,K): mean of the map over every region, in the maps' precision."""
+        """Mean of maps over every region, in their precision: (B,1,H,W) → (B,K)."""
         vertical = _pooling(self.row_index, self.rows).to(maps)
         horizontal = _pooling(self.col_index, self.cols).to(maps)
         return _Pool.apply(maps[:, 0], vertical, horizontal).flatten(1)

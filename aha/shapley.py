@@ -43,7 +43,9 @@ class ShapleyLosses(NamedTuple):
 
 @dataclass(frozen=True)
 class ShapleyObjective:
-    """L = n · E_S (v(S) − v(∅) − Σ_{i∈S} φ_i)², the weighted least squares whose minimiser are the Shapley values.
+    """What FastSHAP and ViT-Shapley train an explainer for: Shapley values, learned from sampled sets of players.
+
+    L = n · E_S (v(S) − v(∅) − Σ_{i∈S} φ_i)², the weighted least squares whose minimiser are the Shapley values.
 
     S follows the Shapley kernel: its size is s = 1 … n−1 with probability ∝ 1/(s(n−s)), uniform among the sets of that
     size. Every S is drawn with its complement (paired sampling). φ is shifted by (v(N) − v(∅) − Σφ)/n for every player
@@ -165,7 +167,7 @@ class ShapleyObjective:
         return ShapleyLosses(loss, plain, gap.detach().abs())
 
     def shares(self, maps: Tensor, regions: Regions) -> Tensor:
-        """(B,1,H,W) → φ (B,n) before the normalisation."""
+        """Shapley values before they are normalised: maps (B,1,H,W) → φ (B,n)."""
         return regions.pool(full_precision(maps)) / regions.count
 
     @torch.no_grad()
@@ -250,14 +252,14 @@ def player_grid(classifier: Classifier, height: int, width: int) -> tuple[int, i
 
 
 def size_probabilities(players: int) -> Tensor:
-    """(n−1,) float64: the Shapley kernel's distribution over the sizes 1 … n−1 of a set, ∝ 1/(s(n−s))."""
+    """How often sets of each size 1 … n−1 are drawn, (n−1,) float64: the Shapley kernel's, ∝ 1/(s(n−s))."""
     size = torch.arange(1, players, dtype=torch.float64)
     weight = 1 / (size * (players - size))
     return weight / weight.sum()
 
 
 def coalitions(batch: int, count: int, players: int, generator: torch.Generator) -> Tensor:
-    """(B, count, n) bool sets from the Shapley kernel's distribution, on the generator's device.
+    """Draw sets of players, (B, count, n) bool, from the Shapley kernel's distribution, on the generator's device.
 
     The complement of a set has the same distribution, so pairs need no correction.
     """

@@ -87,7 +87,7 @@ class Explainer(nn.Module):
             return [level.float() for level in self.encoder(images)]
 
     def forward(self, images: Tensor, target: Tensor, precision: str = "fp32") -> Tensor:
-        """(B,C,H,W) in [0,1] and target (B,) or (B,M) → maps (B·M,1,H,W), image-major, on the raw scale."""
+        """Maps for training: (B,C,H,W) in [0,1], target (B,) or (B,M) → (B·M,1,H,W), image-major, on the raw scale."""
         size = images.shape[-2:]
         full = self.encoder.padded_size(*size)
         maps = self.decoder(self.features(images, precision), target, full)

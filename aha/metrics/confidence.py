@@ -14,7 +14,9 @@ from .perturbed import Probe, respond
 
 
 class ConfidenceChange(ByReference):
-    """ADP ↓ and PIC ↑ in percent: x' = Ā·I + (1 − Ā)·I0 with Ā the map min-max scaled to [0, 1] per image.
+    """How much confidence is left when an image is shown through its map: ADP ↓ and PIC ↑ in percent.
+
+    x' = Ā·I + (1 − Ā)·I0 with Ā the map min-max scaled to [0, 1] per image.
 
     With y = f_t(I) and o = f_t(x'): ADP = 100·mean(max(0, y − o)/y), PIC = 100·mean(o > y). Unlike deletion
     and insertion both depend on the map's values, not only on their order. A constant map points at nothing:

@@ -14,7 +14,7 @@ from .protocols import DIFFERENCES, Protocol
 
 
 def area(curve: Tensor) -> Tensor:
-    """(…, S) values at evenly spaced fractions → (…) their mean height by the trapezoid, summed in float64.
+    """Area under curves: (…, S) values at evenly spaced fractions → (…), their mean height by the trapezoid in float64.
 
     Over fractions of [0, 1] that is the area under the curve.
     """
@@ -22,7 +22,7 @@ def area(curve: Tensor) -> Tensor:
 
 
 def monotone_response(curve: Tensor, rising: bool) -> Tensor:
-    """(…, S) confidence from f(I0) to f(I), or falling back → scaled, clipped and monotone (MDA).
+    """Curves as MDA scores them: (…, S) confidence from f(I0) to f(I), or falling back → scaled, clipped, monotone.
 
     f(I0) becomes 0 and f(I) 1, what lies beyond is clipped, and the curve never turns back: cumulative maximum, or
     minimum where it falls. NaN where f(I) ≤ f(I0): there is no response to scale.
@@ -34,7 +34,9 @@ def monotone_response(curve: Tensor, rising: bool) -> Tensor:
 
 
 class DeletionInsertion(ByReference):
-    """Deletion ↓, insertion ↑, positive ↓ and negative ↑ perturbation, and their differences ↑.
+    """How faithful maps are, by what the classifier says while their most important pixels go or come.
+
+    Deletion ↓, insertion ↑, positive ↓ and negative ↑ perturbation, and their differences ↑.
 
     Deletion and insertion are areas under the softmax probability of the explained class, positive and negative
     perturbation under its top-1 accuracy, over the replaced fraction of the pixels. All values are in [0, 1],

@@ -16,7 +16,7 @@ TOLERANCE = 15 / 224  # of the pointing game, in units of the image's shorter si
 
 
 class Localization(PerImage):
-    """Pointing game ↑, IoU ↑, mAP ↑ and F1 ↑ of attributions against binary masks, all in [0, 1].
+    """Whether maps lie on the object: pointing game ↑, IoU ↑, mAP ↑ and F1 ↑ against binary masks, all in [0, 1].
 
     - pointing_game: a mask pixel lies within ``tolerance`` (Euclidean) of the map's maximum; of several
       maxima the first in reading order counts.

@@ -16,7 +16,7 @@ from .protocols import Protocol
 
 
 class MagnitudeAlignment(ByReference):
-    """MAS deletion ↓ and insertion ↑ in [0, 1], and their difference ↑ (Walker et al.).
+    """Whether magnitudes of a map match the response to its pixels: MAS deletion ↓, insertion ↑, difference ↑.
 
     The response MR is `monotone_response` of the curve; the density DR is the share of Σ|A| among the pixels inserted
     so far, or among those not yet deleted. The score is MR − |MR − DR| for insertion and MR + |MR − DR| for deletion,

@@ -15,7 +15,7 @@ from .protocols import Protocol
 
 
 class Monotonicity(ByReference):
-    """Spearman's ρ ↑ in [−1, 1] of the number of pixels inserted, most important first, with the confidence.
+    """Whether confidence rises with every pixel that comes back: Spearman's ρ ↑ in [−1, 1] of inserted pixels with it.
 
     1: every step raises it; −1: every step lowers it. Tied confidences share their mean rank; where all are tied there
     is no trend and ρ is 0.

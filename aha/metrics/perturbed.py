@@ -56,7 +56,7 @@ class Endpoints(NamedTuple):
 
 
 class Sweep(NamedTuple):
-    """Responses (B, S) to images with the top fraction of the pixels replaced, and with only it shown.
+    """The four curves of one map: responses (B, S) with the top pixels replaced, and with only them shown.
 
     ``deleted.confidence`` is the deletion curve and ``deleted.correct`` positive perturbation.
     ``inserted.confidence`` is the insertion curve; ``inserted.correct`` read backwards is negative
@@ -68,7 +68,7 @@ class Sweep(NamedTuple):
 
 
 def rank_pixels(maps: Tensor) -> Tensor:
-    """(B,H,W) attributions → (B,H,W) int32 ranks: 0 is the most important pixel, ties in reading order."""
+    """Ranks of pixels: (B,H,W) attributions → (B,H,W) int32, 0 is the most important pixel, ties in reading order."""
     order = maps.flatten(1).argsort(dim=1, descending=True, stable=True)
     positions = torch.arange(order.shape[1], dtype=torch.int32, device=maps.device).expand(order.shape)
     return torch.empty_like(order, dtype=torch.int32).scatter_(1, order, positions).view(maps.shape)
@@ -82,7 +82,7 @@ def endpoints(
     internal_batch_size: int = INTERNAL_BATCH_SIZE,
     labels: Tensor | Sequence[int] | None = None,
 ) -> Endpoints:
-    """f(I) and f(I0) of ``images`` (B,C,H,W) in [0,1] for all R references: (1 + R)·B forward passes.
+    """What all methods share on a batch: f(I) and f(I0) of ``images`` (B,C,H,W) in [0,1], in (1 + R)·B forward passes.
 
     Compute them once per batch and hand them to the `update` of every method's metrics. "adaptive_blur" takes up to 36
     passes more, for the images that take part.

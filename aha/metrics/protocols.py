@@ -120,7 +120,7 @@ class Protocol:
         return pixel_counts(height * width, height + 1 if self.points is None else self.points, self.span)
 
     def takes_part(self, labels: Tensor, predicted: Tensor, confidence: Tensor) -> Tensor:
-        """(N,) bool: which images the protocol measures, each judged by itself.
+        """Which images the protocol measures, each judged by itself: (N,) bool.
 
         Args:
             labels: (N,) ground-truth classes, −1 where unknown.
@@ -132,7 +132,7 @@ class Protocol:
         return chosen
 
     def select(self, labels: Tensor, predicted: Tensor, confidence: Tensor) -> Tensor:
-        """(N,) bool: `takes_part`, and of each class only the first ``per_class`` that do.
+        """Which images of a data set count, (N,) bool: `takes_part`, and of each class the first ``per_class``.
 
         For the (N,) facts of a whole data set in the order of its index: a batch by itself does not know how many of
         a class came before.
