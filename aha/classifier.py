@@ -27,7 +27,7 @@ class Classifier(nn.Module):
     return logits, or takes other pixels than it says, is refused in one line. Parameters are frozen and the module
     stays in evaluation mode; gradients still flow to the images.
 
-    What `torch.compile` made is taken as it was before, so that methods can look inside. One logit is the sigmoid of
+    What `torch.compile` or `DataParallel` made is taken as it was before, so that methods can look inside. One logit is the sigmoid of
     the second of two classes. A module that returns a tuple, a dict or an object with ``logits`` is read where that
     is unambiguous.
 
@@ -61,7 +61,9 @@ class Classifier(nn.Module):
         source: dict[str, Any] | None = None,
     ):
         super().__init__()
-        module = getattr(module, "_orig_mod", module)  # torch.compile keeps the original there
+        # what compiled or distributed it keeps the network itself inside
+        while (inner := _wrapped(module)) is not None:
+            module = inner
         if not isinstance(module, nn.Module) or isinstance(module, Classifier):
             raise ValueError(f"module is a {type(module).__name__}: give a torch.nn.Module from pixels to logits")
         channels = check_normalisation(mean, std)
@@ -417,6 +419,12 @@ def _blank_pass(clf: Classifier, size: tuple[int, int], watched: bool = False) -
                 f"{clf.name} does not take {tuple(pixels.shape)}, {len(clf.mean)} channels of {size[0]}×{size[1]} "
                 f"pixels ({reason})"
             ) from error
+
+
+def _wrapped(module: Any) -> nn.Module | None:
+    if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        return module.module
+    return getattr(module, "_orig_mod", None) if isinstance(module, nn.Module) else None
 
 
 def _device(module: nn.Module) -> torch.device:

@@ -9,7 +9,6 @@ import torch
 import aha
 
 from .toys import TINY_DECODER, pictures, tiny_classifier
-from .toys import tiny_vit as tiny_vit
 
 # tiny tensors: one thread each, so that tests running side by side do not wait for one another
 torch.set_num_threads(1)

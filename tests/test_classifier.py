@@ -6,7 +6,7 @@ import torch
 import aha
 from aha.precision import uses_bf16
 
-from .conftest import tiny_vit
+from .toys import tiny_vit
 
 
 def test_it_owns_its_normalisation(classifier, images):

@@ -269,6 +269,13 @@ def test_compiled_networks_are_looked_into(how):
         assert net._compiled_call_impl is not None  # put back
 
 
+def test_wrappers_that_distribute_are_taken_off():
+    net = tiny_vit()
+    clf = aha.Classifier.wrap(torch.nn.DataParallel(torch.compile(net, backend="eager")), input_size=SIZE)
+    assert clf.module is net
+    assert create("rollout", clf).attribute(pictures()).shape == (3, 1, 32, 32)
+
+
 def test_made_in_inference_mode():
     with torch.inference_mode():
         clf = aha.Classifier.from_timm("resnet10t", pretrained=False, num_classes=3)
