@@ -99,8 +99,6 @@ inline PerturbShape check_gradients(const char* op, const Tensor& grad_deleted, 
           grad_deleted.size(4)};
 }
 
-// ---- perturb
-
 // The bands of the two interpolation matrices, contiguous.
 struct TapTensors {
   Tensor row_cell, row_weight, col_cell, col_weight;
@@ -156,8 +154,6 @@ inline std::pair<PerturbShape, GridShape> check_perturb_backward(const Tensor& g
   return {shape, check_grid(OP, shape, masks, taps, rows, cols, images)};
 }
 
-// ---- perturb_by_rank
-
 inline void check_ranks(const char* op, const PerturbShape& shape, const Tensor& ranks, const Tensor& counts,
                         const Tensor& like) {
   STD_TORCH_CHECK(ranks.scalar_type() == ScalarType::Int && counts.scalar_type() == ScalarType::Int, op,
@@ -193,8 +189,6 @@ inline PerturbShape check_perturb_by_rank_backward(const Tensor& grad_deleted, c
   check_channels(OP, "std", std, sum_type(out), grad_deleted, shape.channels);
   return shape;
 }
-
-// ---- tensors
 
 template <typename T>
 const T* channel_pointer(const std::optional<Tensor>& values) {

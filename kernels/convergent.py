@@ -51,7 +51,9 @@ def sorted_start(scores: Tensor, tau: Tensor) -> Tensor:
     (c_k − c_{k+1})(q_k + q_{k+1})/τ. Equal scores get equal potentials.
     """
     gaps = scores.shape[1] - 1
-    ordered, order = scores.double().sort(dim=1, descending=True)  # sums of terms up to 1/τ
+    # sums of terms up to 1/τ; Apple's GPUs have no float64
+    precise = scores if scores.device.type == "mps" else scores.double()
+    ordered, order = precise.sort(dim=1, descending=True)
     last = 1 - 1 / max(gaps, 1)
     middle = torch.linspace(-last, last, gaps, dtype=ordered.dtype, device=scores.device)  # −(q_k + q_{k+1})
     potential = F.pad((ordered.diff(dim=1) * middle).cumsum(dim=1), (1, 0)) / tau

@@ -212,7 +212,7 @@ def soft_sort(
 
     Args:
         values: (B, K) floating point, K ≥ 1. NaN or infinity in a row makes that row NaN.
-        tau: as in `gumbel_sinkhorn`; beyond 1e-6, float32 cannot tell more.
+        tau: as in `gumbel_sinkhorn`; below 1e-6, float32 cannot tell more.
         n_iters: the most iterations, ≥ 1. Exactly so many are made where values cannot be read: under torch.compile,
             export, vmap and the capture of a CUDA graph.
         noise, seed: as in `gumbel_sinkhorn`.

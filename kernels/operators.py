@@ -138,9 +138,6 @@ def register(namespace: str) -> None:
         torch.library.register_autograd(f"{namespace}::{name}", backward, setup_context=keep)
 
 
-# ---- shapes
-
-
 def _fake_gumbel_sinkhorn(scores, tau, seed, left, right, n_iters, noise, start):
     batch, k = scores.shape
     shape = (batch, k) if right is not None else (batch, k if left is None else left.shape[0], k)
@@ -202,9 +199,6 @@ _FAKES: dict[str, Callable] = {
     "perturb_by_rank": _fake_perturb_by_rank,
     "perturb_by_rank_backward": _fake_perturb_by_rank_backward,
 }
-
-
-# ---- gradients
 
 
 def _gradients(ops: Any) -> dict[str, tuple[Callable, Callable]]:
@@ -293,9 +287,6 @@ def _refuse(name: str) -> tuple[Callable, Callable]:
         )
 
     return lambda ctx, inputs, output: None, backward
-
-
-# ---- vmap
 
 
 def _vmap(namespace: str, name: str) -> Callable:

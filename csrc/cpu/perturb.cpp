@@ -46,8 +46,6 @@ std::unique_ptr<T[]> scratch(int64_t size) {
   return std::unique_ptr<T[]>(new T[size]);
 }
 
-// ---- tiles
-
 struct Tile {
   int64_t image, block, row, rows, pixels;
 };
@@ -157,7 +155,6 @@ T channel(const T* values, int64_t c, T otherwise) {
   return values ? values[c] : otherwise;
 }
 
-// ---- masks
 // A mask has a State for each thread; in turn: enter a tile, take a step, then work on every channel.
 
 struct RankMask {
@@ -263,8 +260,6 @@ struct SoftMask {
   };
 };
 
-// ---- forward
-
 // The tile of all channels of images and references, normalised: (C, tile) each.
 template <typename T>
 struct TilePair {
@@ -350,8 +345,6 @@ TensorPair perturb_by_rank(const Tensor& images, const Tensor& references, const
   });
   return {deleted, inserted};
 }
-
-// ---- backward
 
 // Sums over the steps, of one tile: the gradients of images and references, (C, tile) each.
 template <typename T>

@@ -414,8 +414,6 @@ void run_backward(const Problem<T>& problem, const Output<T>& output, T* scaling
   });
 }
 
-// ---- the operators
-
 using Triple = std::tuple<Tensor, Tensor, Tensor>;
 
 template <typename T>

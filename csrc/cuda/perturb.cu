@@ -95,8 +95,6 @@ SoftMask soft_mask(const Tensor& masks, const TapTensors& taps, const GridShape&
           band(taps.col_cell, taps.col_weight, g.col_taps, g.cols)};
 }
 
-// ---- forward
-
 template <typename Mask>
 void launch_write_outputs(const char* op, const PerturbSizes& size, const Mask& mask, bool mask_aligned,
                           const Tensor& images, const Tensor& references, const std::optional<Tensor>& mean,
@@ -151,8 +149,6 @@ TensorPair perturb_by_rank(const Tensor& images, const Tensor& references, const
                        inserted);
   return {deleted, inserted};
 }
-
-// ---- backward
 
 template <typename Mask>
 void launch_sum_gradients(const char* op, const PerturbSizes& size, const Mask& mask, bool mask_aligned,

@@ -86,8 +86,7 @@ struct Band {
   AHA_HD float weight_at(int pixel, int tap) const { return weight[static_cast<int64_t>(pixel) * taps + tap]; }
 };
 
-// ---- the masks of V pixels in up to STEPS steps
-
+// The masks of V pixels in up to STEPS steps.
 struct SoftMask {
   using Value = float;
   const float* masks;  // (B, S, rows, cols)
@@ -153,8 +152,7 @@ struct Jobs {
   }
 };
 
-// ---- forward
-// grid: x over pixels, y over groups of steps, z over images
+// Forward. grid: x over pixels, y over groups of steps, z over images
 
 template <int V, typename Mask, typename In, typename Out>
 __global__ void __launch_bounds__(THREADS, 2)
@@ -195,7 +193,7 @@ __global__ void __launch_bounds__(THREADS, 2)
   }
 }
 
-// ---- gradients of images and references: sums over the steps, in their order
+// Gradients of images and references: sums over the steps, in their order.
 // grid: x over pixels, y over channels, z over images
 
 template <int V, typename Mask, typename Grad, typename Out>
@@ -236,7 +234,7 @@ __global__ void __launch_bounds__(THREADS, 2)
   }
 }
 
-// ---- gradient of the masks: ranges, then columns to cells, then rows to cells
+// Gradient of the masks: ranges, then columns to cells, then rows to cells.
 
 // For every cell of an axis the pixels that read it: from begin to before end, perhaps with others among them.
 struct Range {

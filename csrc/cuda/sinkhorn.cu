@@ -25,8 +25,6 @@ using torch::stable::accelerator::DeviceGuard;
 using Tensors3 = std::tuple<Tensor, Tensor, Tensor>;
 using Sizes = std::vector<int64_t>;
 
-// ---- launches
-
 cudaLaunchConfig_t configure(const Shape& shape, cudaStream_t stream, cudaLaunchAttribute& cluster) {
   STD_TORCH_CHECK(shape.blocks <= MAX_BLOCKS, "sinkhorn on CUDA: ", shape.blocks,
                   " blocks of threads are more than one launch can have; split the batch");
@@ -105,8 +103,6 @@ Plan plan_on(int device, int64_t k, bool backward) {
   return known[key] = plan;
 }
 
-// ---- checks
-
 void check_float32(const Tensor& given) {
   STD_TORCH_CHECK(given.scalar_type() == ScalarType::Float, "sinkhorn on CUDA: the input is ",
                   torch::headeronly::toString(given.scalar_type()), "; use float32, or backend=\"reference\"");
@@ -163,8 +159,6 @@ struct Inputs {
     check_state(shape, scalings, absorbed, given);
   }
 };
-
-// ---- operators
 
 Tensor empty(const Tensor& like, const Sizes& sizes) {
   return torch::stable::new_empty(like, sizes, ScalarType::Float);

@@ -12,8 +12,6 @@
 
 namespace aha {
 
-// ---- layouts
-
 // Threads of a resident CTA with so many columns a lane, and how many CTAs an SM must have registers for.
 constexpr int resident_threads(int columns) { return columns <= 2 ? 128 : 256; }
 constexpr int resident_ctas(int columns, bool backward) {
@@ -59,7 +57,7 @@ __device__ __forceinline__ float total(const Team& team, float* own, int j) {
   return sum;
 }
 
-// ---- the sweep: c_i = coefficient(r, before(r), X_i . v), then own_j = sum_i c_i X_ij, one read of X
+// The sweep: c_i = coefficient(r, before(r), X_i . v), then own_j = sum_i c_i X_ij, one read of X
 // own_k counts the c_i that have left the range of scalings.
 
 // N columns a lane, in registers with R rows at a time.
@@ -164,8 +162,6 @@ struct Columns<0> {
   }
 };
 
-// ---- where the parts of a matrix lie
-
 // In floats. Own sums of a CTA: of a sweep; in the backward also two of the fold. Resident: each of `warps` warps
 // needs room for its part of the sums.
 AHA_HD int64_t own_floats(int64_t k, bool backward) { return backward ? 3 * k + 1 : k + 1; }
@@ -201,8 +197,6 @@ __device__ inline Place place_streamed(float* workspace, float* buffer, int k, i
   float *columns = x + static_cast<int64_t>(k) * k, *own = columns + k + 1 + rank * own_floats(k, backward);
   return place(x + min(rank * band_rows(k, ranks), int64_t{k}) * k, own, columns, buffer, k, rank, ranks);
 }
-
-// ---- forward
 
 struct ForwardTensors {
   float *out, *scalings;
@@ -370,8 +364,6 @@ __global__ void __launch_bounds__(256) streamed_forward_steps(Ranking p, Forward
     forward.read_step(s, j, min(j + TILE, p.k));
   }
 }
-
-// ---- backward
 
 struct BackwardTensors {
   const float *grad, *scalings;
@@ -655,8 +647,6 @@ __global__ void __launch_bounds__(256) streamed_backward_columns(Ranking p, Back
 __global__ void streamed_backward_tau(Ranking p, BackwardTensors to, int ranks) {
   streamed_backward(p, to, blockIdx.x, 0, ranks, nullptr).finish_tau();
 }
-
-// ---- cumulative masks
 
 // weights P. items: tiles of columns of every step of every matrix
 __global__ void __launch_bounds__(256)

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# ---- launch configurations: pixels of a tile (rows × columns), or in a row; warps
+# Launch configurations: pixels of a tile (rows × columns), or in a row; warps
 PATCH, PATCH_WARPS = (4, 128), 4
 SPAN, SPAN_WARPS = 512, 4
 FOLD = (16, 32)  # pixel rows × pixel columns folded into cells at a time
@@ -263,9 +263,6 @@ def choose_backward(
     at = plane * pixels + pixel
     tl.store(grad_images + at, _normalised(image, None, std, c).to(grad_images.dtype.element_ty), inside)
     tl.store(grad_references + at, _normalised(reference, None, std, c).to(grad_references.dtype.element_ty), inside)
-
-
-# ---- launchers
 
 
 def _tiles(height: int, width: int) -> int:

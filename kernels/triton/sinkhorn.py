@@ -16,7 +16,6 @@ from torch import Tensor
 from .noise import QUADS, rank_target, ranking_logits
 from .soft_masks import cumulative_masks, entries, upstream
 
-# ---- launch configurations
 RESIDENT = 128  # regions up to which one program holds a matrix
 TILE, TILE_ROWS = 1 << 14, 32  # values in a tile of whole rows, and rows, at most
 PER_WARP = 1 << 9  # values of a tile: 16 registers a thread
@@ -410,9 +409,6 @@ def end_backward(
         tl.store(grad_out + b * k + j, 2 * (weighted - c * plain) / temperature, j < k)
         if grad_tau is not None:  # M and h are proportional to 1/τ
             tl.store(grad_tau + b * tl.num_programs(1) + block, -tl.sum(scaled) / temperature)
-
-
-# ---- launchers
 
 
 def _ranking_logits(scores: Tensor, tau: Tensor, seed: Tensor, noise: float) -> tuple[Tensor, Tensor]:

@@ -110,9 +110,6 @@ def assert_close_ulp(actual, expected):
     assert ((actual - expected).abs() <= 2 * ulp).all()
 
 
-# ---- ranking
-
-
 def ranking(name, b, k, n_iters, std, tau, noise, seed):
     """Inputs, and the operator as a function of them and of the backend."""
     generator = torch.Generator().manual_seed(seed)
@@ -266,9 +263,6 @@ def test_empty():
     assert backend.ops.cumulative_masks(torch.zeros(0, 3, 3), torch.zeros(2, 3)).shape == (0, 2, 3)
 
 
-# ---- perturbation
-
-
 def scene(dtype, b=2, s=3, h=11, w=13, c=3):
     generator = torch.Generator().manual_seed(0)
     images, references = torch.rand(2, b, c, h, w, generator=generator).to(dtype)
@@ -323,9 +317,6 @@ def test_perturb_with_nothing_to_do():
     assert deleted.shape == (2, 0, 3, 11, 13)
     inserted = backend.ops.perturb(images[:0], references[:0], masks[:0], *upsampler, None, None, torch.float32)[1]
     assert inserted.shape == (0, 3, 3, 11, 13)
-
-
-# ---- as PyTorch sees them
 
 
 @interpreted
