@@ -27,9 +27,9 @@ class Classifier(nn.Module):
     return logits, or takes other pixels than it says, is refused in one line. Parameters are frozen and the module
     stays in evaluation mode; gradients still flow to the images.
 
-    What `torch.compile` or `DataParallel` made is taken as it was before, so that methods can look inside. One logit is the sigmoid of
-    the second of two classes. A module that returns a tuple, a dict or an object with ``logits`` is read where that
-    is unambiguous.
+    What `torch.compile` or `DataParallel` made is taken as it was before, so that methods can look inside. One logit is
+    the sigmoid of the second of two classes. A module that returns a tuple, a dict or an object with ``logits`` is read
+    where that is unambiguous.
 
     Several threads may explain one network: whatever patches it takes its lock (see `aha.protection`).
 
@@ -76,11 +76,12 @@ class Classifier(nn.Module):
         self.module = module.eval()
         for parameter in module.parameters():
             parameter.requires_grad_(False)
+        # not by to(), which would gather a network that lies on several devices; a meta network has no numbers
+        place = _device(module) if _device(module).type != "meta" else torch.device("cpu")
         with torch.inference_mode(False):  # a tensor made in it could never take part in autograd
             for name, value in (("mean", mean), ("std", std), ("mean_colour", colour)):
-                # cloned: one tensor registered twice would confuse safetensors and DDP
-                self.register_buffer(name, torch.as_tensor(value, dtype=torch.float32).clone(), persistent=False)
-        self.to(_device(module))
+                constant = torch.tensor([float(v) for v in value], dtype=torch.float32, device=place)
+                self.register_buffer(name, constant, persistent=False)
         self.source = source or {"kind": "module", "name": type(module).__name__}
         self.traced = isinstance(module, torch.jit.ScriptModule)
         self._reads, self.num_classes, self.differentiable = _probe(self)
@@ -407,7 +408,8 @@ _HEADS = ("fc", "head", "heads", "classifier")
 def _blank_pass(clf: Classifier, size: tuple[int, int], watched: bool = False) -> tuple[Any, Tensor]:
     """What the network returns for one image of the mean colour, and its pixels; ``watched``, as a function of them."""
     with protected(clf):
-        pixels = torch.zeros(1, len(clf.mean), *size, device=clf.device, dtype=clf.dtype).requires_grad_(watched)
+        shape = (1, len(clf.mean), *size)
+        pixels = torch.zeros(shape, device=_device(clf.module), dtype=clf.dtype).requires_grad_(watched)
         try:
             with torch.set_grad_enabled(watched):
                 return clf.module(pixels), pixels

@@ -276,6 +276,15 @@ def test_wrappers_that_distribute_are_taken_off():
     assert create("rollout", clf).attribute(pictures()).shape == (3, 1, 32, 32)
 
 
+def test_a_network_on_several_devices_is_refused_and_left_where_it_is():
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(3600, 2))
+    net[2] = nn.Linear(3600, 2, device="meta")
+    with pytest.raises(ValueError, match="Sequential lies on cpu, meta: load it onto one device"):
+        aha.Classifier.wrap(net, input_size=SIZE)
+    assert net[0].weight.device.type == "cpu"
+    assert net[2].weight.is_meta
+
+
 def test_made_in_inference_mode():
     with torch.inference_mode():
         clf = aha.Classifier.from_timm("resnet10t", pretrained=False, num_classes=3)
