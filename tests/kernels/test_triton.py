@@ -42,6 +42,7 @@ if INTERPRETED:
 
 
 @pytest.mark.skipif(INTERPRETED, reason="starts the interpreter")
+@pytest.mark.slow
 def test_in_the_interpreter():
     pytest.importorskip("triton")
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
