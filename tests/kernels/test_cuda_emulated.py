@@ -59,6 +59,7 @@ def test_sizes_in_the_other_layouts(emulator, k, ranks):
     assert_as_good_as_float32(by_kernels(emulator, problem, grad, ranks), problem, grad)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_gradients_with_a_mean_lose_no_digits(emulator, layout):
     # cumulative masks send the sum of all later gradients to a rank row; the mean of a column is no information, and
@@ -83,6 +84,7 @@ def test_many_iterations(emulator):
     assert_as_good_as_float32(by_kernels(emulator, problem, grad, ONE_CTA), problem, grad)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(("tau", "noise"), [(0.3, 0.5), (0.01, 0.0), (0.001, 1.0)])
 def test_large_scores_are_absorbed(emulator, layout, tau, noise):
@@ -122,6 +124,7 @@ def test_saved_state_is_what_the_operators_promise(emulator):
     torch.testing.assert_close(out.sum(1), torch.ones(2, 16))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("readout", ["steps", "regions"])
 def test_the_order_of_threads_changes_nothing(emulator, layout, readout):
