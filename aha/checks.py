@@ -1,7 +1,7 @@
 """Checks at the door: one clear line for bad input, before anything is computed."""
 
 import numbers
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,14 @@ def check_integer(name: str, value: Any, low: int, high: int | None = None) -> i
         accepted = f"an integer ≥ {low}" if high is None else f"an integer in {low} … {high}"
         raise ValueError(f"{name}={value!r}: give {accepted}")
     return int(value)
+
+
+def check_number(name: str, value: Any, low: float, above: bool = False) -> float:
+    """Return ``value`` as a finite float ≥ ``low``, or greater if ``above``."""
+    real = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if not real or not (value > low if above else value >= low) or value == float("inf"):
+        raise ValueError(f"{name}={value!r}: give a finite number {'>' if above else '≥'} {low}")
+    return float(value)
 
 
 def check_seed(seed: Any) -> int:
@@ -138,6 +146,13 @@ def check_maps(maps: Tensor, images: Tensor) -> Tensor:
     if maps.is_complex() or maps.dtype == torch.bool:
         raise ValueError(f"maps are {maps.dtype}: give real numbers, one value per pixel")
     return finite_maps(maps.detach().reshape(batch, height, width).float(), "maps")
+
+
+def check_item(item: Any) -> Mapping[str, Any]:
+    """Return an item of a data set if it is a dict that holds an "image"; torchvision's are tuples."""
+    if not isinstance(item, Mapping) or "image" not in item:
+        raise ValueError(f'an item of the data is a {type(item).__name__}: give dicts with "image" and "label"')
+    return item
 
 
 def check_target(target: Tensor | Sequence[int] | int, batch: int, classes: int, device: torch.device) -> Tensor:

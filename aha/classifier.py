@@ -451,7 +451,8 @@ class HFLogits(nn.Module):
         self.model = model
 
     def forward(self, pixels: Tensor) -> Tensor:
-        return self.model(pixel_values=pixels).logits
+        out = self.model(pixel_values=pixels)
+        return getattr(out, "logits", out)  # what has no head is refused by the probe
 
 
 def from_source(source: dict[str, Any]) -> Classifier:

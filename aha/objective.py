@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import kernels
-from .checks import check_answers, check_target
+from .checks import check_answers, check_integer, check_number, check_target
 from .classifier import Classifier
 from .precision import autocast, stepwise_attention, uses_bf16
 from .protection import protected
@@ -66,10 +66,11 @@ class Objective:
     def __post_init__(self) -> None:
         if self.scores not in SCORE_SCALES:
             raise ValueError(f"scores={self.scores!r} is not known: choose one of {', '.join(SCORE_SCALES)}")
-        if self.fractions < 3:
-            raise ValueError(f"fractions={self.fractions}: at least 3, the two ends have no gradient")
-        if self.chunk is not None and self.chunk < 2:
-            raise ValueError(f"chunk={self.chunk}: at least 2, one deleted and one inserted image")
+        check_integer("fractions", self.fractions, 3)  # the two ends have no gradient
+        check_integer("n_iters", self.n_iters, 1)
+        if self.chunk is not None:
+            check_integer("chunk", self.chunk, 2)  # one deleted and one inserted image
+        check_number("smooth", self.smooth, 0)
 
     def settings(self) -> dict[str, Any]:
         """What an explainer records of the objective it was trained with, in JSON types."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -10,7 +9,7 @@ from torch import Tensor
 from torch.func import functional_call, vmap
 
 from . import references as reference_images
-from .checks import check_integer, finite_maps
+from .checks import check_integer, check_number, finite_maps
 from .classifier import Classifier
 from .explainer import Explainer
 from .objective import Objective
@@ -62,8 +61,9 @@ def refine(
         ValueError: in one line, for arguments that do not fit, and where the classifier or a map is not finite.
     """
     steps, size = check_integer("steps", steps, 0), check_integer("internal_batch_size", internal_batch_size, 1)
-    if not 0 < lr < math.inf:
-        raise ValueError(f"lr={lr}: give a learning rate above 0")
+    check_number("lr", lr, 0, above=True)
+    if not references or isinstance(references, str):
+        raise ValueError(f"references={references!r}: give names such as {reference_images.REFERENCES}")
     classifier.require("refinement", gradients=steps > 0, inside=False)
     images = classifier.check(images).detach()
     known = explainer.classifier.num_classes

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from . import kernels
-from .checks import check_answers
+from .checks import check_answers, check_integer
 from .classifier import Classifier
 from .identity import fingerprint
 from .objective import check_game, full_precision
@@ -80,10 +80,9 @@ class ShapleyObjective:
     def __post_init__(self) -> None:
         if self.absence not in METHODS:
             raise ValueError(f"absence={self.absence!r} is not known: choose one of {', '.join(METHODS)}")
-        if self.coalitions < 2 or self.coalitions % 2:
+        if check_integer("coalitions", self.coalitions, 2) % 2:
             raise ValueError(f"coalitions={self.coalitions}: give an even number, every set comes with its complement")
-        if self.chunk < 2:
-            raise ValueError(f"chunk={self.chunk}: at least 2, a set and its complement")
+        check_integer("chunk", self.chunk, 2)  # a set and its complement
         if self.surrogate is not None and self.surrogate.num_classes != self.classifier.num_classes:
             raise ValueError(
                 f"the surrogate has {self.surrogate.num_classes} classes, {self.classifier.name} has "

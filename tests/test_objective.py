@@ -169,8 +169,8 @@ def test_standardize_and_sharpness():
     ("options", "message"),
     [
         ({"scores": "softmax"}, "standardized, free"),
-        ({"fractions": 2}, "at least 3"),
-        ({"chunk": 1}, "at least 2"),
+        ({"fractions": 2}, "give an integer ≥ 3"),
+        ({"chunk": 1}, "give an integer ≥ 2"),
     ],
 )
 def test_bad_settings(classifier, options, message):

@@ -269,6 +269,65 @@ def test_compiled_networks_are_looked_into(how):
         assert net._compiled_call_impl is not None  # put back
 
 
+def test_transformers_models_are_read_as_they_are(images):
+    from transformers import ViTConfig, ViTForImageClassification, ViTModel
+
+    sizes = {"image_size": 32, "patch_size": 8, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = ViTConfig(**sizes, intermediate_size=32, num_labels=4)
+    model = ViTForImageClassification(config).eval()
+    clf = aha.Classifier.wrap(model, input_size=SIZE)
+    assert torch.equal(clf(images), model(images).logits)
+    assert aha.Explainer.build(clf).attribute(images).shape == (3, 1, 32, 32)
+    with pytest.raises(ValueError, match=r"returns a BaseModelOutput\w* of last_hidden_state, pooler_output") as error:
+        aha.Classifier.wrap(ViTModel(config), input_size=SIZE)
+    assert "\n" not in str(error.value)
+
+
+def test_data_sets_of_tuples_are_refused_in_one_line(classifier, images):
+    pairs = [(image, 0) for image in images]
+    line = 'an item of the data is a tuple: give dicts with "image" and "label"'
+    explainer = aha.Explainer.build(classifier)
+    with pytest.raises(ValueError, match=line):
+        aha.Trainer(explainer, classifier, pairs, aha.TrainConfig(steps=1, batch_size=2)).fit(progress=False)
+    with pytest.raises(ValueError, match=line):
+        aha.evaluation.evaluate(classifier, {"random": create("random", classifier)}, pairs, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda clf: create("rise", clf, n_masks="5"), "rise does not take these options"),
+        (lambda clf: create("rise", clf, masks=5), r"rise does not take these options \(.*'masks'"),
+        (lambda clf: create("rise", clf, seed=None), "seed=None: give an integer in 0"),
+        (lambda clf: create("rise", clf, seed=2**64), "seed=18446744073709551616: give an integer"),
+        (lambda clf: create("rise", clf, internal_batch_size=2.0), "internal_batch_size=2.0: give an integer ≥ 1"),
+        (lambda clf: create("rise", clf.module), "clf is a VisionTransformer: wrap it"),
+        (lambda clf: create("rise", clf).attribute(pictures(), "3"), "target='3': give one class index"),
+        (lambda clf: create("rise", clf).attribute(pictures(), True), "integer class indices"),
+        (lambda clf: create("rise", clf).attribute(pictures(), [0, None, 1]), "target="),
+        (lambda clf: create("rise", clf).attribute(pictures().numpy()), "images is a ndarray"),
+        (lambda clf: create("rise", clf).attribute(pictures().to_sparse()), "sparse_coo: give a dense tensor"),
+        (lambda clf: create("rise", clf).attribute(pictures().to("meta")), "on the meta device"),
+        (lambda clf: aha.Objective(clf, fractions="6"), "fractions='6': give an integer ≥ 3"),
+        (lambda clf: aha.Objective(clf, chunk=1.5), "chunk=1.5: give an integer ≥ 2"),
+        (lambda clf: aha.metrics.DeletionInsertion(clf, internal_batch_size="a"), "internal_batch_size='a'"),
+        (lambda clf: aha.TrainConfig(steps="10"), "steps='10': give an integer ≥ 1"),
+        (lambda clf: aha.TrainConfig(lr=-1.0), "lr=-1.0: give a finite number > 0"),
+        (lambda clf: aha.TrainConfig(epochs=float("nan")), "epochs=nan: give a finite number > 0"),
+        (lambda clf: aha.refine(aha.Explainer.build(clf), clf, pictures(), steps=True), "steps=True: give an integer"),
+        (lambda clf: aha.refine(aha.Explainer.build(clf), clf, pictures(), references="blur"), "references='blur'"),
+        (
+            lambda clf: aha.evaluation.evaluate(clf, {}, [], batch_size=0),
+            "batch_size=0: give an integer ≥ 1|no methods",
+        ),
+    ],
+)
+def test_wrong_types_are_one_line(classifier, call, message):
+    with pytest.raises(ValueError, match=message) as error:
+        call(classifier)
+    assert "\n" not in str(error.value)
+
+
 def test_wrappers_that_distribute_are_taken_off():
     net = tiny_vit()
     clf = aha.Classifier.wrap(torch.nn.DataParallel(torch.compile(net, backend="eager")), input_size=SIZE)

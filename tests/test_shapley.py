@@ -272,7 +272,7 @@ def test_players(classifier):
     [
         ({"absence": "words"}, "choose one of pixels, tokens"),
         ({"coalitions": 5}, "coalitions=5: give an even number"),
-        ({"chunk": 1}, "chunk=1: at least 2"),
+        ({"chunk": 1}, "chunk=1: give an integer ≥ 2"),
         ({"absence": "tokens", "players": (2, 2)}, "the players are the patches"),
     ],
 )

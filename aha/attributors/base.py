@@ -138,7 +138,13 @@ def create(name: str, clf: Classifier, **options: Any) -> Attributor:
         ValueError: for an unknown name, or a classifier whose architecture the method does not accept.
         ImportError: naming the extra to install, where the method needs one.
     """
-    return find(name)(clf, **options)
+    try:
+        return find(name)(clf, **options)
+    except TypeError as error:  # an option that is not known, or a text for a number
+        reason = " ".join(str(error).split()).split("__init__() ")[-1]
+        raise ValueError(
+            f"{name} does not take these options ({reason}): see help(aha.attributors.find({name!r}))"
+        ) from error
 
 
 def find(name: str) -> type[Attributor]:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import references
+from ..checks import check_integer
 from ..classifier import Classifier
 from ..explainer import Explainer
 from ..identity import fingerprint
@@ -102,9 +103,7 @@ class AHA(LearnedAttributor):
         **refinement: Any,
     ):
         super().__init__(clf, explainer, internal_batch_size, seed)
-        if steps < 0:
-            raise ValueError(f"steps={steps}: give 0 or more")
-        self.steps = steps
+        self.steps = check_integer("steps", steps, 0)
         self.refinement = refinement
 
     def _attribute(self, images: Tensor, target: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from aha.checks import check_item
 from aha.data.images import ImageReadError
 from aha.data.split import identity
 
@@ -51,7 +52,7 @@ class Readable(torch.utils.data.Dataset):
             # within the epoch asked for, so that augmentation stays that epoch's
             asked = epoch * size + (position + step) % size
             try:
-                return {**self.data[asked], "failed": failed}
+                return {**check_item(self.data[asked]), "failed": failed}
             except (ImageReadError, OSError) as error:
                 failed = failed or " ".join(str(error).split()) or type(error).__name__
         raise ImageReadError(f"none of the {size} images can be read; the first: {failed}")
@@ -61,7 +62,7 @@ class Readable(torch.utils.data.Dataset):
         together = getattr(self.data, "__getitems__", None)
         if together is not None:
             try:
-                return [{**item, "failed": ""} for item in together(indices)]
+                return [{**check_item(item), "failed": ""} for item in together(indices)]
             except (ImageReadError, OSError):
                 pass  # one by one, to find out which
         return [self[index] for index in indices]

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..attributors import count_passes
-from ..checks import NotFiniteError, check_images, check_maps
+from ..checks import NotFiniteError, check_images, check_integer, check_item, check_maps
 from ..classifier import Classifier
 from ..data import label_note
 from ..metrics import Batch, Suite
@@ -84,8 +84,7 @@ class Engine:
             raise ValueError(f"target={target!r} is not known: choose one of {', '.join(TARGETS)}")
         if not rows:
             raise ValueError("no methods are given: give at least one, name → callable")
-        if batch_size < 1:
-            raise ValueError(f"batch_size={batch_size}: give at least one image")
+        batch_size = check_integer("batch_size", batch_size, 1)
         self.clf, self.rows, self.data, self.target, self.suites = clf, list(rows), data, target, dict(suites)
         self.batches = [list(indices[start : start + batch_size]) for start in range(0, len(indices), batch_size)]
         self.store: Store = Memory() if store is None else store
@@ -188,6 +187,7 @@ class Engine:
         return items
 
     def _checked(self, item: Mapping[str, Any], index: int) -> dict[str, Any]:
+        item = check_item(item)
         image, label, mask = item["image"], int(item.get("label", -1)), item.get("mask")
         check_images(image[None] if isinstance(image, Tensor) else image, len(self.clf.mean))
         if label >= self.clf.num_classes or (self.target == "true" and label < 0):

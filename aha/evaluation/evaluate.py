@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from rich.progress import Progress
 
+from ..checks import check_integer
 from ..classifier import Classifier
 from ..data import fit_labels
 from ..metrics import INTERNAL_BATCH_SIZE, Protocol, Suite
@@ -49,8 +50,8 @@ def evaluate(
     Raises:
         ValueError: for bad arguments, in one line, or if no image could be measured by any method.
     """
-    if limit is not None and limit < 1:
-        raise ValueError(f"limit={limit}: give at least one image")
+    if limit is not None:
+        check_integer("limit", limit, 1)
     data = fit_labels(data, clf)
     suites = {name: Suite(clf, name, internal_batch_size) for name in (protocol, "localisation")}
     keyed = {suite.protocol.name: suite for suite in suites.values()}

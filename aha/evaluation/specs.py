@@ -54,12 +54,7 @@ class MethodSpec:
 
     def create(self, clf: Classifier, seed: int) -> attributors.Attributor:
         """The method for ``clf``; an option that it does not know is a ValueError."""
-        try:
-            return attributors.create(self.name, clf, **{"seed": seed, **self.options})
-        except TypeError as error:
-            if "unexpected keyword" not in str(error):
-                raise
-            raise ValueError(f"{self.label}: {str(error).split('()')[-1].strip()}: see aha list") from error
+        return attributors.create(self.name, clf, **{"seed": seed, **self.options})
 
     def key(self, seed: int) -> str:
         """A folder's name that differs where the maps may differ."""

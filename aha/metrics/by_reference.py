@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checks import check_maps
+from ..checks import check_integer, check_maps
 from ..classifier import Classifier
 from ..protection import protected
 from . import protocols
@@ -43,8 +43,7 @@ class ByReference(PerImage):
         **options: Any,
     ):
         super().__init__(**options)
-        if internal_batch_size < 2:
-            raise ValueError(f"internal_batch_size={internal_batch_size}: give at least 2")
+        check_integer("internal_batch_size", internal_batch_size, 2)
         # past nn.Module, which would put the classifier's weights into the metric's state_dict
         object.__setattr__(self, "clf", clf)
         self.protocol = protocols.get(protocol)

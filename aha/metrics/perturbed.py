@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import kernels, references
-from ..checks import check_answers, check_maps, check_target
+from ..checks import check_answers, check_integer, check_maps, check_target
 from ..classifier import Classifier
 from ..protection import protected
 from . import protocols
@@ -180,8 +180,7 @@ def sweep(
         chunk: perturbed images in one forward pass, ≥ 2; memory is set by it.
         ends: responses (B,) to ``images`` and to ``reference``, where they are known already.
     """
-    if chunk < 2:
-        raise ValueError(f"chunk={chunk}: give at least 2, one deleted and one inserted image")
+    check_integer("chunk", chunk, 2)  # one deleted and one inserted image
     images, reference = clf.check(images).detach(), clf.check(reference).detach()
     ranks = rank_pixels(check_maps(maps, images))
     target = check_target(target, len(images), clf.num_classes, images.device)

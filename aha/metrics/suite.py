@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..checks import check_maps
+from ..checks import check_integer, check_maps
 from ..classifier import Classifier
 from ..protection import protected
 from . import protocols
@@ -100,8 +100,7 @@ class Suite:
     def __init__(
         self, clf: Classifier, protocol: str | Protocol = "aha", internal_batch_size: int = INTERNAL_BATCH_SIZE
     ):
-        if internal_batch_size < 2:
-            raise ValueError(f"internal_batch_size={internal_batch_size}: give at least 2")
+        check_integer("internal_batch_size", internal_batch_size, 2)
         self.clf, self.internal_batch_size = clf, internal_batch_size
         self.protocol = protocols.get(protocol)
         self.directions = {name: DIRECTIONS[name] for name in self.protocol.metrics}

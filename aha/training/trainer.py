@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from .. import references, shapley
 from .._version import __version__
-from ..checks import check_images
+from ..checks import check_images, check_integer, check_number, check_seed
 from ..classifier import Classifier
 from ..data import fit_labels, identity, readable
 from ..explainer import Explainer
@@ -109,10 +109,14 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "accumulate", "log_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: give 1 or more")
-        if self.steps is not None and self.steps < 1:
-            raise ValueError(f"steps={self.steps}: give 1 or more")
+            check_integer(name, getattr(self, name), 1)
+        for name in ("workers", "save_every"):
+            check_integer(name, getattr(self, name), 0)
+        if self.steps is not None:
+            check_integer("steps", self.steps, 1)
+        check_number("epochs", self.epochs, 0, above=True)
+        check_number("lr", self.lr, 0, above=True)
+        check_seed(self.seed)
         if self.batch_size % self.accumulate:
             raise ValueError(f"batch_size={self.batch_size} is not a multiple of accumulate={self.accumulate}")
         if self.targets not in (1, 2):

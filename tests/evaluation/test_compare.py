@@ -85,7 +85,7 @@ def test_bad_specs(texts, message):
 
 
 def test_unknown_options_are_one_line(clf):
-    with pytest.raises(ValueError, match=r"rise:masks=3: .*'masks'"):
+    with pytest.raises(ValueError, match=r"rise does not take these options .*'masks'"):
         MethodSpec.parse("rise:masks=3").create(clf, 0)
 
 

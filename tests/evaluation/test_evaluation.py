@@ -321,7 +321,7 @@ def test_refusals(clf):
         run(clf, {"bright": bright}, Images(), target="top1")
     with pytest.raises(ValueError, match="no methods"):
         run(clf, {}, Images())
-    with pytest.raises(ValueError, match="at least one image"):
+    with pytest.raises(ValueError, match="batch_size=0: give an integer ≥ 1"):
         run(clf, {"bright": bright}, Images(), batch_size=0)
     with pytest.raises(ValueError, match="protocol 'mda2' is not known"):
         run(clf, {"bright": bright}, Images(), protocol="mda2")

@@ -337,13 +337,13 @@ def test_refusals(small, batch):
         with pytest.raises(ValueError, match="give those of these images"):
             metric.update(images[:2], maps[:2], ends=ends)
         assert not metric.rows
-    with pytest.raises(ValueError, match="at least 2"):
+    with pytest.raises(ValueError, match="give an integer ≥ 2"):
         DeletionInsertion(small, internal_batch_size=1)
     with pytest.raises(ValueError, match="choose one of aha"):
         DeletionInsertion(small, protocol="rise2")
     with pytest.raises(ValueError, match="black, mean, blur"):
         Protocol("test", references=("grey",))
-    with pytest.raises(ValueError, match="at least 2"):
+    with pytest.raises(ValueError, match="give at least 2, the two ends"):
         Protocol("test", points=1)
     metric = Localization()
     with pytest.raises(RuntimeError, match="has seen no images"):

@@ -551,5 +551,5 @@ def test_protocols_refuse_what_they_cannot_do(small):
     ):
         with pytest.raises(ValueError, match=reason):
             Protocol("test", **options)
-    with pytest.raises(ValueError, match="at least 2"):
+    with pytest.raises(ValueError, match="give an integer ≥ 2"):
         Suite(small, internal_batch_size=1)
