@@ -1,5 +1,6 @@
 """Checks at the door: one clear line for bad input, before anything is computed."""
 
+import math
 import numbers
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -153,6 +154,17 @@ def check_item(item: Any) -> Mapping[str, Any]:
     if not isinstance(item, Mapping) or "image" not in item:
         raise ValueError(f'an item of the data is a {type(item).__name__}: give dicts with "image" and "label"')
     return item
+
+
+def check_label(label: Any, classes: int) -> int:
+    """Return the label of an item as an int: a class of the classifier, or −1 where it is unknown."""
+    value = label.item() if isinstance(label, Tensor) and label.numel() == 1 else label
+    real = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if not real or not math.isfinite(value) or value != int(value):
+        raise ValueError(f"label {value!r} is not an integer: give the number of a class, −1 where it is unknown")
+    if not -1 <= value < classes:
+        raise ValueError(f"label {int(value)} is not one of the classes 0 … {classes - 1}, nor −1 for unknown")
+    return int(value)
 
 
 def check_target(target: Tensor | Sequence[int] | int, batch: int, classes: int, device: torch.device) -> Tensor:

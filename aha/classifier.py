@@ -309,6 +309,13 @@ class Classifier(nn.Module):
         return self
 
 
+def check_classifier(clf: Any) -> Classifier:
+    """Return ``clf`` if it is a `Classifier`; a plain module is a ValueError that says how to wrap it."""
+    if not isinstance(clf, Classifier):
+        raise ValueError(f"clf is a {type(clf).__name__}: wrap it with aha.Classifier.wrap(module, mean, std)")
+    return clf
+
+
 @dataclass(frozen=True)
 class Reading:
     """Where the logits are in what a network returns.

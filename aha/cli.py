@@ -404,11 +404,14 @@ def _explain(
     import torch
     from rich.progress import track
 
-    from .checks import check_answers, check_target
+    from .checks import check_answers, check_integer, check_number, check_target
     from .data import find_images, load_image, output_names
     from .refinement import refine
     from .report import overlays
 
+    check_integer("steps", steps, 0)
+    if lr is not None:
+        check_number("lr", lr, 0, above=True)
     files = find_images(*paths)
     explainer = _load(folder)
     classifier = other.load_classifier() if other else explainer.classifier

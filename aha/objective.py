@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import kernels
 from .checks import check_answers, check_integer, check_number, check_target
-from .classifier import Classifier
+from .classifier import Classifier, check_classifier
 from .precision import autocast, stepwise_attention, uses_bf16
 from .protection import protected
 from .regions import Regions
@@ -64,6 +64,7 @@ class Objective:
     smooth: float = 1.0
 
     def __post_init__(self) -> None:
+        check_classifier(self.classifier)
         if self.scores not in SCORE_SCALES:
             raise ValueError(f"scores={self.scores!r} is not known: choose one of {', '.join(SCORE_SCALES)}")
         check_integer("fractions", self.fractions, 3)  # the two ends have no gradient
@@ -118,6 +119,14 @@ class Objective:
 
     def _losses(self, images, maps, target, references, regions, tau, noise, seed) -> Losses:
         images, maps, target, references = check_game(self.classifier, images, maps, target, references)
+        if not references:
+            raise ValueError("references is empty: give at least one reference image (B,C,H,W) for all images")
+        size = (len(regions.row_index), len(regions.col_index))
+        if size != tuple(images.shape[-2:]):
+            came = f"{images.shape[-2]}×{images.shape[-1]}"
+            raise ValueError(
+                f"regions are of {size[0]}×{size[1]} pixels, images of {came}: make them with aha.regions.grid"
+            )
         if self.ends:
             fractions = torch.linspace(0, 1, self.fractions, dtype=torch.float64)[1:-1]
         else:

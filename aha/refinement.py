@@ -10,7 +10,7 @@ from torch.func import functional_call, vmap
 
 from . import references as reference_images
 from .checks import check_integer, check_number, finite_maps
-from .classifier import Classifier
+from .classifier import Classifier, check_classifier
 from .explainer import Explainer
 from .objective import Objective
 from .protection import protected
@@ -64,7 +64,9 @@ def refine(
     check_number("lr", lr, 0, above=True)
     if not references or isinstance(references, str):
         raise ValueError(f"references={references!r}: give names such as {reference_images.REFERENCES}")
-    classifier.require("refinement", gradients=steps > 0, inside=False)
+    if not isinstance(explainer, Explainer):
+        raise ValueError(f"explainer is a {type(explainer).__name__}: give an aha.Explainer")
+    check_classifier(classifier).require("refinement", gradients=steps > 0, inside=False)
     images = classifier.check(images).detach()
     known = explainer.classifier.num_classes
     parts = []

@@ -1,5 +1,6 @@
 """Regions: one map from pixels to grid cells, which serves both pooling and upsampling (paper §3.3)."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -8,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .checks import check_integer
 from .kernels import Taps, Upsampler
 from .references import gaussian
 
@@ -77,10 +79,13 @@ def grid(height: int, width: int, cells: int | tuple[int, int], offset: tuple[fl
     One number makes nearly square cells: that many along the shorter side. A shift narrows the first cell and widens
     the last, or the other way round; the number of regions stays.
     """
-    if isinstance(cells, int):
+    if not isinstance(cells, Sequence):
+        cells = check_integer("cells", cells, 1)
         short = min(height, width)
         cells = (max(1, round(cells * height / short)), max(1, round(cells * width / short)))
-    rows, cols = cells
+    if len(cells) != 2 or isinstance(cells, str):
+        raise ValueError(f"cells={cells!r}: give a number along the shorter side, or (rows, cols)")
+    rows, cols = (check_integer("cells", number, 0) for number in cells)
     if not (1 <= rows <= height and 1 <= cols <= width):
         raise ValueError(f"a grid of {rows}×{cols} cells does not fit {height}×{width} pixels: give 1 … one per pixel")
     if max(abs(offset[0]), abs(offset[1])) > 0.5:

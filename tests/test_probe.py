@@ -10,6 +10,7 @@ from torch import nn
 
 import aha
 from aha.attributors import create
+from aha.regions import grid
 
 from .toys import pictures, tiny_vit
 
@@ -293,6 +294,32 @@ def test_data_sets_of_tuples_are_refused_in_one_line(classifier, images):
         aha.evaluation.evaluate(classifier, {"random": create("random", classifier)}, pairs, progress=False)
 
 
+def objective(clf, regions, maps=None, references=None):
+    images = pictures()
+    maps = torch.rand(3, 1, 32, 32) if maps is None else maps
+    blanks = [torch.zeros_like(images)] if references is None else references
+    return aha.Objective(clf)(images, maps, torch.tensor([0, 1, 2]), blanks, regions, 0.1)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize(
+    ("item", "line"),
+    [
+        ({"label": 99}, "label 99 is not one of the classes 0 … 4, nor −1 for unknown"),
+        ({"label": 2.5}, "label 2.5 is not an integer"),
+        ({"image": torch.rand(3, 16, 16)}, r"images of a batch have shapes \(3, 16, 16\), \(3, 32, 32\)"),
+        ({"image": torch.full((3, 32, 32), float("nan"))}, "images hold NaN or infinite values"),
+    ],
+)
+def test_training_data_that_do_not_fit(classifier, item, line, workers):
+    image = pictures(1)[0]
+    data = [{"image": image, "label": 0}, {"image": image, "label": 0, **item}]
+    config = aha.TrainConfig(steps=1, batch_size=2, workers=workers)
+    with pytest.raises(ValueError, match=line) as error:
+        aha.Trainer(aha.Explainer.build(classifier), classifier, data, config).fit(progress=False)
+    assert "\n" not in str(error.value)
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -320,6 +347,24 @@ def test_data_sets_of_tuples_are_refused_in_one_line(classifier, images):
             lambda clf: aha.evaluation.evaluate(clf, {}, [], batch_size=0),
             "batch_size=0: give an integer ≥ 1|no methods",
         ),
+        (lambda clf: aha.evaluation.evaluate(clf, {}, []), "no methods are given"),
+        (lambda clf: aha.evaluation.evaluate(clf, ["rise"], []), "methods is a list: give a dict"),
+        (lambda clf: aha.refine(None, clf, pictures()), "explainer is a NoneType"),
+        (
+            lambda clf: aha.refine(aha.Explainer.build(clf), clf.module, pictures()),
+            "clf is a VisionTransformer: wrap it",
+        ),
+        (lambda clf: aha.Explainer.build(clf.module), "clf is a VisionTransformer: wrap it"),
+        (lambda clf: aha.Explainer.from_pretrained(None), "None is no path"),
+        (lambda clf: aha.Objective(clf.module), "clf is a VisionTransformer: wrap it"),
+        (lambda clf: objective(clf, grid(16, 16, 4)), "regions are of 16×16 pixels, images of 32×32"),
+        (lambda clf: objective(clf, grid(32, 32, 4), references=[]), "references is empty"),
+        (lambda clf: objective(clf, grid(32, 32, 4), maps=torch.rand(3, 32, 32)), r"maps is \(3, 32, 32\): give"),
+        (lambda clf: grid(32, 32, 0), "cells=0: give an integer ≥ 1"),
+        (lambda clf: grid(32, 32, "4"), "cells='4': give a number"),
+        (lambda clf: aha.TrainConfig(cells=(7, 4)), r"cells=\(7, 4\): give the coarsest"),
+        (lambda clf: aha.TrainConfig(tau=(0, 0)), "tau=0: give a finite number > 0"),
+        (lambda clf: aha.TrainConfig(precision="fp8"), "precision='fp8' is not known"),
     ],
 )
 def test_wrong_types_are_one_line(classifier, call, message):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import check_integer, check_seed, finite_maps
-from ..classifier import Classifier
+from ..classifier import Classifier, check_classifier
 from ..protection import protected
 
 
@@ -53,9 +53,7 @@ class Attributor(ABC):
     looks_inside: ClassVar[bool] = False
 
     def __init__(self, clf: Classifier, internal_batch_size: int = 64, seed: int = 0):
-        if not isinstance(clf, Classifier):
-            raise ValueError(f"clf is a {type(clf).__name__}: wrap it with aha.Classifier.wrap(module, mean, std)")
-        clf.require(self.name, self.needs_gradients, self.looks_inside)
+        check_classifier(clf).require(self.name, self.needs_gradients, self.looks_inside)
         self.clf = clf
         self.internal_batch_size = check_integer("internal_batch_size", internal_batch_size, 1)
         self.seed = check_seed(seed)

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from ..attributors import count_passes
-from ..checks import NotFiniteError, check_images, check_integer, check_item, check_maps
-from ..classifier import Classifier
+from ..checks import NotFiniteError, check_images, check_integer, check_item, check_label, check_maps
+from ..classifier import Classifier, check_classifier
 from ..data import label_note
 from ..metrics import Batch, Suite
 from .memory import peak_bytes
@@ -82,6 +82,7 @@ class Engine:
     ):
         if target not in TARGETS:
             raise ValueError(f"target={target!r} is not known: choose one of {', '.join(TARGETS)}")
+        check_classifier(clf)
         if not rows:
             raise ValueError("no methods are given: give at least one, name → callable")
         batch_size = check_integer("batch_size", batch_size, 1)
@@ -188,9 +189,9 @@ class Engine:
 
     def _checked(self, item: Mapping[str, Any], index: int) -> dict[str, Any]:
         item = check_item(item)
-        image, label, mask = item["image"], int(item.get("label", -1)), item.get("mask")
+        image, label, mask = item["image"], check_label(item.get("label", -1), self.clf.num_classes), item.get("mask")
         check_images(image[None] if isinstance(image, Tensor) else image, len(self.clf.mean))
-        if label >= self.clf.num_classes or (self.target == "true" and label < 0):
+        if self.target == "true" and label < 0:
             raise ValueError(f"label {label} is not one of the classes 0 … {self.clf.num_classes - 1}")
         if mask is None:
             mask = torch.zeros(1, *image.shape[1:], dtype=torch.bool)

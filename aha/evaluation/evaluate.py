@@ -50,6 +50,8 @@ def evaluate(
     Raises:
         ValueError: for bad arguments, in one line, or if no image could be measured by any method.
     """
+    if not isinstance(methods, Mapping):
+        raise ValueError(f"methods is a {type(methods).__name__}: give a dict of names and methods")
     if limit is not None:
         check_integer("limit", limit, 1)
     data = fit_labels(data, clf)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .. import precision as mixed
 from .._version import __version__
 from ..checks import check_integer, finite_maps
-from ..classifier import Classifier, from_source
+from ..classifier import Classifier, check_classifier, from_source
 from ..files import write_atomically
 from ..identity import fingerprint
 from ..protection import protected
@@ -74,6 +74,7 @@ class Explainer(nn.Module):
             decoder: widths; default the paper's.
             image_size: (H, W); default the classifier's.
         """
+        check_classifier(classifier)
         config = decoder or DecoderConfig()
         settings = {"temperature": 0.005, "scores": "standardized", "cells": None}
         with torch.inference_mode(False):  # parameters made in it could never be trained
@@ -214,6 +215,8 @@ class Explainer(nn.Module):
 
 
 def _folder(path_or_hub_id: str | Path) -> Path:
+    if not isinstance(path_or_hub_id, (str, Path)):
+        raise ValueError(f"{path_or_hub_id!r} is no path: give a folder written by save_pretrained, or a hub id")
     path = Path(path_or_hub_id)
     if path.is_dir():
         return path

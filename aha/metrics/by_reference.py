@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..checks import check_integer, check_maps
-from ..classifier import Classifier
+from ..classifier import Classifier, check_classifier
 from ..protection import protected
 from . import protocols
 from .perturbed import INTERNAL_BATCH_SIZE, Endpoints, Probe, endpoints
@@ -44,6 +44,7 @@ class ByReference(PerImage):
     ):
         super().__init__(**options)
         check_integer("internal_batch_size", internal_batch_size, 2)
+        check_classifier(clf)
         # past nn.Module, which would put the classifier's weights into the metric's state_dict
         object.__setattr__(self, "clf", clf)
         self.protocol = protocols.get(protocol)

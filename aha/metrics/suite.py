@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..checks import check_integer, check_maps
-from ..classifier import Classifier
+from ..classifier import Classifier, check_classifier
 from ..protection import protected
 from . import protocols
 from .by_reference import ByReference, Named, arranged
@@ -101,6 +101,7 @@ class Suite:
         self, clf: Classifier, protocol: str | Protocol = "aha", internal_batch_size: int = INTERNAL_BATCH_SIZE
     ):
         check_integer("internal_batch_size", internal_batch_size, 2)
+        check_classifier(clf)
         self.clf, self.internal_batch_size = clf, internal_batch_size
         self.protocol = protocols.get(protocol)
         self.directions = {name: DIRECTIONS[name] for name in self.protocol.metrics}

@@ -17,12 +17,12 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, gather_object
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from .. import references, shapley
 from .._version import __version__
-from ..checks import check_images, check_integer, check_number, check_seed
-from ..classifier import Classifier
+from ..checks import check_images, check_integer, check_label, check_number, check_seed
+from ..classifier import Classifier, check_classifier
 from ..data import fit_labels, identity, readable
 from ..explainer import Explainer
 from ..identity import fingerprint
@@ -114,6 +114,13 @@ class TrainConfig:
             check_integer(name, getattr(self, name), 0)
         if self.steps is not None:
             check_integer("steps", self.steps, 1)
+        if self.cells is not None:
+            low, high = (check_integer("cells", cells, 1) for cells in self.cells)
+            if low > high:
+                raise ValueError(f"cells={self.cells}: give the coarsest and the finest grid, the smaller number first")
+        for tau in self.tau or ():
+            check_number("tau", tau, 0, above=True)
+        uses_bf16(self.precision, torch.device("cpu"))
         check_number("epochs", self.epochs, 0, above=True)
         check_number("lr", self.lr, 0, above=True)
         check_seed(self.seed)
@@ -216,8 +223,10 @@ class Trainer:
         objective: TrainingObjective | None = None,
     ):
         self.config = config
+        if not isinstance(explainer, Explainer):
+            raise ValueError(f"explainer is a {type(explainer).__name__}: give an aha.Explainer")
         self.explainer = explainer
-        self.classifier = classifier
+        self.classifier = check_classifier(classifier)
         # an image that cannot be read is replaced by the next one, and named at the end
         self.data = readable(fit_labels(data, classifier))
         self.failures: list[str] = []
@@ -304,12 +313,22 @@ class Trainer:
         )
         device = self.accelerator.device
         loader = DataLoader(
-            self.data, batch_sampler=sampler, num_workers=config.workers, pin_memory=device.type == "cuda"
+            self.data,
+            batch_sampler=sampler,
+            num_workers=config.workers,
+            pin_memory=device.type == "cuda",
+            collate_fn=_collated,
         )
-        for batch in loader:
+        for batch in _plainly(loader):
+            if "problem" in batch:
+                raise ValueError(batch["problem"])
+            for label in batch.get("label", ()):
+                check_label(label, self.classifier.num_classes)
             check_images(batch["image"], len(self.classifier.mean))
             self._note(batch["failed"])
-            moved = {key: batch[key].to(device, non_blocking=True) for key in ("image", "label") if key in batch}
+            moved: dict[str, Any] = {
+                key: batch[key].to(device, non_blocking=True) for key in ("image", "label") if key in batch
+            }
             yield moved
 
     def _note(self, failed: Sequence[str]) -> None:
@@ -433,6 +452,25 @@ class Trainer:
         self.explainer.decoder.load_state_dict(state["decoder"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.step = step
+
+
+def _collated(items: list[dict[str, Any]]) -> dict[str, Any]:
+    """A batch of items, or why they are none: a message survives the way from a worker, an exception's does not."""
+    shapes = {tuple(item["image"].shape) for item in items if isinstance(item["image"], Tensor)}
+    if len(shapes) > 1:
+        return {"problem": f"images of a batch have shapes {', '.join(map(str, sorted(shapes)))}: give them one size"}
+    return default_collate(items)
+
+
+def _plainly(loader: DataLoader) -> Iterator[dict[str, Any]]:
+    """The batches; an error of a worker comes without the worker's traceback."""
+    try:
+        yield from loader
+    except ValueError as error:
+        lines = str(error).strip().splitlines()
+        if len(lines) < 2:
+            raise
+        raise ValueError(lines[-1].split(": ", 1)[-1]) from error
 
 
 class StepSampler(Sampler[list[int]]):
