@@ -405,6 +405,7 @@ def fit(config, resume=False, **options):
     return explainer, clf
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", METHODS)
 def test_training_finds_the_shapley_values(tmp_path, name):
     config = dataclasses.replace(

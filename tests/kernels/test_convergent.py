@@ -71,6 +71,7 @@ def test_well_separated_values_are_ranked_exactly():
     torch.testing.assert_close(kernels.soft_sort(values, 1e-6), values.sort(descending=True).values, rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tau", [0.3, 1e-2, 1e-3])
 @pytest.mark.parametrize("power", [1, 3])
 def test_values_are_those_of_the_limit(tau, power):
@@ -84,6 +85,7 @@ def test_values_are_those_of_the_limit(tau, power):
     assert error < 2 * convergent.TOLERANCE * values.abs().max()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tau", [0.3, 1e-2, 1e-3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_gradients_are_those_of_the_limit(tau, dtype):

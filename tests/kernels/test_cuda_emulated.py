@@ -34,6 +34,7 @@ def test_every_readout_in_every_layout(emulator, layout, readout):
     assert_as_good_as_float32(by_kernels(emulator, problem, grad, LAYOUTS[layout]), problem, grad)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("readout", ["steps", "regions"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_start_and_its_gradient_in_every_layout(emulator, layout, readout):

@@ -112,6 +112,7 @@ def compile_all(launches: Launches, capability: int, folder: Path) -> dict[str, 
     return over
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("k", "started"), [(49, False), (784, False), (196, True)])
 def test_soft_masks_for_hopper(k, started, launches, tmp_path, monkeypatch):
     monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path))

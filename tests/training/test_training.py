@@ -114,6 +114,7 @@ def test_accumulation_is_the_mean_over_the_parts():
         assert (parts[name] - gradient).norm() <= 1e-3 * gradient.norm() + 1e-6, name
 
 
+@pytest.mark.slow
 def test_it_learns(tmp_path):
     config = dataclasses.replace(
         CONFIG, steps=60, accumulate=1, batch_size=8, lr=3e-3, output=str(tmp_path), log_every=1, cells=(4, 6)
