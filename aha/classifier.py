@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,6 +66,7 @@ class Classifier(nn.Module):
             module = inner
         if not isinstance(module, nn.Module) or isinstance(module, Classifier):
             raise ValueError(f"module is a {type(module).__name__}: give a torch.nn.Module from pixels to logits")
+        mean, std = (tuple(v) if isinstance(v, Iterable) and not isinstance(v, str) else v for v in (mean, std))
         channels = check_normalisation(mean, std)
         colour = check_colour(mean if mean_colour is None else mean_colour, channels)
         self.input_size = check_size("input_size", input_size)
@@ -133,6 +134,10 @@ class Classifier(nn.Module):
             ValueError: in one line, for a module whose blank pass is not that of a classifier.
         """
         if hasattr(module, "base_model_prefix") and hasattr(module, "config"):
+            names = getattr(module.config, "id2label", None) or {}
+            if num_classes is None and sorted(names) == list(range(len(names))) and len(names) > 1:
+                options.setdefault("class_names", [names[label] for label in range(len(names))])
+            options.setdefault("source", {"kind": "module", "name": type(module).__name__})
             module = HFLogits(module)
         return cls(module, mean, std, input_size, num_classes, **options)
 
@@ -238,7 +243,7 @@ class Classifier(nn.Module):
     def probabilities(self, images: Tensor) -> Tensor:
         """Softmax (B,classes) of (B,C,H,W) RGB in [0,1]; float32, also under autocast."""
         with protected(self, gradients=False):
-            return self(images).float().softmax(dim=-1)
+            return self(self.check(images)).float().softmax(dim=-1)
 
     def check(self, images: Tensor) -> Tensor:
         """``images`` as the library works on them, or ValueError in one line: the door that all images enter by.
@@ -419,7 +424,8 @@ def _blank_pass(clf: Classifier, size: tuple[int, int], watched: bool = False) -
         pixels = torch.zeros(shape, device=_device(clf.module), dtype=clf.dtype).requires_grad_(watched)
         try:
             with torch.set_grad_enabled(watched):
-                return clf.module(pixels), pixels
+                # a copy, for the first operation may work in place, which a leaf forbids
+                return clf.module(pixels.clone() if watched else pixels), pixels
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # networks refuse what they do not take in many ways
@@ -456,6 +462,11 @@ class HFLogits(nn.Module):
     def __init__(self, model: nn.Module):
         super().__init__()
         self.model = model
+
+    @property
+    def guarded(self) -> nn.Module:
+        """Whose lock this wrapper shares."""
+        return self.model
 
     def forward(self, pixels: Tensor) -> Tensor:
         out = self.model(pixel_values=pixels)

@@ -358,6 +358,7 @@ def _evaluate(
     from . import terminal
     from .evaluation import evaluate
 
+    output.mkdir(parents=True, exist_ok=True)  # before hours of measuring
     result = evaluate(classifier, methods, data, target=target, batch_size=batch_size, seed=seed)
     result.write(output)
     console = terminal.console()
@@ -418,6 +419,7 @@ def _explain(
     chosen = None if target is None else check_target(target, 1, classifier.num_classes, classifier.device)
     options: dict[str, Any] = {} if lr is None else {"lr": lr}
     bad: list[str] = []
+    output.mkdir(parents=True, exist_ok=True)
     for file, name in track(list(zip(files, output_names(files), strict=True)), "explaining", disable=len(files) < 2):
         try:
             image = load_image(file, image_size=classifier.input_size[0])[None].to(classifier.device)
@@ -426,12 +428,11 @@ def _explain(
             classes = probabilities.argmax(dim=-1) if chosen is None else chosen
             # at T = 0 it is one pass of the explainer
             trail = refine(explainer, classifier, image, classes, steps, every_step=True, **options)[:, 0].cpu()
-        except ValueError as error:  # of this image; the others go on
+            np.save(output / f"{name}.npy", trail[:, 0].numpy() if every_step else trail[-1, 0].numpy())
+            overlays.save_strip(image[0].cpu(), trail if every_step else trail[-1:], output / f"{name}.png")
+        except (ValueError, OSError) as error:  # of this image; the others go on
             bad.append(str(error) if str(file) in str(error) else f"{file}: {error}")
             continue
-        output.mkdir(parents=True, exist_ok=True)
-        np.save(output / f"{name}.npy", trail[:, 0].numpy() if every_step else trail[-1, 0].numpy())
-        overlays.save_strip(image[0].cpu(), trail if every_step else trail[-1:], output / f"{name}.png")
         number, names = int(classes), classifier.class_names
         label = f"{number} {names[number]}" if names else f"{number}"
         print(f"{file.name}: class {label}, p = {float(probabilities[0, number]):.3f}")

@@ -31,13 +31,13 @@ def channels_first(output: Tensor, image: Size, last: bool | None = None) -> Ten
     """A view of maps (N, C, h, w) or (N, h, w, C) as (N, C, h, w); None if neither fits the image.
 
     Args:
-        last: whether channels come last, where the network says so or the user knows; None: what fits better, and
-            channels first where both fit equally well.
+        last: whether channels come last, where the network says so or the user knows; None: where only that fits, or
+            fits exactly while channels first does not.
     """
     first = mismatch((output.shape[2], output.shape[3]), image)
     other = mismatch((output.shape[1], output.shape[2]), image)
     if last is None:
-        last = other < first
+        last = math.isinf(first) or (other == 0 and first > 0)
     if math.isinf(other if last else first):
         return None
     return output.permute(0, 3, 1, 2) if last else output

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import hashlib
 
-from torch import nn
+from torch import Tensor, nn
 
 
 def fingerprint(module: nn.Module) -> str:
     """Sixteen characters that differ where any value of two networks differs, batch norm statistics included.
 
-    Wrappers do not count: a classifier has the fingerprint of its network; nor does half precision that was cast from
-    equal float32 values to float32 again.
+    The normalisation of a classifier or an encoder counts. Weights count in float32, whatever they are kept in.
     """
-    module = getattr(module, "guarded", module)
     digest = hashlib.sha256()
+    for name in ("mean", "std"):
+        if isinstance(value := getattr(module, name, None), Tensor):
+            digest.update(value.detach().float().cpu().numpy().tobytes())
+    module = getattr(module, "guarded", module)
     for name, value in sorted(module.state_dict().items()):
+        if not isinstance(value, Tensor):  # what quantised layers pack their weights into
+            digest.update(f"{name}{value}".encode())
+            continue
         digest.update(f"{name}{tuple(value.shape)}".encode())
         value = value.dequantize() if getattr(value, "is_quantized", False) else value
         digest.update(value.detach().float().cpu().contiguous().numpy().data)

@@ -128,9 +128,19 @@ def load_weights(module: nn.Module, state: Mapping[str, Tensor], path: str | Pat
         for key in own.keys() & fitting.keys()
         if isinstance(own[key], Tensor) and own[key].shape != fitting[key].shape
     )
+    foreign = sorted(
+        f"{key} {str(fitting[key].dtype).removeprefix('torch.')}"
+        for key in own.keys() & fitting.keys()
+        if isinstance(own[key], Tensor) and own[key].is_floating_point() and not fitting[key].is_floating_point()
+    )
     parts = [
         f"{len(keys)} {what} ({_some(keys)})"
-        for what, keys in (("missing", missing), ("unexpected", unexpected), ("of another shape", misshaped))
+        for what, keys in (
+            ("missing", missing),
+            ("unexpected", unexpected),
+            ("of another shape", misshaped),
+            ("not floating point", foreign),
+        )
         if keys
     ]
     if parts:

@@ -155,6 +155,26 @@ def test_labels_in_numbers_however_they_are_spelled(tmp_path):
     assert by_file == {"0.png": 7, "1.png": 3, "2.png": 0}
 
 
+def test_classes_that_are_named_by_numbers_in_the_order_of_text(tmp_path):
+    """torchvision's ImageFolder sorts 0, 1, 10, 2, …: the classifier trained on it has its classes in that order."""
+    for number in range(11):
+        picture(tmp_path / "in" / str(number) / "a.png", number)
+    names = sorted(map(str, range(11)))
+    clf = aha.Classifier.from_timm("resnet10t", pretrained=False, num_classes=11, class_names=names)
+    with pytest.warns(UserWarning, match="mapped by name"):
+        fitted = aha.data.fit_labels(ImageFolder(tmp_path / "in", 32), clf)
+    assert all(names[label] == path.parent.name for path, label in fitted.samples)
+    assert aha.data.fit_labels(fitted, clf) is fitted
+
+
+def test_class_names_survive_saving(tmp_path):
+    clf = aha.Classifier.from_timm("resnet10t", pretrained=False, num_classes=2, class_names=["dog", "cat"])
+    clf.source["options"]["pretrained"] = False
+    saved = aha.Explainer.build(clf, decoder=TINY_DECODER).save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match="is not the one"):  # random weights are others when made again
+        assert aha.Explainer.from_pretrained(saved).classifier.class_names == ["dog", "cat"]
+
+
 @pytest.mark.parametrize("change", ["label", "image", "mask"])
 def test_compare_does_not_give_old_numbers(tmp_path, change):
     """The same names and sizes with other content: the same output folder gives what a new one gives."""

@@ -18,6 +18,7 @@ from aha.geometry import as_maps, channels_first, token_grid
         ((1, 7, 7, 8), (224, 224), True),  # hardly more channels than columns
         ((1, 8, 7, 7), (224, 224), False),
         ((1, 7, 7, 7), (224, 224), False),  # both fit: channels first
+        ((2, 24, 18, 14), (70, 53), False),  # both nearly fit: channels first
         ((1, 512, 8, 11), (227, 340), False),  # padded to whole cells
         ((1, 64, 109, 157), (224, 320), False),  # a border lost
         ((1, 16, 224, 224), (224, 224), False),

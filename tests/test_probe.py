@@ -389,6 +389,27 @@ def test_a_network_on_several_devices_is_refused_and_left_where_it_is():
     assert net[2].weight.is_meta
 
 
+def test_a_first_operation_that_works_in_place():
+    clf = aha.Classifier.wrap(nn.Sequential(nn.ReLU(inplace=True), Returns(lambda logits: logits)), input_size=SIZE)
+    assert clf.differentiable
+    assert create("input_x_gradient", clf).attribute(pictures()).abs().sum() > 0
+
+
+def test_probabilities_are_a_door(classifier, images):
+    with pytest.raises(ValueError, match="divide 8-bit images by 255"):
+        classifier.probabilities((images * 255).byte())
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        classifier.probabilities(images * float("nan"))
+
+
+def test_means_may_come_from_an_iterator():
+    clf = aha.Classifier.wrap(
+        Returns(lambda logits: logits), (v / 255 for v in (120, 110, 100)), map(float, (0.5, 0.5, 1)), input_size=SIZE
+    )
+    torch.testing.assert_close(clf.mean, torch.tensor([120, 110, 100]) / 255)
+    assert clf.std.tolist() == [0.5, 0.5, 1.0]
+
+
 def test_made_in_inference_mode():
     with torch.inference_mode():
         clf = aha.Classifier.from_timm("resnet10t", pretrained=False, num_classes=3)

@@ -58,8 +58,18 @@ def fit_labels(data: Data, clf: Any) -> Data:
     if folder.labelled_by is None:
         return data
     if folder.labelled_by == "numbers":
-        _check_numbers(folder, clf)
-        return data
+        # what was fitted before is in a classifier's numbering already
+        numbers = None if getattr(folder, "label_note", None) else _numbered_classes(folder, clf)
+        if numbers is None:
+            _check_numbers(folder, clf)
+            return data
+        if all(old == new for old, new in numbers.items()):
+            return data
+        note = f"class folders are numbers, and so are the names of {clf.name}'s classes: labels are mapped by name"
+        warnings.warn(note, stacklevel=2)
+        fitted = folder.relabelled(numbers, clf.class_names)
+        fitted.label_note = note
+        return fitted
     numbers, note = _numbers_of(folder, clf)
     if note:
         warnings.warn(note, stacklevel=2)
@@ -68,6 +78,22 @@ def fit_labels(data: Data, clf: Any) -> Data:
     fitted = folder.relabelled(numbers, clf.class_names)
     fitted.label_note = note
     return fitted
+
+
+def _numbered_classes(folder: Any, clf: Any) -> dict[int, int] | None:
+    """Number in a folder's name → class of that name, where the classifier's classes are named by numbers too.
+
+    Their order need not be that of the numbers: who sorted the names as text has 0, 1, 10, 2, …
+    """
+    names = [str(name) for name in clf.class_names or ()]
+    if folder.labels_file is not None or not names or not all(map(is_number, names)):
+        return None
+    try:
+        places = {as_number(name): place for place, name in enumerate(names)}
+    except ValueError:
+        return None
+    used = {label for _, label in folder.samples if label >= 0}
+    return {label: places[label] for label in used} if used <= places.keys() and len(places) == len(names) else None
 
 
 def label_note(data: Any) -> str | None:
@@ -112,9 +138,10 @@ def _numbers_of(folder: Any, clf: Any) -> tuple[dict[int, int], str]:
     used = sorted({label for _, label in folder.samples if label >= 0})
     kind = "class name" if folder.labels_file is not None or folder.names_given else "class folder"
     classes = list(clf.class_names or ())
-    if all(_PLACEHOLDER.fullmatch(str(name)) for name in classes):
-        classes = []
     found, how = _by_name([names[label] for label in used], classes), "name"
+    if None in found and all(_PLACEHOLDER.fullmatch(str(name)) for name in classes):
+        classes = []
+        found = [None] * len(used)
     lost = [names[label] for label, number in zip(used, found, strict=True) if number is None]
     if lost and all(_WNID.fullmatch(names[label]) for label in used):
         known = _imagenet(clf.num_classes)

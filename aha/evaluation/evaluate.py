@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from rich.progress import Progress
 
-from ..checks import check_integer
+from ..checks import check_integer, check_seed
 from ..classifier import Classifier
 from ..data import fit_labels
 from ..metrics import INTERNAL_BATCH_SIZE, Protocol, Suite
@@ -52,6 +52,7 @@ def evaluate(
     """
     if not isinstance(methods, Mapping):
         raise ValueError(f"methods is a {type(methods).__name__}: give a dict of names and methods")
+    check_seed(seed)
     if limit is not None:
         check_integer("limit", limit, 1)
     data = fit_labels(data, clf)

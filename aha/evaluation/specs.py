@@ -8,8 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from .. import attributors
 from ..classifier import Classifier
+from ..identity import fingerprint as network_fingerprint
 from .store import content_of, fingerprint, slug
 
 
@@ -59,11 +62,17 @@ class MethodSpec:
     def key(self, seed: int) -> str:
         """A folder's name that differs where the maps may differ."""
         # a file or folder named by an option counts with its content
-        options = {
-            key: content_of(Path(value)) if isinstance(value, str) and Path(value).exists() else repr(value)
-            for key, value in self.options.items()
-        }
+        options = {key: _content(value) for key, value in self.options.items()}
         return f"{slug(self.label)}-{fingerprint([self.name, options, seed])}"
+
+
+def _content(value: Any) -> str:
+    """What tells two values of an option apart: the content of files and networks, else what is written."""
+    if isinstance(value, (str, Path)) and Path(value).exists():
+        return content_of(Path(value))
+    if isinstance(value, nn.Module):
+        return f"{type(value).__name__} {network_fingerprint(value)} {getattr(value, 'settings', '')}"
+    return repr(value)
 
 
 def parse(texts: Sequence[str]) -> tuple[list[MethodSpec], bool]:

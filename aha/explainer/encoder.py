@@ -56,7 +56,11 @@ class Encoder(nn.Module):
         with protected(self), torch.no_grad():
             if not known:
                 # past nn.Module, which would take the parts for its own
-                object.__setattr__(self, "stages", find_stages(module, blank.to(self.dtype), str(source.get("name"))))
+                object.__setattr__(
+                    self,
+                    "stages",
+                    find_stages(module, blank.expand(2, -1, -1, -1).to(self.dtype), str(source.get("name"))),
+                )
             self.channels = [level.shape[1] for level in self(blank)]
 
     @property

@@ -146,17 +146,19 @@ class Explainer(nn.Module):
                 **self.classifier.source,
                 "num_classes": self.classifier.num_classes,
                 "input_size": list(self.classifier.input_size),
+                "class_names": self.classifier.class_names,
                 "fingerprint": fingerprint(self.classifier),
             },
             "encoder": self.encoder.source,
             "decoder": dataclasses.asdict(self.decoder.config),
             **self.settings,
         }
+        text = json.dumps(config, indent=2, default=str) + "\n"  # before anything is written
         path = Path(path)
         path.mkdir(parents=True, exist_ok=True)
         state = {key: value.detach().contiguous().cpu() for key, value in self.decoder.state_dict().items()}
         write_atomically(path / WEIGHTS_FILE, save(state))
-        write_atomically(path / CONFIG_FILE, (json.dumps(config, indent=2) + "\n").encode())
+        write_atomically(path / CONFIG_FILE, text.encode())
         return path
 
     @classmethod
@@ -182,9 +184,11 @@ class Explainer(nn.Module):
         if config.get("format") != FORMAT:
             raise ValueError(f"{folder} has format {config.get('format')}, this version reads {FORMAT}: update aha")
         mark, classes = saved.pop("fingerprint"), saved.pop("num_classes")
-        image_size = tuple(saved.pop("input_size"))
+        image_size, names = tuple(saved.pop("input_size")), saved.pop("class_names", None)
         given = classifier is not None
         classifier = classifier if classifier is not None else from_source(saved)
+        if not given and classifier.class_names is None and names and len(names) == classifier.num_classes:
+            classifier.class_names = list(names)
         if classifier.num_classes != classes:
             raise ValueError(
                 f"the explainer in {folder} was trained for {classes} classes, {classifier.name} has "

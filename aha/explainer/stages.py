@@ -55,7 +55,9 @@ def find_stages(module: nn.Module, pixels: Tensor, name: str) -> list[nn.Module]
 
     def note(part: nn.Module, _args: Any, out: Any) -> None:
         runs[part] = runs.get(part, 0) + 1
-        maps = as_maps(out, size) if isinstance(out, Tensor) else None
+        # what does not come once for every image, such as a table of position biases, is no feature of theirs
+        of_images = isinstance(out, Tensor) and out.dim() > 2 and len(out) == len(pixels)
+        maps = as_maps(out, size) if of_images else None
         if maps is not None and maps.shape[-2] * maps.shape[-1] > 1:
             grid = (int(maps.shape[-2]), int(maps.shape[-1]))
             seen.append(_Seen(part, grid, depths[part], part in siblings))

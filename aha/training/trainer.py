@@ -426,8 +426,10 @@ class Trainer:
 
     @functools.cached_property
     def _made_from(self) -> dict[str, Any]:
-        """Classifier and images; read once, for both may be large."""
-        return {"classifier": fingerprint(self.classifier), "data": identity(self.data, content=False)}
+        """Classifier, encoder and images; read once, for all may be large."""
+        made = {"classifier": fingerprint(self.classifier), "data": identity(self.data, content=False)}
+        encoder = self.explainer.encoder
+        return made if encoder.module is self.classifier.module else {**made, "encoder": fingerprint(encoder)}
 
     def _resume(self, path: Path | None) -> None:
         if path is None:

@@ -95,4 +95,5 @@ def test_fingerprints_see_every_value_and_every_buffer():
         assert fingerprint(net) != first
         first = fingerprint(net)
     clf = tiny_classifier()
-    assert fingerprint(clf) == fingerprint(clf.module)
+    other = aha.Classifier.wrap(clf.module, (0.4,) * 3, (0.5,) * 3, (32, 32))
+    assert fingerprint(clf) != fingerprint(other)  # other pixels reach the network
