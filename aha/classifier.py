@@ -192,14 +192,14 @@ class Classifier(nn.Module):
         with torch.inference_mode(False):  # no gradient could pass what is made in it
             model = AutoModelForImageClassification.from_pretrained(name_or_path, **model_options)
         processor = AutoImageProcessor.from_pretrained(name_or_path)
-        size = getattr(processor, "crop_size", None) or processor.size
-        size = dict(size)
+        cropped = getattr(processor, "do_center_crop", None) is not False and getattr(processor, "crop_size", None)
+        size = dict(cropped or processor.size)
         edge = size.get("shortest_edge")
         height, width = int(size.get("height", edge) or 224), int(size.get("width", edge) or 224)
         labels = model.config.id2label
         names = [labels[i] for i in range(len(labels))]
         source = {"kind": "hf", "name": str(name_or_path)}
-        mean, std = processor.image_mean, processor.image_std
+        mean, std = _normalisation_of(processor, str(name_or_path))
         return cls(HFLogits(model), mean, std, (height, width), len(names), names, source=source)
 
     def normalize(self, images: Tensor) -> Tensor:
@@ -434,6 +434,22 @@ def _blank_pass(clf: Classifier, size: tuple[int, int], watched: bool = False) -
                 f"{clf.name} does not take {tuple(pixels.shape)}, {len(clf.mean)} channels of {size[0]}×{size[1]} "
                 f"pixels ({reason})"
             ) from error
+
+
+def _normalisation_of(processor: Any, name: str) -> tuple[Sequence[float], Sequence[float]]:
+    """Mean and std for RGB in [0, 1] of a transformers image processor; ValueError if it wants other pixels."""
+    if getattr(processor, "do_flip_channel_order", False):
+        raise ValueError(f"{name} takes BGR pixels: wrap a module that flips the channels with Classifier.wrap")
+    rescaled = getattr(processor, "do_rescale", True) is not False
+    factor = float(getattr(processor, "rescale_factor", 1 / 255)) if rescaled else 1.0
+    if abs(255 * factor - 1) > 1e-6:
+        raise ValueError(
+            f"{name} takes pixels in 0 … {255 * factor:g}, images here are in [0, 1]: wrap a module that scales them "
+            "with Classifier.wrap"
+        )
+    if getattr(processor, "do_normalize", True) is False:
+        return (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+    return processor.image_mean, processor.image_std
 
 
 def _wrapped(module: Any) -> nn.Module | None:

@@ -175,16 +175,19 @@ class Explainer(nn.Module):
             saved, layout = dict(config["classifier"]), dict(config["decoder"])
             settings = {key: config[key] for key in REFINED_WITH}
             settings.update({key: config[key] for key in TRAINED_FOR if key in config})
+            mark, classes = saved.pop("fingerprint"), saved.pop("num_classes")
+            image_size, names = tuple(saved.pop("input_size")), saved.pop("class_names", None)
+            source = dict(config["encoder"])
+            _ = saved["kind"], source["kind"]
+            widths = DecoderConfig(**{**layout, "strides": tuple(layout["strides"])})
         except FileNotFoundError as error:
             raise FileNotFoundError(
                 f"{folder} holds no {CONFIG_FILE}: give a folder written by save_pretrained"
             ) from error
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError) as error:  # JSON's and Unicode's errors are ValueErrors
             raise ValueError(f"{folder / CONFIG_FILE} is not an explainer's configuration ({error})") from error
         if config.get("format") != FORMAT:
             raise ValueError(f"{folder} has format {config.get('format')}, this version reads {FORMAT}: update aha")
-        mark, classes = saved.pop("fingerprint"), saved.pop("num_classes")
-        image_size, names = tuple(saved.pop("input_size")), saved.pop("class_names", None)
         given = classifier is not None
         classifier = classifier if classifier is not None else from_source(saved)
         if not given and classifier.class_names is None and names and len(names) == classifier.num_classes:
@@ -202,7 +205,6 @@ class Explainer(nn.Module):
                 stacklevel=2,
             )
         with torch.inference_mode(False):  # parameters made in it could never be refined
-            source = config["encoder"]
             if source["kind"] == "classifier":
                 encoder = build_encoder(None, classifier, image_size=image_size)
             elif source["kind"] == "hf":
@@ -211,8 +213,7 @@ class Explainer(nn.Module):
                 encoder = build_encoder(
                     source["name"], classifier, source.get("weights"), source.get("pretrained"), image_size
                 )
-            layout["strides"] = tuple(layout["strides"])
-            decoder = Decoder(encoder.channels, classes, DecoderConfig(**layout)).float()
+            decoder = Decoder(encoder.channels, classes, widths).float()
             state, _ = read_weights(folder / WEIGHTS_FILE)
             load_weights(decoder, state, folder / WEIGHTS_FILE)
             return cls(encoder, decoder, classifier, settings).to(classifier.device).eval()

@@ -223,6 +223,47 @@ def test_damaged_files(explainer, classifier, tmp_path):
         aha.Explainer.from_pretrained(tmp_path, classifier)
 
 
+@pytest.mark.parametrize("key", ["encoder", "decoder", "classifier", "fingerprint", "kind", "strides", "width"])
+def test_a_configuration_with_something_missing_or_unknown(explainer, classifier, tmp_path, key):
+    path = explainer.save_pretrained(tmp_path) / "config.json"
+    config = json.loads(path.read_text())
+    for part in (config, config["classifier"], config["decoder"]):
+        if key == "width" and "width" in part:
+            part["no such width"] = 3
+        elif key != "width":
+            part.pop(key, None)
+    path.write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="is not an explainer's configuration") as error:
+        aha.Explainer.from_pretrained(tmp_path, classifier)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"do_normalize": False}, (0.0, 1.0)),
+        ({}, (0.5, 0.5)),
+        ({"rescale_factor": 1 / 127.5}, "takes pixels in 0 … 2"),
+        ({"do_rescale": False}, "takes pixels in 0 … 255"),
+        ({"do_flip_channel_order": True}, "takes BGR pixels"),
+    ],
+)
+def test_the_switches_of_a_transformers_processor(tmp_path, settings, expected):
+    from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
+
+    sizes = {"image_size": 32, "patch_size": 8, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    ViTForImageClassification(ViTConfig(**sizes, intermediate_size=32, num_labels=4)).save_pretrained(tmp_path)
+    ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path)
+    path = tmp_path / "preprocessor_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **settings}))
+    if isinstance(expected, str):
+        with pytest.raises(ValueError, match=expected):
+            aha.Classifier.from_hf(str(tmp_path))
+    else:
+        clf = aha.Classifier.from_hf(str(tmp_path))
+        assert (clf.mean.tolist(), clf.std.tolist()) == ([expected[0]] * 3, [expected[1]] * 3)
+
+
 def test_a_failed_save_leaves_the_old_file(explainer, tmp_path, monkeypatch):
     from aha import files
 
