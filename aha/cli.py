@@ -424,7 +424,7 @@ def _explain(
         try:
             image = load_image(file, image_size=classifier.input_size[0])[None].to(classifier.device)
             with torch.no_grad():
-                probabilities = check_answers(classifier.probabilities(classifier.check(image)), classifier.name)
+                probabilities = check_answers(classifier.probabilities(image), classifier.name)
             classes = probabilities.argmax(dim=-1) if chosen is None else chosen
             # at T = 0 it is one pass of the explainer
             trail = refine(explainer, classifier, image, classes, steps, every_step=True, **options)[:, 0].cpu()

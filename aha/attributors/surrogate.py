@@ -89,7 +89,9 @@ class Surrogate(Attributor):
             shown = part[:, patch][None, :, None]  # [1, m, 1, H, W]
             masked = torch.where(shown, images[:, None], hidden[:, None]).flatten(0, 1)  # [B·m, C, H, W]
             classes = target.repeat_interleave(len(part))
-            values.append(self.clf.probabilities(masked).gather(1, classes[:, None]).view(batch, -1))
+            # checked images stay so when they are masked: no door in the loop
+            probabilities = self.clf(masked).float().softmax(dim=-1)
+            values.append(probabilities.gather(1, classes[:, None]).view(batch, -1))
         return torch.cat(values, dim=1)
 
     @torch.no_grad()

@@ -63,14 +63,11 @@ def fit_labels(data: Data, clf: Any) -> Data:
         if numbers is None:
             _check_numbers(folder, clf)
             return data
-        if all(old == new for old, new in numbers.items()):
-            return data
-        note = f"class folders are numbers, and so are the names of {clf.name}'s classes: labels are mapped by name"
-        warnings.warn(note, stacklevel=2)
-        fitted = folder.relabelled(numbers, clf.class_names)
-        fitted.label_note = note
-        return fitted
-    numbers, note = _numbers_of(folder, clf)
+        note = ""
+        if any(old != new for old, new in numbers.items()):
+            note = f"class folders are numbers, and so are the names of {clf.name}'s classes: labels are mapped by name"
+    else:
+        numbers, note = _numbers_of(folder, clf)
     if note:
         warnings.warn(note, stacklevel=2)
     if all(old == new for old, new in numbers.items()):

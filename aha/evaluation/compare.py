@@ -196,6 +196,5 @@ def _images(source: Source, clf: Classifier, seed: int) -> tuple[Any, list[int],
 
 
 def _identity(clf: Classifier) -> dict[str, Any]:
-    """What tells two classifiers of one name apart: their weights and their normalisation."""
-    numbers = {name: getattr(clf, name).tolist() for name in ("mean", "std", "mean_colour")}
-    return {"name": clf.name, "weights": network_fingerprint(clf), **numbers}
+    """What tells two classifiers of one name apart: weights and normalisation, and the colour of the mean reference."""
+    return {"name": clf.name, "weights": network_fingerprint(clf), "mean_colour": clf.mean_colour.tolist()}
