@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..checks import check_integer, check_seed, finite_maps
 from ..classifier import Classifier, check_classifier
 from ..protection import protected
+from .passes import Passes, count_passes
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,8 @@ class Attributor(ABC):
     # what the classifier must give: gradients to the images or to what is inside, and hooks on its parts
     needs_gradients: ClassVar[bool] = True
     looks_inside: ClassVar[bool] = False
+    # forward and backward passes for one image, where neither options nor images change them
+    per_image: ClassVar[Passes | None] = None
 
     def __init__(self, clf: Classifier, internal_batch_size: int = 64, seed: int = 0):
         check_classifier(clf).require(self.name, self.needs_gradients, self.looks_inside)
@@ -93,6 +96,23 @@ class Attributor(ABC):
                     classes = self.clf.resolve_target(part, classes)
                 maps.append(self._attribute(part, classes).detach().float())
             return finite_maps(torch.cat(maps), f"{self.name}: maps of {self.clf.name}")
+
+    def passes(self, images: Tensor) -> Passes:
+        """What `attribute` takes with the target given, as `count_passes` counts it, per image: their mean.
+
+        Known without a pass of the classifier where the method says what it takes (`per_image`, or an override);
+        counted on the first image otherwise.
+
+        Args:
+            images: as for `attribute`.
+        """
+        if self.per_image is not None:
+            return replace(self.per_image)
+        image = self.clf.check(images)[:1]
+        target = self.clf.resolve_target(image, None)
+        with count_passes(self.clf) as counted:
+            self.attribute(image, target)
+        return counted
 
     @abstractmethod
     def _attribute(self, images: Tensor, target: Any) -> Tensor:
