@@ -16,9 +16,11 @@ from torch import Tensor, nn
 
 from ..classifier import Classifier
 from ..protection import undisturbed
-from .base import Metadata, register
+from .base import MEASURED, Metadata, register
+from .passes import Passes
 from .transformer import TransformerAttributor
 
+WEIGHTS = ("average", "element")
 _ARCHITECTURES = "timm vision transformers with softmax attention (ViT, DeiT, BEiT, EVA, DINOv3)"
 
 
@@ -57,9 +59,7 @@ class AttentionAttributor(TransformerAttributor):
         with undisturbed(self.clf, hooks[-1:] if last_only else hooks, unfused=True):
             return self.clf(images)
 
-    def gradients(
-        self, images: Tensor, target: Tensor, last_only: bool = False, probability: bool = False
-    ) -> tuple[list[Tensor], list[Tensor]]:
+    def gradients(self, images: Tensor, target: Tensor, last_only: bool = False) -> tuple[list[Tensor], list[Tensor]]:
         """Attention A_l of every block and G_l = ∂logit_t/∂A_l, each (B, heads, T, T), detached.
 
         The derivative is total: what changes in later blocks is part of it. The backward pass ends at the first
@@ -67,7 +67,6 @@ class AttentionAttributor(TransformerAttributor):
 
         Args:
             last_only: only of the last block.
-            probability: derive the softmax probability of the target, not its logit.
         """
         seen: list[Tensor] = []
 
@@ -78,8 +77,7 @@ class AttentionAttributor(TransformerAttributor):
 
         with torch.enable_grad():
             logits = self.forward(images, watch, last_only)
-            scores = logits.softmax(dim=-1) if probability else logits
-            gradients = torch.autograd.grad(scores.gather(1, target[:, None]).sum(), seen)
+            gradients = torch.autograd.grad(logits.gather(1, target[:, None]).sum(), seen)
         return [attention.detach() for attention in seen], list(gradients)
 
 
@@ -94,7 +92,9 @@ class RawAttention(AttentionAttributor):
         architectures=_ARCHITECTURES,
         licence="well-known",
         notes="the same for every class; without a class token the mean over patch queries",
+        fidelity=f"{MEASURED} (Chefer et al.)",
     )
+    per_image = Passes(1)
     class_specific = False
 
     def _attribute(self, images: Tensor, target: Any) -> Tensor:
@@ -115,7 +115,9 @@ class Rollout(AttentionAttributor):
         architectures=_ARCHITECTURES,
         licence="well-known",
         notes="the same for every class; all blocks; without a class token the mean over patch rows",
+        fidelity=f"{MEASURED} (as in Chefer et al.)",
     )
+    per_image = Passes(1)
     class_specific = False
 
     def rollout(self, images: Tensor) -> Tensor:
@@ -140,10 +142,16 @@ class Rollout(AttentionAttributor):
 
 @register("gradcam_vit")
 class GradCamViT(AttentionAttributor):
-    """Grad-CAM on the last block: ReLU Σ_h w_h·A_h in the readout's row, w_h the patch mean of ∂logit_t/∂A_h.
+    """Grad-CAM on the last block, in the readout's row of its attention A_h, with G_h = ∂logit_t/∂A_h:
+
+    - weights="average": ReLU Σ_h w_h·A_h, w_h the patch mean of G_h, as Chefer et al. compare with;
+    - weights="element": ReLU E_h(G_h⊙A_h), each patch by its own gradient, the Grad-CAM of MDA's tables.
 
     The backward pass stops at the last block's attention, so it costs a fraction of a full one. Maps without
     any positive evidence are zero everywhere.
+
+    Args:
+        weights: "average" or "element".
     """
 
     metadata = Metadata(
@@ -151,16 +159,30 @@ class GradCamViT(AttentionAttributor):
         cost="1F, B of the last block",
         architectures=_ARCHITECTURES,
         licence="Chefer et al., MIT",
-        notes="without a class token attention and gradient are averaged over patch queries",
+        notes='without a class token attention and gradient, or with weights="element" their product, are averaged '
+        "over patch queries",
+        fidelity=f'{MEASURED} (Chefer et al.); weights="element" is the definition behind MDA\'s tables',
     )
+    per_image = Passes(1, 1)
+
+    def __init__(self, clf: Classifier, weights: str = "average", **options: Any):
+        super().__init__(clf, **options)
+        if weights not in WEIGHTS:
+            raise ValueError(f"weights={weights!r} is not known: choose one of {', '.join(WEIGHTS)}")
+        self.weights = weights
+
+    def patches(self, images: Tensor, target: Tensor) -> Tensor:
+        """(B, rows·columns) before upsampling. Trusts its input, at most ``internal_batch_size`` images."""
+        attention, gradient = (
+            values[0][:, :, self.readout, self.prefix :] for values in self.gradients(images, target, last_only=True)
+        )
+        if self.weights == "element":
+            return F.relu((gradient * attention).mean(dim=(1, 2)))
+        weights = gradient.mean(dim=(2, 3))  # [B, heads]
+        return F.relu(torch.einsum("bh,bhqp->bp", weights, attention) / attention.shape[2])
 
     def _attribute(self, images: Tensor, target: Tensor) -> Tensor:
-        attention, gradient = (
-            values[0][:, :, self.readout, self.prefix :].mean(dim=2)
-            for values in self.gradients(images, target, last_only=True)
-        )
-        weights = gradient.mean(dim=-1, keepdim=True)  # [B, heads, 1]
-        return self.upsample(F.relu((weights * attention).sum(dim=1)), images)
+        return self.upsample(self.patches(images, target), images)
 
 
 def _softmaxes(blocks: list[nn.Module]) -> list[nn.Module]:

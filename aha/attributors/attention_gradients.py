@@ -1,14 +1,14 @@
-"""Attribution from attention and its gradients along the path from a black image.
+"""Attribution from attention and its gradients along the path from the mean colour.
 
-All three share W, the integrated gradient of the last block's attention: with p_t the softmax probability and x the
-image, W = E_h ReLU(1/n Σ_k ∂p_t(k/n·x)/∂A_L), k = 1…n, in the readout's row.
+All three share W, the integrated gradient of the last block's attention: with x the *normalised* pixels, whose zero is
+the classifier's mean colour, W = E_h ReLU(1/n Σ_k ∂logit_t(k/n·x)/∂A_L), k = 1…n, in the readout's row.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -17,11 +17,14 @@ from torch import Tensor, nn
 from ..classifier import Classifier
 from .attention import AttentionAttributor
 from .base import Metadata, register
+from .passes import Passes
 
-LEVELS = ("head", "token")
-_PATH = (
-    "the path starts at black, 0 in [0, 1], and W is a gradient alone, not times the attention; "
-    "several readout tokens are averaged"
+# level → first block that counts
+LEVELS = {"head": 3, "token": 5}
+_PATH = "W is a gradient alone, not times the attention; several readout tokens are averaged"
+_FIDELITY = (
+    "rebuilt from the authors' definition (gradient of the logit, path from zero in normalised space); equal to loops "
+    "in float64"
 )
 
 
@@ -42,11 +45,13 @@ class IntegratedAttention(AttentionAttributor):
     def integrated(self, images: Tensor, target: Tensor) -> Tensor:
         """W (B, rows·columns) ≥ 0. Trusts its input, at most ``internal_batch_size`` images."""
         count = max(1, self.internal_batch_size // len(images))
+        start = self.clf.mean[:, None, None].to(images)
         total: Tensor | None = None
         for steps in torch.arange(1, self.n_steps + 1, device=images.device).split(count):
-            scaled = (steps.to(images) / self.n_steps).view(-1, 1, 1, 1, 1) * images
+            # normalised, share·pixels
+            scaled = torch.lerp(start, images, (steps.to(images) / self.n_steps).view(-1, 1, 1, 1, 1))
             classes = target.repeat(len(steps))
-            _, (gradient,) = self.gradients(scaled.flatten(0, 1), classes, last_only=True, probability=True)
+            _, (gradient,) = self.gradients(scaled.flatten(0, 1), classes, last_only=True)
             rows = gradient[:, :, self.readout, self.prefix :]
             rows = rows.unflatten(0, (len(steps), len(images))).sum(dim=0)
             total = rows if total is None else total + rows
@@ -56,6 +61,12 @@ class IntegratedAttention(AttentionAttributor):
     @abstractmethod
     def patches(self, images: Tensor, target: Tensor) -> Tensor:
         """(B, rows·columns) before upsampling. Trusts its input, at most ``internal_batch_size`` images."""
+
+    # what it takes besides the path
+    besides: ClassVar[Passes] = Passes()
+
+    def passes(self, images: Tensor) -> Passes:
+        return self.n_steps * Passes(1, 1) + self.besides
 
     def _attribute(self, images: Tensor, target: Tensor) -> Tensor:
         return self.upsample(self.patches(images, target), images)
@@ -71,6 +82,7 @@ class AttentionIG(IntegratedAttention):
         architectures=AttentionAttributor.accepts,
         licence="papers only",
         notes=_PATH,
+        fidelity=_FIDELITY,
     )
 
     def patches(self, images: Tensor, target: Tensor) -> Tensor:
@@ -88,7 +100,9 @@ class TransitionAttention(IntegratedAttention):
         architectures=AttentionAttributor.accepts,
         licence="paper only",
         notes=_PATH,
+        fidelity=_FIDELITY,
     )
+    besides = Passes(1)
 
     def patches(self, images: Tensor, target: Tensor) -> Tensor:
         mixed: list[Tensor] = []
@@ -106,12 +120,12 @@ class BiAttention(IntegratedAttention):
     M_l (T, T) is the attention of block l as its heads or its tokens matter:
 
     - "head": Σ_h I_h·A_h, I_h ∝ mean |A_hᵀ·∂logit_t/∂A_h| with Σ_h I_h = 1;
-    - "token": E_h A_h · diag(‖v_j‖/‖x_j‖), x_j what enters the attention module and v_j what it would give for the
-      token if every token attended to itself alone, its projected value.
+    - "token": E_h A_h · diag(‖W v_j‖/‖x_j‖), x_j what enters the block, before its norm, v_j the token's value of all
+      heads, its bias included, and W the attention's output projection without its bias.
 
     Args:
         level: "head" or "token".
-        start: first block that counts, from 0; in a shallower model the last block.
+        start: first block that counts, from 0; None is 3 by head and 5 by token; in a shallower model the last block.
     """
 
     metadata = Metadata(
@@ -119,21 +133,29 @@ class BiAttention(IntegratedAttention):
         cost='21F, 1B and 20B of the last block; no full B with level="token"',
         architectures=AttentionAttributor.accepts,
         licence="paper only",
-        notes=f'{_PATH}; level="token" follows our reading of the paper: projected values carry the biases, and '
+        notes=f'{_PATH}; level="head" counts from block 3 on and level="token" from block 5, of 12 and from 0; there '
         "heads count alike",
+        fidelity=f"{_FIDELITY}; by token the value's projection without its bias over the block's input",
     )
 
-    def __init__(self, clf: Classifier, level: str = "head", start: int = 3, **options: Any):
+    def __init__(self, clf: Classifier, level: str = "head", start: int | None = None, **options: Any):
         super().__init__(clf, **options)
         if level not in LEVELS:
             raise ValueError(f"level={level!r} is not known: choose one of {', '.join(LEVELS)}")
+        start = LEVELS[level] if start is None else start
         if start < 0:
             raise ValueError(f"start={start}: give a block, from 0")
-        if level == "token" and not all(isinstance(getattr(block, "attn", None), nn.Module) for block in self.blocks):
+        projections = [getattr(getattr(block, "attn", None), "proj", None) for block in self.blocks]
+        if level == "token" and not all(isinstance(projection, nn.Linear) for projection in projections):
             kind = type(self.blocks[0]).__name__
-            raise ValueError(f'{self.name} with level="token" needs block.attn, a {kind} has none: use level="head"')
+            raise ValueError(
+                f'{self.name} with level="token" needs block.attn.proj, a {kind} has none: use level="head"'
+            )
         self.level = level
         self.start = min(start, len(self.blocks) - 1)
+
+    def passes(self, images: Tensor) -> Passes:
+        return super().passes(images) + (Passes(1, 1) if self.level == "head" else Passes(1))
 
     def patches(self, images: Tensor, target: Tensor) -> Tensor:
         mixed = self._by_head(images, target) if self.level == "head" else self._by_token(images)
@@ -154,6 +176,7 @@ class BiAttention(IntegratedAttention):
 
     def _by_token(self, images: Tensor) -> list[Tensor]:
         mixed: list[Tensor] = []
+        sizes: list[Tensor] = []
         alone = False
 
         def watch(_block: int, attention: Tensor) -> Tensor | None:
@@ -162,19 +185,27 @@ class BiAttention(IntegratedAttention):
             mixed.append(attention.mean(dim=1))
             return None
 
+        def enter(_module: nn.Module, args: tuple, _kwargs: dict) -> None:
+            sizes.append(args[0].norm(dim=-1))
+
+        def project(module: nn.Module, _args: tuple, output: Tensor) -> Tensor | None:
+            bias: Any = module.bias
+            return output - bias if alone and bias is not None else None
+
         def left(module: nn.Module, args: tuple, kwargs: dict, _output: Tensor) -> None:
             nonlocal alone
             alone = True
-            # not module(…), which would call this hook
+            # what tokens that attend to themselves alone would get; not module(…), which would call this hook
             values = module.forward(*args, **kwargs)
             alone = False
-            size = args[0].norm(dim=-1)
-            ratio = values.norm(dim=-1) / size.clamp_min(torch.finfo(size.dtype).tiny)
+            ratio = values.norm(dim=-1) / sizes[-1].clamp_min(torch.finfo(values.dtype).tiny)
             mixed[-1] = mixed[-1] * ratio[:, None]
 
         with ExitStack() as stack:
             for block in self.blocks:
                 attn: Any = block.attn
+                stack.callback(block.register_forward_pre_hook(enter, with_kwargs=True).remove)
+                stack.callback(attn.proj.register_forward_hook(project).remove)
                 stack.callback(attn.register_forward_hook(left, with_kwargs=True).remove)
             self.forward(images, watch)
         return mixed[self.start :]

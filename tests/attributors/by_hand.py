@@ -69,12 +69,11 @@ def forward_by_hand(vit: nn.Module, pixels: torch.Tensor) -> dict[str, list]:
 
 
 def gradients_by_hand(
-    vit: nn.Module, pixels: torch.Tensor, target: int, probability: bool = False
+    vit: nn.Module, pixels: torch.Tensor, target: int
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """Attention of every block (heads, T, T) for one image, and its derivatives."""
     seen = forward_by_hand(vit, pixels)
-    logits = seen["logits"][0]
-    score = logits.softmax(0)[target] if probability else logits[target]
+    score = seen["logits"][0][target]
     attentions, gradients = [], []
     for heads in seen["attention_heads"]:
         attentions.append(torch.stack([weights.detach() for weights in heads]))

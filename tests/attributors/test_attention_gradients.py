@@ -1,4 +1,4 @@
-"""Attention and its gradients along the path from black, against loops in float64 and finite differences."""
+"""Attention and its gradients along the path from the mean colour, against loops in float64 and finite differences."""
 
 import pytest
 import torch
@@ -48,8 +48,8 @@ def test_gradients_by_finite_differences(kind):
 def integrated_by_hand(clf, image, target, kind, steps=20):
     rows = 0
     for k in range(1, steps + 1):
-        pixels = clf.normalize(k / steps * image[None])
-        _, gradients = gradients_by_hand(clf.module, pixels, target, probability=True)
+        pixels = k / steps * clf.normalize(image[None])
+        _, gradients = gradients_by_hand(clf.module, pixels, target)
         rows = rows + gradients[-1] / steps
     tokens = rows.shape[-1]
     read = readout(kind, tokens)
@@ -87,9 +87,9 @@ def bi_attention_by_hand(clf, image, target, kind, integrated, level, start):
             attn = vit.blocks[block].attn
             mixed = sum(attentions[block]) / 3
             for token in range(tokens):
-                x = seen["normed"][block][token]
+                x = seen["entering"][block][token]
                 values = torch.cat([head[token] for head in seen["values"][block]])
-                projected = attn.proj.weight @ values + attn.proj.bias
+                projected = attn.proj.weight @ values
                 mixed[:, token] *= projected.norm() / x.norm()
         joint = joint + mixed @ joint
     row = sum(joint[query] for query in readout(kind, tokens)) / len(readout(kind, tokens))
@@ -124,7 +124,7 @@ def test_by_hand(kind):
         assert torch.allclose(method.attribute(images, target), grid.float(), rtol=1e-5)
 
 
-def test_path_starts_at_black_and_ends_at_the_image():
+def test_path_starts_at_the_mean_colour_and_ends_at_the_image():
     clf = make("vit")
     images = pictures(clf, 1)
     arrived = []
@@ -134,7 +134,7 @@ def test_path_starts_at_black_and_ends_at_the_image():
     assert [len(pixels) for pixels in arrived] == [3, 1]
     path = torch.cat(arrived)
     for pixels, share in zip(path, (0.25, 0.5, 0.75, 1.0), strict=True):
-        assert torch.allclose(pixels, clf.normalize(share * images)[0], atol=1e-6)
+        assert torch.allclose(pixels, share * clf.normalize(images)[0], atol=1e-6)
 
 
 def test_levels_and_start_differ():
@@ -146,6 +146,9 @@ def test_levels_and_start_differ():
     ]
     assert not torch.allclose(maps[0], maps[1], rtol=1e-2)
     assert not torch.allclose(maps[0], maps[2], rtol=1e-2)
+    deep = make("vit", depth=7)
+    assert attributors.create("bi_attention", deep).start == 3
+    assert attributors.create("bi_attention", deep, level="token").start == 5
     # a start beyond a shallow model is its last block
     assert torch.equal(maps[0], attributors.create("bi_attention", clf, start=2).attribute(images, 0))
 
@@ -180,7 +183,7 @@ def test_refusals():
     assert_refused(
         lambda clf: attributors.create("bi_attention", clf, level="token"),
         make("parallel"),
-        r"needs block\.attn, a ParallelScalingBlock has none",
+        r"needs block\.attn\.proj, a ParallelScalingBlock has none",
     )
 
 

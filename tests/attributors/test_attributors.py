@@ -103,30 +103,38 @@ def test_attention_of_all_architectures(models, kind):
 def test_attention_methods_by_hand(models, kind):
     clf = models(kind)
     images, target = pictures(clf), [1, 3, 0]
-    cams, raws, rolls = [], [], []
+    cams, elements, raws, rolls = [], [], [], []
     for image, t in zip(images, target, strict=True):
         attentions, gradients = gradients_by_hand(clf.module, clf.normalize(image[None]), t)
         tokens = attentions[0].shape[-1]
         read, patches = readout(kind, tokens), slice(prefix(kind), None)
         cam = torch.zeros(16)
+        element = torch.zeros(16)
         raw = torch.zeros(16)
         for attention, gradient in zip(attentions[-1], gradients[-1], strict=True):
             row = torch.stack([attention[q, patches] for q in read]).mean(0)
             weight = torch.stack([gradient[q, patches] for q in read]).mean()
             cam += weight * row
+            for q in read:
+                element += gradient[q, patches] * attention[q, patches] / (3 * len(read))
             raw += row / 3
         joint = torch.eye(tokens)
         for attention in attentions:
             joint = (attention.mean(0) + torch.eye(tokens)) / 2 @ joint
         cams.append(cam.clamp_min(0))
+        elements.append(element.clamp_min(0))
         raws.append(raw)
         rolls.append(joint[read, patches].mean(0))
-    for name, rows in (("gradcam_vit", cams), ("raw_attention", raws), ("rollout", rolls)):
+    by_element = attributors.create("gradcam_vit", clf, weights="element")
+    found = {name: attributors.create(name, clf) for name in ("gradcam_vit", "raw_attention", "rollout")}
+    for method, rows in zip((*found.values(), by_element), (cams, raws, rolls, elements), strict=True):
         grid = torch.stack(rows).view(3, 1, 4, 4)
         expected = F.interpolate(grid, (32, 32), mode="bilinear", align_corners=False)
-        maps = attributors.create(name, clf).attribute(images, target)
-        assert torch.allclose(maps, expected, atol=1e-3 * expected.abs().max().item()), name
-    assert torch.stack(cams).max() > 0
+        maps = method.attribute(images, target)
+        assert torch.allclose(maps, expected, atol=1e-3 * expected.abs().max().item()), method.name
+    assert torch.stack(cams).max() > 0 and torch.stack(elements).max() > 0
+    with pytest.raises(ValueError, match="weights='sum' is not known: choose one of average, element"):
+        attributors.create("gradcam_vit", clf, weights="sum")
 
 
 def test_dynamic_sizes():
