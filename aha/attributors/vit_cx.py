@@ -11,8 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..classifier import Classifier
+from ..protection import protected
 from .base import Metadata, register
-from .cam import LayerAttributor
+from .cam import Captured, LayerAttributor
+from .passes import Passes
 from .transformer import ARCHITECTURES
 
 # images whose D×D distances, float64, are held at once: 8 MB each for D = 1024
@@ -23,9 +25,9 @@ _CLUSTERED_AT_ONCE = 8
 class ViTCX(LayerAttributor):
     """ViT-CX: Σ_k p_k·M_k / Σ_k M_k, the masks' causal scores p_k over their coverage, per pixel.
 
-    The D channels of the patch tokens before the last block, each scaled to [0, 1], are clustered (complete linkage,
-    cosine distance below ``threshold``). The K clusters' means, scaled again, are the masks M_k. With
-    n_k ~ ``noise``·N(0, 1) on normalised pixels and f the target's confidence
+    The D channels of the patch tokens before the last block are enlarged bilinearly to the image, scaled to [0, 1] each
+    and clustered (complete linkage, cosine distance below ``threshold``). The K clusters' means, scaled again, are the
+    masks M_k. With n_k ~ ``noise``·N(0, 1) on normalised pixels and f the target's confidence
 
         p_k = f(x⊙M_k + n_k⊙(1−M_k)) − f(x + n_k⊙(1−M_k)) + f(x):
 
@@ -45,8 +47,10 @@ class ViTCX(LayerAttributor):
         cost="(2K + 1)F, K masks found per image",
         architectures=ARCHITECTURES,
         licence="paper",
-        notes="maps are scaled and clustered on the patch grid, then enlarged bilinearly; channels of one value are "
-        "left out; every image sees the same noise",
+        notes="the cosines of enlarged channels are computed on the grid, exactly; channels of one value are left "
+        "out; every image sees the same noise",
+        fidelity="rebuilt from the authors' definition (channels enlarged and scaled before clustering); equal to a "
+        "computation by hand with SciPy's clustering, but for the noise, which is drawn anew",
     )
 
     accepts = ARCHITECTURES
@@ -67,30 +71,50 @@ class ViTCX(LayerAttributor):
             raise ValueError(f"noise={noise}: give a standard deviation ≥ 0")
         self.threshold, self.noise = threshold, noise
 
-    def masks(self, maps: Tensor) -> tuple[Tensor, Tensor]:
-        """Cluster (B, D, h, w) into masks (N, h, w) in [0, 1], those of all images, and whose they are, (N,) sorted."""
-        values = _rescale(maps.flatten(2))
-        kept = values.amax(dim=-1) > 0
+    def masks(self, maps: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """Cluster (B, D, h, w) into masks (N, h, w), those of all images, and whose they are, (N,) sorted.
+
+        A mask is on the grid; enlarged bilinearly to ``size``, it goes from 0 to 1. Enlarging commutes with scaling
+        and with sums, so the grid is all that is needed.
+        """
+        values, kept = _rescale(maps, size)
         parts = zip(values.split(_CLUSTERED_AT_ONCE), kept.split(_CLUSTERED_AT_ONCE), strict=True)
-        labels = torch.cat([self._cluster(*part) for part in parts])
-        sums = torch.zeros_like(values).scatter_add_(1, labels[:, :, None].expand_as(values), values)
+        labels = torch.cat([self._cluster(*part, size) for part in parts])
+        sums = torch.zeros_like(values).scatter_add_(1, labels[:, :, None, None].expand_as(values), values)
         # a sum is as good as a mean once scaled
         clusters = kept.new_zeros(kept.shape).scatter_(1, labels, True) & kept
-        masks = _rescale(sums[clusters])
-        return masks.unflatten(-1, maps.shape[2:]), clusters.nonzero()[:, 0]
+        return _rescale(sums[clusters][:, None], size)[0][:, 0], clusters.nonzero()[:, 0]
 
-    def _cluster(self, values: Tensor, kept: Tensor) -> Tensor:
-        directions = F.normalize(values.double(), dim=-1)
-        distances = 1 - directions @ directions.mT
+    def _cluster(self, values: Tensor, kept: Tensor, size: tuple[int, int]) -> Tensor:
+        values = values.double()
+        # ⟨U a, U b⟩ = aᵀ(UᵀU)b for the enlargement U, one matrix for rows and one for columns
+        down, right = (_enlargement(n, m).to(values) for n, m in zip(values.shape[2:], size, strict=True))
+        weighted = (down.mT @ down) @ values @ (right.mT @ right)
+        products = values.flatten(2) @ weighted.flatten(2).mT
+        length = products.diagonal(dim1=1, dim2=2).sqrt().clamp_min(torch.finfo(products.dtype).tiny)
+        distances = 1 - products / (length[:, :, None] * length[:, None, :])
         # a channel without a direction stays alone
         distances.masked_fill_(~(kept[:, :, None] & kept[:, None, :]), torch.inf)
         return complete_linkage(distances, self.threshold)
+
+    def _found(self, captured: Captured) -> tuple[Tensor, Tensor]:
+        images = captured.images
+        size = (int(images.shape[-2]), int(images.shape[-1]))
+        return self.masks(self.maps(captured.output.detach(), images).to(images.dtype), size)
+
+    def passes(self, images: Tensor) -> Passes:
+        """Sends the images through the classifier once, to find how many masks each has."""
+        images = self.clf.check(images)
+        with protected(*self.networks):
+            parts = (self.capture(part.detach()) for part in images.split(self.internal_batch_size))
+            masks = sum(len(self._found(part)[1]) for part in parts)
+        return Passes(1 + 2 * masks / len(images))
 
     @torch.no_grad()
     def _attribute(self, images: Tensor, target: Tensor) -> Tensor:
         captured = self.capture(images)
         whole = _confidence(captured.logits, target)
-        masks, owner = self.masks(self.maps(captured.output.detach(), images).to(images.dtype))
+        masks, owner = self._found(captured)
         if not len(owner):
             return images.new_zeros(len(images), 1, *images.shape[-2:])
         first = torch.searchsorted(owner, torch.arange(len(images), device=owner.device))
@@ -169,10 +193,23 @@ def _rows(matrices: Tensor, index: Tensor) -> Tensor:
     return matrices.gather(1, index[:, :, None].expand(-1, -1, matrices.shape[-1]))
 
 
-def _rescale(values: Tensor) -> Tensor:
-    """(…, P) → [0, 1] by the minimum and maximum of the last dimension; zeros where they are equal."""
-    low, high = values.aminmax(dim=-1, keepdim=True)
-    return (values - low) / (high - low).clamp_min(torch.finfo(values.dtype).tiny)
+def _rescale(maps: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """(B, C, h, w) that, enlarged to ``size``, go from 0 to 1, and which do (B, C); maps of one value become zeros."""
+    low, high = maps.new_empty(2, *maps.shape[:2], 1, 1)
+    for i, image in enumerate(maps):
+        # one at a time: its enlarged channels are the largest thing here, 154 MB for 768 at 224 × 224
+        enlarged = F.interpolate(image[None], size, mode="bilinear", align_corners=False)[0]
+        low[i], high[i] = (ends[:, None, None] for ends in enlarged.flatten(1).aminmax(dim=1))
+    # interpolation rounds, so a map of one value is known by its own range
+    varies = (maps.amax(dim=(2, 3)) > maps.amin(dim=(2, 3))) & (high > low)[:, :, 0, 0]
+    scaled = (maps - low) / (high - low).clamp_min(torch.finfo(maps.dtype).tiny)
+    return torch.where(varies[:, :, None, None], scaled, 0), varies
+
+
+def _enlargement(cells: int, pixels: int) -> Tensor:
+    """Bilinear enlargement along one side, (pixels, cells) float64."""
+    unit = torch.eye(cells, dtype=torch.float64)
+    return F.interpolate(unit[None], pixels, mode="linear", align_corners=False)[0].mT
 
 
 def _confidence(logits: Tensor, target: Tensor) -> Tensor:

@@ -94,7 +94,8 @@ def test_by_hand(models, kind, prefix, grid):
     tokens = seen[0][:, prefix:]
     sizes = []
     for i in range(3):
-        maps = tokens[i].T.double()
+        maps = tokens[i].T.double().unflatten(1, grid)
+        maps = F.interpolate(maps[None], clf.input_size, mode="bilinear", align_corners=False)[0].flatten(1)
         maps = torch.stack([(m - m.min()) / (m.max() - m.min()) for m in maps])
         distances = 1 - F.cosine_similarity(maps[:, None], maps[None], dim=-1)
         clusters = sorted(clusters_by_scipy(distances, 0.1), key=min)
@@ -102,8 +103,7 @@ def test_by_hand(models, kind, prefix, grid):
         total, coverage = torch.zeros(clf.input_size), torch.zeros(clf.input_size)
         for k, members in enumerate(clusters):
             mean = maps[sorted(members)].mean(0)
-            mask = ((mean - mean.min()) / (mean.max() - mean.min())).view(1, 1, *grid).float()
-            mask = F.interpolate(mask, clf.input_size, mode="bilinear", align_corners=False)[0, 0]
+            mask = ((mean - mean.min()) / (mean.max() - mean.min())).view(clf.input_size).float()
             generator = torch.Generator().manual_seed(zlib.crc32(f"5 {k}".encode()))
             noise = 0.1 * torch.randn(3, *clf.input_size, generator=generator)
             pixels = clf.normalize(images[i])
@@ -132,7 +132,7 @@ def test_passes_are_those_of_the_masks_together(models):
     with attributors.count_passes(clf) as passes:
         method.attribute(images, 0)
     handle.remove()
-    owner = method.masks(method.maps(method.capture(images).output.detach(), images))[1]
+    owner = method.masks(method.maps(method.capture(images).output.detach(), images), clf.input_size)[1]
     assert passes.forward == 3 + 2 * len(owner)
     assert passes.backward == 0
     # the masks of all images fill the passes: only the last is smaller
@@ -151,9 +151,11 @@ def test_seeds_and_options(models):
     silent = [attributors.create("vit_cx", clf, noise=0.0, seed=seed).attribute(images) for seed in (1, 2)]
     assert torch.equal(*silent)
     method = attributors.create("vit_cx", clf, threshold=2.0)
-    masks, owner = method.masks(method.maps(method.capture(images).output.detach(), images))
+    masks, owner = method.masks(method.maps(method.capture(images).output.detach(), images), clf.input_size)
     assert owner.tolist() == [0, 1, 2]
-    assert masks.amin() == 0 and masks.amax() == 1
+    enlarged = F.interpolate(masks[:, None], clf.input_size, mode="bilinear", align_corners=False).flatten(1)
+    assert torch.allclose(enlarged.amin(1), torch.zeros(3), atol=1e-6)
+    assert torch.allclose(enlarged.amax(1), torch.ones(3), atol=1e-6)
     for options in ({"threshold": 0.0}, {"noise": -1.0}, {"threshold": float("nan")}):
         with pytest.raises(ValueError, match=next(iter(options))):
             attributors.create("vit_cx", clf, **options)
@@ -166,7 +168,7 @@ def test_maps_of_one_value_make_no_masks(models):
     maps = torch.rand(3, 24, 4, 4, generator=torch.Generator().manual_seed(0))
     maps[1] = 0.3
     maps[2, 1:] = -1.0
-    _, owner = method.masks(maps)
+    _, owner = method.masks(maps, (32, 32))
     assert owner.tolist()[-1] == 2 and owner.eq(2).sum() == 1 and not owner.eq(1).any()
     handle = clf.module.blocks[-1].norm1.register_forward_hook(lambda _m, _a, output: torch.ones_like(output))
     assert torch.equal(method.attribute(images), torch.zeros(3, 1, 32, 32))
