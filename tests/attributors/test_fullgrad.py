@@ -204,23 +204,39 @@ def test_attcam_by_hand(models, kind):
         gradients = torch.autograd.grad(logits[0, 2] + logits[1, 1], hidden)
     for handle in handles:
         handle.remove()
-    expected = torch.zeros(2, 16)
-    for h, g, a in zip(hidden, gradients, weights, strict=True):
-        for image in range(2):
-            for patch in range(16):
-                weight = sum(a[image, head, row, prefix + patch] for head in range(3) for row in rows)
-                activation = h[image, prefix + patch] @ g[image, prefix + patch]
-                expected[image, patch] += (weight / (3 * len(rows)) * activation).item()
-    expected = F.interpolate(expected.reshape(2, 1, 4, 4), (32, 32), mode="bilinear", align_corners=False)
-    maps = attributors.create("attcam", clf).attribute(images, target)
-    assert torch.allclose(maps, expected, rtol=1e-3, atol=1e-4 * expected.abs().max().item())
-    assert (maps < 0).any()
+    # the attention of a block, with the evidence of the tokens that leave it, or of those that enter it
+    for options, queries, terms in (
+        ({}, range(prefix + 16), [(0, 1), (1, 2)]),
+        ({"variant": "readout"}, rows, [(0, 0), (1, 1), (2, 2)]),
+    ):
+        expected = torch.zeros(2, 16)
+        for attention, tokens in terms:
+            for image in range(2):
+                for patch in range(16):
+                    received = [weights[attention][image, h, q, prefix + patch] for h in range(3) for q in queries]
+                    evidence = hidden[tokens][image, prefix + patch] @ gradients[tokens][image, prefix + patch]
+                    expected[image, patch] += (sum(received) / len(received) * evidence).item()
+        expected = F.interpolate(expected.reshape(2, 1, 4, 4), (32, 32), mode="bilinear", align_corners=False)
+        maps = attributors.create("attcam", clf, **options).attribute(images, target)
+        assert torch.allclose(maps, expected, rtol=1e-3, atol=1e-4 * expected.abs().max().item())
+        assert (maps < 0).any()
 
 
-@pytest.mark.parametrize("name", ["fullgrad_plus", "attcam"])
+def test_attcam_refuses_what_it_does_not_know(models):
+    with pytest.raises(ValueError, match="variant='same' is not known: choose one of published, readout"):
+        attributors.create("attcam", models("vit"), variant="same")
+    shallow = make("vit", depth=1)
+    with pytest.raises(ValueError, match="has one block: give variant=readout"):
+        attributors.create("attcam", shallow)
+    assert attributors.create("attcam", shallow, variant="readout").attribute(pictures(shallow), 0).std() > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "options"), [("fullgrad_plus", {}), ("attcam", {}), ("attcam", {"variant": "readout"})]
+)
 @pytest.mark.parametrize("kind", ["distilled", "dinov3"])
-def test_batches_modes_and_state(models, name, kind):
-    assert_well_behaved(lambda clf, **options: attributors.create(name, clf, **options), models(kind))
+def test_batches_modes_and_state(models, name, options, kind):
+    assert_well_behaved(lambda clf, **others: attributors.create(name, clf, **options, **others), models(kind))
 
 
 @pytest.mark.parametrize("kind", ["convnext", "swin", "mixer"])
