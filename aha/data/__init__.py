@@ -1,7 +1,7 @@
 """Labelled images: scenes made on the fly with their evidence known, and folders of images on disk."""
 
 from aha.data.folders import ImageFolder, find_images, output_names
-from aha.data.images import ImageMissingError, ImageReadError, load_image
+from aha.data.images import ImageMissingError, ImageReadError, Preprocessing, load_image
 from aha.data.labels import fit_labels, label_note
 from aha.data.readable import Readable, readable
 from aha.data.scenes import Scenes
@@ -12,6 +12,7 @@ __all__ = [
     "ImageMissingError",
     "ImageReadError",
     "Part",
+    "Preprocessing",
     "Readable",
     "Scenes",
     "find_images",

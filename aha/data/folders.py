@@ -17,14 +17,13 @@ from typing import Any
 import torch
 
 from aha.data.images import (
-    CROP_PCT,
+    DEFAULT,
     ImageReadError,
+    Preprocessing,
     augmented,
     fitted,
     open_image,
     open_mask,
-    resampling,
-    shorter_side,
     to_tensor,
 )
 from aha.data.images import Image as _Image
@@ -50,8 +49,7 @@ class ImageFolder(torch.utils.data.Dataset):
     through links counts once. Files that cannot be read are listed, and raise on access.
 
     image_size: side of the square output, pixels.
-    resize: the shorter side before the centre crop, pixels; None is round(image_size / crop_pct).
-    interpolation: "nearest", "bilinear", "bicubic" or "lanczos", always with antialiasing.
+    preprocessing: how images are resized and cropped, such as `aha.metrics.Protocol.preprocessing`.
     augment: instead, a random crop of 25 to 100 % of the area, aspect 3/4 to 4/3, and a random flip, a
         function of (seed, index) alone. Any index is accepted: index // len(self) is the epoch. Iteration
         stops after one epoch.
@@ -79,9 +77,7 @@ class ImageFolder(torch.utils.data.Dataset):
         self,
         root: str | os.PathLike,
         image_size: int = 224,
-        resize: int | None = None,
-        crop_pct: float = CROP_PCT,
-        interpolation: str = "bicubic",
+        preprocessing: Preprocessing = DEFAULT,
         augment: bool = False,
         class_names: Sequence[str] | None = None,
         labels: str | os.PathLike | bool | None = None,
@@ -94,8 +90,8 @@ class ImageFolder(torch.utils.data.Dataset):
         if isinstance(class_names, str):
             raise ValueError(f"class_names is the text {class_names!r}: give a list of names in label order")
         self.image_size = image_size
-        self.resize = shorter_side(image_size, resize, crop_pct)
-        self.resample = resampling(interpolation)
+        self.preprocessing = preprocessing
+        self.resize, self.resample = preprocessing.resize(image_size), preprocessing.resample
         self.augment, self.seed = augment, seed
         self.folder = folder = _folder(Path(root), split)
         names = None if class_names is None else [str(name) for name in class_names]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -30,13 +31,44 @@ class ImageMissingError(ImageReadError, FileNotFoundError):
     """A file that is not there, or a link to nothing."""
 
 
-def load_image(
-    path: str | os.PathLike,
-    image_size: int = 224,
-    resize: int | None = None,
-    crop_pct: float = CROP_PCT,
-    interpolation: str = "bicubic",
-) -> torch.Tensor:
+@dataclass(frozen=True)
+class Preprocessing:
+    """How an image becomes a square: its shorter side is resized, then the centre is cropped.
+
+    Attributes:
+        crop_pct: side of the square over the resized shorter side, above 0 and at most 1.
+        interpolation: "nearest", "bilinear", "bicubic" or "lanczos", always with antialiasing.
+    """
+
+    crop_pct: float = CROP_PCT
+    interpolation: str = "bicubic"
+
+    def __post_init__(self) -> None:
+        if not 0 < self.crop_pct <= 1:
+            raise ValueError(f"crop_pct is {self.crop_pct}; it must be above 0 and at most 1")
+        if self.interpolation not in INTERPOLATIONS:
+            raise ValueError(f"interpolation is {self.interpolation!r}; it must be one of {', '.join(INTERPOLATIONS)}")
+
+    def resize(self, image_size: int) -> int:
+        """What the shorter side is resized to for a square of ``image_size``, pixels."""
+        if image_size < 1:
+            raise ValueError(f"image_size is {image_size}; it must be at least 1 pixel")
+        return round(image_size / self.crop_pct)
+
+    @property
+    def resample(self) -> Image.Resampling:
+        """PIL's filter."""
+        return INTERPOLATIONS[self.interpolation]
+
+    def describe(self, image_size: int) -> str:
+        """In a line, for reports."""
+        return f"shorter side to {self.resize(image_size)} px ({self.interpolation}), centre crop of {image_size} px"
+
+
+DEFAULT = Preprocessing()
+
+
+def load_image(path: str | os.PathLike, image_size: int = 224, preprocessing: Preprocessing = DEFAULT) -> torch.Tensor:
     """One image from disk as (3, image_size, image_size) float32 RGB in [0, 1]; arguments as `ImageFolder`.
 
     EXIF orientation is honoured; every colour mode becomes RGB, and transparency is dropped. 16 bits are scaled to the
@@ -47,28 +79,8 @@ def load_image(
         ImageReadError: in one line, for a file that is missing (then it is a FileNotFoundError too), damaged, outside
             these ranges, or of more pixels than PIL's limit, as it is or once resized.
     """
-    resize, resample = shorter_side(image_size, resize, crop_pct), resampling(interpolation)
-    return to_tensor(fitted(open_image(Path(path), resize), image_size, resize, resample))
-
-
-def shorter_side(image_size: int, resize: int | None, crop_pct: float) -> int:
-    """What the shorter side is resized to before the crop, pixels."""
-    if image_size < 1:
-        raise ValueError(f"image_size is {image_size}; it must be at least 1 pixel")
-    if resize is None:
-        if not 0 < crop_pct <= 1:
-            raise ValueError(f"crop_pct is {crop_pct}; it must be above 0 and at most 1")
-        return round(image_size / crop_pct)
-    if resize < image_size:
-        raise ValueError(f"resize is {resize}, smaller than image_size {image_size}: the crop would not fit")
-    return resize
-
-
-def resampling(interpolation: str) -> Image.Resampling:
-    """PIL's filter of that name."""
-    if interpolation not in INTERPOLATIONS:
-        raise ValueError(f"interpolation is {interpolation!r}; it must be one of {', '.join(INTERPOLATIONS)}")
-    return INTERPOLATIONS[interpolation]
+    resize = preprocessing.resize(image_size)
+    return to_tensor(fitted(open_image(Path(path), resize), image_size, resize, preprocessing.resample))
 
 
 def open_image(path: Path, resize: int) -> Image.Image:
@@ -174,7 +186,8 @@ def fitted(image: Image.Image, size: int, resize: int, resample: Image.Resamplin
     """Shorter side to `resize`, then the central square of `size`."""
     width, height = image.size
     short = min(width, height)
-    width, height = max(resize, round(width * resize / short)), max(resize, round(height * resize / short))
+    # rounded down, as torchvision's Resize does, whose pixels published figures are of
+    width, height = int(resize * width / short), int(resize * height / short)
     if image.size != (width, height):
         image = image.resize((width, height), resample)
     left, top = round((width - size) / 2), round((height - size) / 2)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from aha.data import ImageFolder, ImageReadError, Scenes, find_images, load_image
+from aha.data import ImageFolder, ImageReadError, Preprocessing, Scenes, find_images, load_image
 from aha.data import scenes as scenes_module
 
 
@@ -277,20 +277,37 @@ def test_exif_orientation(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 3  # upside down
     Image.fromarray(pixels).save(tmp_path / "a.png", exif=exif)
-    image = load_image(tmp_path / "a.png", image_size=32, resize=32)
+    image = load_image(tmp_path / "a.png", 32, Preprocessing(crop_pct=1))
     assert image[:, :12].max() < 0.1
     assert image[:, -12:].min() > 0.9
 
 
 def test_resize_and_crop(tmp_path):
     path = noise(tmp_path / "a.png", size=(100, 50))
-    whole = load_image(path, image_size=50, resize=50)
+    whole = load_image(path, 50, Preprocessing(crop_pct=1))
     with Image.open(path) as file:
         middle = np.asarray(file)[:, 25:75] / 255
     assert np.allclose(whole.permute(1, 2, 0).numpy(), middle, atol=1e-6)
-    for arguments in ({"resize": 16}, {"interpolation": "cubic"}, {"crop_pct": 0}, {"image_size": 0}):
+    for arguments in ({"interpolation": "cubic"}, {"crop_pct": 0}, {"crop_pct": 1.1}):
         with pytest.raises(ValueError, match=next(iter(arguments))):
-            load_image(path, **{"image_size": 32, **arguments})
+            Preprocessing(**arguments)
+    with pytest.raises(ValueError, match="image_size"):
+        load_image(path, 0)
+    assert Preprocessing(1, "bilinear").describe(224) == "shorter side to 224 px (bilinear), centre crop of 224 px"
+    assert Preprocessing().describe(224) == "shorter side to 256 px (bicubic), centre crop of 224 px"
+
+
+@pytest.mark.parametrize("size", [(97, 50), (50, 97), (64, 64), (101, 333)])
+@pytest.mark.parametrize("crop_pct", [0.875, 1.0])
+def test_pixels_are_those_of_torchvision(tmp_path, size, crop_pct):
+    transforms = pytest.importorskip("torchvision.transforms")
+    path = noise(tmp_path / "a.png", size=size)
+    for name in ("bilinear", "bicubic"):
+        way = transforms.InterpolationMode(name)
+        resize = transforms.Resize(round(28 / crop_pct), way)
+        theirs = transforms.Compose([resize, transforms.CenterCrop(28), transforms.ToTensor()])
+        with Image.open(path) as file:
+            assert torch.equal(load_image(path, 28, Preprocessing(crop_pct, name)), theirs(file.convert("RGB")))
 
 
 def test_augmentation_is_a_function_of_seed_and_index(tmp_path):

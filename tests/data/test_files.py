@@ -13,6 +13,7 @@ from aha.data import (
     ImageFolder,
     ImageReadError,
     Part,
+    Preprocessing,
     Readable,
     Scenes,
     find_images,
@@ -258,7 +259,7 @@ def test_a_mask_of_value_one_is_object(tmp_path, kind):
     write(tmp_path / "in" / "a.png")
     (tmp_path / "masks").mkdir()
     MASKS[kind].save(tmp_path / "masks" / "a.png")
-    mask = ImageFolder(tmp_path / "in", 10, resize=10, masks=tmp_path / "masks")[0]["mask"]
+    mask = ImageFolder(tmp_path / "in", 10, Preprocessing(1), masks=tmp_path / "masks")[0]["mask"]
     assert torch.equal(mask[0], torch.eye(10, dtype=torch.bool))
 
 
@@ -362,7 +363,8 @@ def test_identity_tells_what_changed(tmp_path):
     assert now(content=False) == listing  # the same size: only its content tells
     assert now(class_names=["dog", "cat"]) != changed
     assert now(class_names=["dog", "cat"], content=False) != listing
-    assert now(resize=8) != changed
+    assert now(preprocessing=Preprocessing(1)) != changed
+    assert now(preprocessing=Preprocessing(interpolation="bilinear")) != changed
     root.rename(tmp_path / "moved")
     root = tmp_path / "moved"
     assert now() == changed

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 import aha
-from aha.data import ImageFolder
+from aha.data import ImageFolder, Preprocessing
 from aha.identity import fingerprint
 
 from ..toys import TINY_DECODER, tiny_classifier
@@ -32,7 +32,7 @@ def fit(folder, output, clf=None, resume=False):
     torch.manual_seed(0)
     explainer = aha.Explainer.build(clf, decoder=TINY_DECODER)
     config = dataclasses.replace(CONFIG, output=str(output))
-    data = ImageFolder(folder, 32, resize=32)
+    data = ImageFolder(folder, 32, Preprocessing(1))
     aha.Trainer(explainer, clf, data, config).fit(resume=resume, progress=False)
     return explainer
 
