@@ -40,6 +40,7 @@ class Metadata:
 
 # what Metadata.fidelity says of the methods that were compared
 MEASURED = "equal to the authors' code to rounding, compared on photographs with a ViT-Tiny"
+BY_HAND = "the paper's definition, equal to a computation by hand; not compared with the authors' code"
 
 
 class Attributor(ABC):
@@ -106,8 +107,9 @@ class Attributor(ABC):
     def passes(self, images: Tensor) -> Passes:
         """What `attribute` takes with the target given, as `count_passes` counts it, per image: their mean.
 
-        Known without a pass of the classifier where the method says what it takes (`per_image`, or an override);
-        counted on the first image otherwise.
+        Known without a pass of the classifier where the method says what it takes (`per_image`, or an override) and
+        that does not depend on the images; counted on the first image for a method that says nothing. Where the target
+        matters it is the predicted class.
 
         Args:
             images: as for `attribute`.

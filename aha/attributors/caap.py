@@ -14,6 +14,7 @@ from .. import references
 from ..checks import check_images
 from ..classifier import Classifier
 from .base import Metadata, register
+from .passes import Passes
 from .tokens import TokenAttributor
 from .transformer import ARCHITECTURES
 
@@ -40,6 +41,7 @@ class CAAP(TokenAttributor):
         architectures=ARCHITECTURES,
         licence="paper only",
         notes="range of blocks, neutral image and score are our choices where the abstract is silent; bilinear",
+        fidelity="our reading of the abstract, which is all that was at hand; equal to loops by hand",
     )
 
     def __init__(
@@ -84,6 +86,10 @@ class CAAP(TokenAttributor):
             method.neutral = neutral[part]
             maps.append(super(CAAP, method).attribute(images[part], None if classes is None else classes[part]))
         return torch.cat(maps)
+
+    def passes(self, images: Tensor) -> Passes:
+        rows, cols = self.grid(images)
+        return Passes(2 + rows * cols)
 
     def patches(self, images: Tensor, target: Tensor) -> Tensor:
         """Gain in the target's logit for each patch, (B, patches). Trusts its input."""

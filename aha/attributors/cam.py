@@ -24,8 +24,9 @@ from torch import Tensor, nn
 from ..classifier import Classifier
 from ..geometry import as_maps
 from ..precision import switched_off
-from ..protection import undisturbed
-from .base import Attributor, Metadata, register
+from ..protection import protected, undisturbed
+from .base import BY_HAND, Attributor, Metadata, register
+from .passes import Passes
 from .transformer import TransformerAttributor
 
 ARCHITECTURES = "timm CNNs (ConvNeXt, ResNet, …) and Swin, timm vision transformers; others with layer="
@@ -268,6 +269,13 @@ class CamAttributor(LayerAttributor):
     def cam(self, images: Tensor, target: Tensor) -> Tensor:
         """Images and targets → the map (B, h, w) on the layer's grid, before the ReLU."""
 
+    def _probe(self, images: Tensor) -> tuple[int, bool]:
+        """Channels of the layer, and whether only the head follows it, by one pass of the first image."""
+        image = self.clf.check(images)[:1].detach()
+        with protected(*self.networks):
+            captured = self.capture(image)
+        return self.maps(captured.output, image).shape[1], captured.last
+
     def _attribute(self, images: Tensor, target: Tensor) -> Tensor:
         cam = F.relu(self.cam(images, target))
         return F.interpolate(cam[:, None], images.shape[-2:], mode="bilinear", align_corners=False)
@@ -275,6 +283,8 @@ class CamAttributor(LayerAttributor):
 
 class GradientCam(CamAttributor):
     """Base of the methods whose weights are made of the gradient; one forward pass, backward to the layer."""
+
+    per_image = Passes(1, 1)
 
     @abstractmethod
     def combine(self, maps: Tensor, gradients: Tensor) -> Tensor:
@@ -303,6 +313,7 @@ class GradCam(GradientCam):
         architectures=ARCHITECTURES,
         licence="well-known",
         notes=f"{_TOKENS}; gradcam_vit reads attention instead",
+        fidelity=BY_HAND,
     )
 
     def combine(self, maps: Tensor, gradients: Tensor) -> Tensor:
@@ -324,6 +335,7 @@ class GradCamPlusPlus(GradientCam):
         licence="well-known",
         notes="without the factor exp(s) per image; α takes A ≥ 0 for granted: where channels may be negative "
         f"(ConvNeXt, transformers) 2 + ΣA·g may come near 0 and one channel take over; {_TOKENS}",
+        fidelity=f"{BY_HAND}; differs by a positive factor per image",
     )
     # far below the square of any gradient that matters; 1e-6 would be above those of a ResNet-50 and change the weights
     epsilon: ClassVar[float] = 1e-12
@@ -350,6 +362,7 @@ class HiResCam(GradientCam):
         architectures=ARCHITECTURES,
         licence="well-known",
         notes=_TOKENS,
+        fidelity=BY_HAND,
     )
 
     def combine(self, maps: Tensor, gradients: Tensor) -> Tensor:
@@ -376,7 +389,11 @@ class ScoreCam(CamAttributor):
         licence="MIT",
         notes="C channels; scores are logits; the paper's baseline score f(0) drops out of the softmax; "
         f"channels without range are left out; {_TOKENS}",
+        fidelity=f"{BY_HAND}; differs by logits as scores, where the paper has confidences",
     )
+
+    def passes(self, images: Tensor) -> Passes:
+        return Passes(1 + self._probe(images)[0])
 
     @torch.no_grad()
     def cam(self, images: Tensor, target: Tensor) -> Tensor:
@@ -414,7 +431,12 @@ class AblationCam(CamAttributor):
         notes="C channels; dividing by s as published turns the signs where the target's logit is negative; full "
         f"passes for layers that more than the head follows, and models without forward_head; {_TOKENS} and "
         "not ablated, one block and the head per channel",
+        fidelity=BY_HAND,
     )
+
+    def passes(self, images: Tensor) -> Passes:
+        channels, last = self._probe(images)
+        return Passes(1 if last else 1 + channels)
 
     @torch.no_grad()
     def cam(self, images: Tensor, target: Tensor) -> Tensor:

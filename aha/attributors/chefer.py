@@ -11,7 +11,8 @@ from torch import Tensor
 from ..classifier import Classifier
 from ..protection import undisturbed
 from .attention import AttentionAttributor
-from .base import Metadata, register
+from .base import MEASURED, Metadata, register
+from .passes import Passes
 from .relevance import NoRule, Propagation
 
 RELEVANCES = ("propagation", "gradient")
@@ -41,6 +42,7 @@ class Chefer(AttentionAttributor):
         "is the patches' mean; beyond the paper: gates and rotary positions follow the rules of products and sums, a "
         "mean goes to the tokens of its sign, constants get none; residuals that nearly cancel make relevances "
         "sensitive to rounding",
+        fidelity=f'{MEASURED}; relevance="gradient" is the variant that the authors call simpler',
     )
 
     def __init__(self, clf: Classifier, relevance: str = "propagation", **options: Any):
@@ -55,6 +57,9 @@ class Chefer(AttentionAttributor):
                     f"{clf.name}: give it in float32"
                 )
             self._check_rules()
+
+    def passes(self, images: Tensor) -> Passes:
+        return Passes(1, 2) if self.relevance == "propagation" else Passes(1, 1)
 
     def _check_rules(self) -> None:
         image = self.clf.mean.new_zeros(1, len(self.clf.mean), *self.clf.input_size)

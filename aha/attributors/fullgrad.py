@@ -20,8 +20,9 @@ from torch.overrides import TorchFunctionMode
 from ..classifier import Classifier
 from ..precision import switched_off
 from ..protection import protected
-from .base import Metadata, register
+from .base import MEASURED, Metadata, register
 from .libragrad import depends, operation
+from .passes import Passes
 from .transformer import TransformerAttributor
 
 
@@ -224,7 +225,9 @@ class FullGradPlus(TransformerAttributor):
         "follow, summed over channels with the sign kept, where FullGrad takes absolute values and rescales each "
         "layer; biases without a token of their own (after pooling, inside token mixing, of query and key norms) "
         "are left out",
+        fidelity=f"under libragrad {MEASURED}",
     )
+    per_image = Passes(1, 1)
     accepts = "timm vision transformers (ViT, DeiT, BEiT, EVA, DINOv3) and MLP-Mixers"
     mixers = True
 

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from ..classifier import Classifier
 from ..references import blur
-from .base import Attributor, Metadata, register
+from .base import BY_HAND, Attributor, Metadata, register
+from .passes import Passes
 
 
 @register("input_x_gradient")
@@ -32,7 +33,9 @@ class InputXGradient(Attributor):
         architectures="any",
         licence="well-known",
         notes="absolute value of the sum over channels",
+        fidelity=f"{BY_HAND}; differs by the absolute value",
     )
+    per_image = Passes(1, 1)
 
     def __init__(self, clf: Classifier, smooth: float = 0.0, **options: Any):
         super().__init__(clf, **options)
@@ -67,6 +70,7 @@ class IntegratedGradients(Attributor):
         cost="50F 50B",
         architectures="any",
         licence="captum, BSD-3-Clause, used as a dependency",
+        fidelity="captum's own code from a black image",
     )
 
     def __init__(self, clf: Classifier, n_steps: int = 50, **options: Any):
@@ -79,6 +83,9 @@ class IntegratedGradients(Attributor):
             raise ValueError(f"n_steps={n_steps}: give at least one step of the path")
         self.n_steps = n_steps
         self._captum = CaptumIntegratedGradients(clf)
+
+    def passes(self, images: Tensor) -> Passes:
+        return self.n_steps * Passes(1, 1)
 
     def _attribute(self, images: Tensor, target: Tensor) -> Tensor:
         gradients = self._captum.attribute(

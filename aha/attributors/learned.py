@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,6 +20,9 @@ from ..identity import fingerprint
 from ..refinement import refine
 from ..shapley import METHODS, ShapleyObjective
 from .base import Attributor, Metadata, register
+from .passes import Passes
+
+_FIDELITY = "rebuilt from the paper, not compared with the authors' code; differs by the network and what v is"
 
 
 class LearnedAttributor(Attributor):
@@ -59,6 +63,11 @@ class LearnedAttributor(Attributor):
         self.explainer = explainer
 
     @property
+    def _encoding(self) -> Passes:
+        """What the explainer's features take of the classifier: a pass where it is its own encoder."""
+        return Passes(int(self.explainer.encoder.module is self.clf.module))
+
+    @property
     def networks(self) -> tuple[nn.Module, ...]:
         return (self.clf, *self.explainer.networks)
 
@@ -91,6 +100,8 @@ class AHA(LearnedAttributor):
         architectures="any classifier, with an explainer trained for it",
         licence="own implementation from the paper",
         notes="class-conditioned maps, standardized scores",
+        fidelity="rebuilt from the paper, not compared with the authors' code; differs by a decoder that is given the "
+        "class, standardized scores, and keeping the best step of the refinement",
     )
 
     def __init__(
@@ -105,6 +116,17 @@ class AHA(LearnedAttributor):
         super().__init__(clf, explainer, internal_batch_size, seed)
         self.steps = check_integer("steps", steps, 0)
         self.refinement = refinement
+
+    def passes(self, images: Tensor) -> Passes:
+        if not self.steps:
+            return self._encoding
+        bound = inspect.signature(refine).bind(self.explainer, self.clf, images, **self.refinement)
+        bound.apply_defaults()
+        references, fractions = len(bound.arguments["references"]), bound.arguments["fractions"]
+        # of every reference deletion and insertion, their common ends, and a loss of the last maps without a gradient
+        interior = 2 * (fractions - 2)
+        loss, gradient = references * Passes(interior + 2), references * Passes(0, interior)
+        return self._encoding + (self.steps + 1) * loss + self.steps * gradient
 
     def _attribute(self, images: Tensor, target: Tensor) -> Tensor:
         if self.steps == 0:
@@ -151,6 +173,11 @@ class ShapleyAttributor(LearnedAttributor):
     def networks(self) -> tuple[nn.Module, ...]:
         return (*super().networks, self.game.value_model)
 
+    def passes(self, images: Tensor) -> Passes:
+        # v(N) and v(∅), with each reference unless patches are dropped
+        ends = 2 * (1 if self.game.absence == "tokens" else len(self.explainer.settings.get("references", ())))
+        return self._encoding + Passes(ends if self.game.value_model.module is self.clf.module else 0)
+
     def values(self, images: Tensor, target: Tensor) -> Tensor:
         """φ (B, rows, cols) of the players, for checked images and targets (B,)."""
         regions = self.game.regions(*images.shape[-2:])
@@ -178,6 +205,7 @@ class FastSHAP(ShapleyAttributor):
         notes="v is the frozen classifier itself unless a surrogate is given, the paper fine-tunes one on masked "
         "images; trained for the prediction and the label or runner-up, the paper draws classes; class-conditioned "
         "decoder of this library instead of the paper's network",
+        fidelity=_FIDELITY,
     )
 
 
@@ -196,4 +224,5 @@ class ViTShapley(ShapleyAttributor):
         "images; patches are dropped by masking them as attention keys in every block, so a pass costs a whole one; "
         "average pooling is over the patches left, zero for none; trained for the prediction and the label or "
         "runner-up, the paper draws classes; class-conditioned decoder of this library instead of the paper's network",
+        fidelity=_FIDELITY,
     )

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from ..classifier import Classifier
 from ..protection import undisturbed
 from .attention import AttentionAttributor
-from .base import Metadata, register
+from .base import MEASURED, Metadata, register
+from .passes import Passes
 
 
 @register("legrad")
@@ -28,7 +29,10 @@ class LeGrad(AttentionAttributor):
         architectures=AttentionAttributor.accepts,
         licence="paper only",
         notes="sum over blocks, not their mean, and no min-max; pooling, norm and head are the classifier's own",
+        fidelity=f"{MEASURED}, up to the scale of a map",
     )
+    # the backward passes start at logits read from a block, which are not the classifier's
+    per_image = Passes(1)
 
     def __init__(self, clf: Classifier, **options: Any):
         super().__init__(clf, **options)

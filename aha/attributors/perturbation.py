@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..classifier import Classifier
 from .base import Attributor, Metadata, register
+from .passes import Passes
 
 
 @register("random")
@@ -25,8 +26,11 @@ class Random(Attributor):
     """
 
     needs_gradients = False
-    metadata = Metadata(paper="baseline", cost="none", architectures="any", licence="ours")
+    metadata = Metadata(
+        paper="baseline", cost="none", architectures="any", licence="ours", fidelity="ours, with no code to equal"
+    )
     class_specific = False
+    per_image = Passes()
 
     def _attribute(self, images: Tensor, target: Any) -> Tensor:
         maps = []
@@ -63,6 +67,8 @@ class Rise(Attributor):
         architectures="any",
         licence="MIT",
         notes="divided by the actual instead of the expected coverage",
+        fidelity="differs: divided by the actual instead of the expected coverage, 500 masks unless n_masks=4000; "
+        "equal to loops by hand",
     )
 
     def __init__(self, clf: Classifier, n_masks: int = 500, cells: int = 7, p: float = 0.5, **options: Any):
@@ -72,6 +78,9 @@ class Rise(Attributor):
         if not 0 < p < 1:
             raise ValueError(f"p={p}: give the probability of showing a cell, above 0 and below 1")
         self.n_masks, self.cells, self.p = n_masks, cells, p
+
+    def passes(self, images: Tensor) -> Passes:
+        return Passes(self.n_masks)
 
     def masks(self, height: int, width: int, chunk: int) -> Iterator[Tensor]:
         """All masks, ``chunk`` at a time: (≤ chunk, height, width) in [0, 1], float32 on the classifier's

@@ -17,6 +17,7 @@ from torch import Tensor
 from .. import references
 from ..classifier import Classifier
 from .base import Attributor, Metadata, register
+from .passes import Passes
 
 
 class Surrogate(Attributor):
@@ -69,6 +70,10 @@ class Surrogate(Attributor):
         cells = self.cells or 14
         return min(cells, height), min(cells, width)
 
+    def passes(self, images: Tensor) -> Passes:
+        rows, cols = self.grid(images)
+        return Passes(len(self.coalitions(rows * cols)))
+
     def patches(self, images: Tensor, target: Tensor) -> Tensor:
         """Coefficients of the patches, (B, rows·cols) float64. Trusts its input."""
         rows, cols = self.grid(images)
@@ -115,6 +120,8 @@ class Lime(Surrogate):
         architectures="any",
         licence="BSD-2-Clause",
         notes="patches instead of superpixels, a common colour instead of each superpixel's; bilinear",
+        fidelity="differs: patches instead of superpixels, a common colour; the fit is that of the authors' image "
+        "explainer, equal to the normal equations by hand",
     )
 
     def coalitions(self, players: int) -> Tensor:
@@ -149,6 +156,8 @@ class KernelShap(Surrogate):
         architectures="any",
         licence="paper only",
         notes="the constraint is met exactly, not by a large weight; bilinear",
+        fidelity="the paper's definition: equal to Shapley values where all coalitions are taken; not compared with "
+        "the authors' code",
     )
     # the two ends and one pair
     fewest = 4

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..classifier import Classifier
 from .base import Metadata, register
+from .passes import Passes
 from .tokens import TokenAttributor
 
 _ARCHITECTURES = "timm vision transformers without relative position bias (ViT, DeiT, EVA, DINOv3)"
@@ -43,6 +44,7 @@ class TIS(TokenAttributor):
         architectures=_ARCHITECTURES,
         licence="paper only",
         notes="k-means starts from random channels; a centroid within rounding of a tie may change the mask; bilinear",
+        fidelity="equal to the authors' code within the noise of its k-means, compared on photographs with a ViT-Tiny",
     )
     reads = "drops tokens"
     accepts = _ARCHITECTURES
@@ -57,6 +59,10 @@ class TIS(TokenAttributor):
         if any(getattr(module, name, None) is not None for module in clf.module.modules() for name in names):
             self.refuse()
         self.n_masks, self.keep = n_masks, keep
+
+    def passes(self, images: Tensor) -> Passes:
+        module: Any = self.clf.module
+        return Passes(1 + min(self.n_masks, len(self.blocks) * module.embed_dim))
 
     def kept(self, outputs: list[Tensor]) -> Tensor:
         """(B, K, kept patches) indices of patches, ascending, from the blocks' outputs (B, T, D). Trusts its input."""
