@@ -298,10 +298,12 @@ def list_methods(markdown: bool = False) -> None:
         def row(*cells: str) -> str:
             return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
-        print(row("method", "paper", "cost per image", "architectures", "source's licence", "choices, approximations"))
-        print("|---|---|---|---|---|---|")
+        headings = ("method", "paper", "cost per image", "architectures", "source's licence", "beside the authors' code")
+        print(row(*headings, "choices, approximations"))
+        print("|---|---|---|---|---|---|---|")
         for name, about in attributors.available().items():
-            print(row(f"`{name}`", about.paper, about.cost, about.architectures, about.licence, about.notes))
+            cells = (about.paper, about.cost, about.architectures, about.licence, about.fidelity, about.notes)
+            print(row(f"`{name}`", *cells))
         print()
         print(row("protocol", "what it measures, and what its figures compare with"))
         print("|---|---|")

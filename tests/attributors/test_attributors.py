@@ -256,6 +256,7 @@ def test_registry(models):
     for name, metadata in attributors.available().items():
         assert isinstance(metadata, Metadata)
         assert metadata.paper, name
+        assert metadata.fidelity, name
     with pytest.raises(ValueError, match=r"'rolout' is not known \(did you mean 'rollout'\?\): choose one of") as error:
         attributors.create("rolout", models("vit"))
     assert "\n" not in str(error.value)
