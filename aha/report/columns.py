@@ -1,63 +1,25 @@
-"""How reports name, order, print and rank what an evaluation measures.
+"""How reports order, print and rank what an evaluation measures; what a metric is says `aha.metrics.catalog`.
 
-A metric is called as in a summary: bare for the protocol aha ("deletion"), with the protocol in front for the
+A metric is called as in a summary: bare for the first protocol ("deletion"), with the protocol in front for the
 others ("rise/deletion").
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
-from typing import Any, TypeGuard
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import numpy as np
 
-COSTS = ("seconds_per_image", "forward_per_image", "backward_per_image", "peak_bytes_per_image")
-LABELS = {
-    "ins_minus_del": "Ins − Del",
-    "insertion": "Insertion",
-    "deletion": "Deletion",
-    "neg_minus_pos": "Neg − Pos",
-    "negative": "Negative",
-    "positive": "Positive",
-    "adp": "ADP",
-    "pic": "PIC",
-    "pointing_game": "Pointing",
-    "iou": "IoU",
-    "map": "mAP",
-    "f1": "F1",
-    "iou_oracle": "IoU, oracle",
-    "f1_oracle": "F1, oracle",
-    "mas_deletion": "MAS Deletion",
-    "mas_insertion": "MAS Insertion",
-    "mas_ins_minus_del": "MAS Ins − Del",
-    "monotonicity": "Monotonicity",
-    "seconds_per_image": "s / image",
-    "forward_per_image": "F / image",
-    "backward_per_image": "B / image",
-    "peak_bytes_per_image": "MiB / image",
-}
-PROTOCOLS = {
-    "rise": "RISE",
-    "chefer": "Chefer",
-    "mda": "MDA",
-    "mas": "MAS",
-    "monotonicity": "Monotonicity",
-}
-# what stands together in a table
-FAMILIES = (
-    ("deletion", "insertion", "ins_minus_del"),
-    ("positive", "negative", "neg_minus_pos"),
-    ("adp", "pic"),
-    ("mas_deletion", "mas_insertion", "mas_ins_minus_del"),
-    ("monotonicity",),
-    ("pointing_game", "iou", "map", "f1"),
-    COSTS,
-)
-LEVEL = 0.05  # of a test, after the correction for the number of methods
+if TYPE_CHECKING:
+    from ..metrics.catalog import Metric
 
-_PERCENT = ("adp", "pic")
-_PASSES = ("forward_per_image", "backward_per_image")
+PROTOCOLS = {"rise": "RISE", "chefer": "Chefer", "mda": "MDA", "mas": "MAS", "monotonicity": "Monotonicity"}
+LEVEL = 0.05  # of a test, after the correction for the number of methods
+HEADLINE = "ins_minus_del"  # the metric that methods are ordered by
+
+Rows = Mapping[str, Mapping[str, Any]]  # method → {metric: mean, "ci95": {metric: [low, high]}, costs}
 
 
 def split(metric: str) -> tuple[str, str]:
@@ -66,21 +28,29 @@ def split(metric: str) -> tuple[str, str]:
     return protocol, name
 
 
-def direction(metric: str) -> bool | None:
-    """Whether higher is better; None for a metric this library does not know."""
+def row(metric: str) -> Metric | None:
+    """The metric's row of the catalogue; None for one that it does not know."""
     # torchmetrics, and with it matplotlib, are not needed to write an overlay
-    from ..metrics import arrow
+    from ..metrics import catalog
 
-    try:
-        return arrow(metric) == "↑"
-    except KeyError:
-        return None
+    return catalog.get(metric) if catalog.known(metric) else None
+
+
+def direction(metric: str) -> bool | None:
+    """Whether higher is better; None for a metric that the catalogue does not know."""
+    found = row(metric)
+    return None if found is None else found.higher_is_better
+
+
+def plain(name: str) -> str:
+    """A name in words."""
+    return name.replace("_", " ")
 
 
 def label(metric: str) -> str:
-    """The metric in words, without its protocol."""
-    name = split(metric)[1]
-    return LABELS.get(name, name.replace("_", " "))
+    """The metric in words, without its protocol, with ↑ where higher is better and ↓ where lower is."""
+    found = row(metric)
+    return plain(split(metric)[1]) if found is None else f"{found.title} {found.arrow}"
 
 
 def protocol_label(protocol: str) -> str:
@@ -89,54 +59,78 @@ def protocol_label(protocol: str) -> str:
 
 
 def heading(metric: str) -> str:
-    """The metric as tables and axes call it, with ↑ where higher is better and ↓ where lower is."""
-    protocol = split(metric)[0]
-    text = f"{protocol_label(protocol)} {label(metric)}" if protocol else label(metric)
-    return text + arrow_after(metric)
+    """The metric as axes call it: protocol, name and arrow."""
+    return f"{protocol_label(split(metric)[0])} {label(metric)}".strip()
 
 
-def arrow_after(metric: str) -> str:
-    """ " ↑", " ↓" or, for a metric this library does not know, nothing."""
-    return {True: " ↑", False: " ↓", None: ""}[direction(metric)]
+def family(metric: str) -> tuple[str, str]:
+    """Metrics with the same stand together."""
+    found = row(metric)
+    return split(metric)[0], found.family if found else ""
 
 
-def family(metric: str) -> tuple[str, int]:
-    """(protocol, index into `FAMILIES`): metrics with the same stand together."""
-    protocol, name = split(metric)
-    return protocol, next((i for i, names in enumerate(FAMILIES) if name in names), len(FAMILIES))
+def costs() -> tuple[str, ...]:
+    """What a map takes: time, passes, memory."""
+    from ..metrics import catalog
+
+    return catalog.names(catalog.COSTS)
 
 
-def measured(rows: Iterable[Mapping[str, Any]]) -> list[str]:
-    """The metrics that any row holds a number of, in the order of `FAMILIES`: those of the protocol aha, of the
-    others in order of appearance, and the costs last."""
-    found = dict.fromkeys(key for row in rows for key, value in row.items() if is_number(value))
+def ordered(metrics: Iterable[str]) -> list[str]:
+    """Metrics in the catalogue's order: protocols in order of appearance, costs last."""
+    from ..metrics import catalog
+
+    found = dict.fromkeys(metrics)
     protocols = list(dict.fromkeys(["", *(split(metric)[0] for metric in found)]))
-    rank = {name: i for i, name in enumerate(name for names in FAMILIES for name in names)}
+    rank = {key: place for place, key in enumerate(catalog.names())}
 
     def place(metric: str) -> tuple[bool, int, int]:
         protocol, name = split(metric)
-        return metric in COSTS, protocols.index(protocol), rank.get(name, len(rank))
+        return name in costs(), protocols.index(protocol), rank.get(name, len(rank))
 
     return sorted(found, key=place)
 
 
-def number(metric: str, value: float, digits: int = 4) -> str:
-    """A value as text: ``digits`` decimals, two less for percentages; costs with three significant digits, memory
-    in MiB."""
-    name = split(metric)[1]
-    if name == "peak_bytes_per_image":
-        return _significant(value / 2**20)
-    if name in COSTS:
-        return _significant(value)
-    text = f"{value:.{digits - 2 * (name in _PERCENT)}f}"
+def measured(rows: Iterable[Mapping[str, Any]]) -> list[str]:
+    """The metrics that any row holds a number of, in their order."""
+    return ordered(key for of in rows for key, value in of.items() if is_number(value))
+
+
+def best_first(results: Sequence[Rows], metric: str) -> list[str]:
+    """The methods of all results, the best mean of ``metric`` first.
+
+    Methods that more results have a value of come before the others: a mean of fewer does not compare.
+    """
+    sign = {True: -1, False: 1, None: 0}[direction(metric)]
+
+    def place(method: str) -> tuple[int, float]:
+        values = [value for rows in results if is_number(value := rows.get(method, {}).get(metric))]
+        return -len(values), sign * math.fsum(values) / max(1, len(values))
+
+    return sorted(dict.fromkeys(method for rows in results for method in rows), key=place)
+
+
+def number(metric: str, value: float, coarser: int = 0) -> str:
+    """A value as text, in the metric's unit and digits, ``coarser`` decimals less; costs with three significant
+    digits."""
+    found = row(metric)
+    scale, digits = (found.scale, found.digits) if found else (1.0, 4)
+    if digits is None:
+        return significant(value * scale)
+    text = f"{value * scale:.{max(0, digits - coarser)}f}"
     return text if float(text) else text.lstrip("-")  # no minus before a zero
 
 
-def _significant(value: float) -> str:
-    # never in powers of ten, which would break a column of numbers
+def significant(value: float) -> str:
+    """Three significant digits, never in powers of ten, which would break a column of numbers."""
     if abs(value) >= 100:
         return f"{value:.0f}"
     return np.format_float_positional(value, precision=3, fractional=False, trim="-")
+
+
+def signed(metric: str, value: float) -> str:
+    """A difference as text, with its sign."""
+    return f"{'+' if value > 0 else '−' if value < 0 else ''}{number(metric, abs(value))}"
 
 
 def places(values: Mapping[str, Any], metric: str) -> dict[str, int]:
@@ -144,22 +138,30 @@ def places(values: Mapping[str, Any], metric: str) -> dict[str, int]:
 
     Empty without a direction, where all values are alike, and for passes and memory: many methods share the least.
     """
-    better = direction(metric)
-    if better is None or split(metric)[1] in COSTS[1:]:
+    found = row(metric)
+    if found is None or not found.ranked:
         return {}
     printed = {name: float(number(metric, value)) for name, value in values.items() if is_number(value)}
-    distinct = sorted(set(printed.values()), reverse=better)
+    distinct = sorted(set(printed.values()), reverse=found.higher_is_better)
     if len(distinct) < 2:
         return {}
     return {name: distinct.index(value) + 1 for name, value in printed.items() if value in distinct[:2]}
 
 
-def interval(row: Mapping[str, Any], metric: str) -> tuple[float, float] | None:
-    """The row's 95 % interval of the metric, if it has a finite one."""
-    bounds = (row.get("ci95") or {}).get(metric)
+def interval(of: Mapping[str, Any], metric: str) -> tuple[float, float] | None:
+    """The method's 95 % interval of the metric, if it has a finite one."""
+    bounds = (of.get("ci95") or {}).get(metric)
     if not isinstance(bounds, (list, tuple)) or len(bounds) != 2 or not all(map(is_number, bounds)):
         return None
     return bounds[0], bounds[1]
+
+
+def interval_text(of: Mapping[str, Any], metric: str) -> str:
+    """The method's 95 % interval of the metric as text, "" if it has none."""
+    bounds = interval(of, metric)
+    # narrow: twelve columns share a page
+    between = "\N{THIN SPACE}…\N{THIN SPACE}"
+    return between.join(number(metric, bound, coarser=1) for bound in bounds) if bounds else ""
 
 
 def inseparable(found: Mapping[str, Any] | None) -> bool:
@@ -169,9 +171,9 @@ def inseparable(found: Mapping[str, Any] | None) -> bool:
     return is_number(p) and p >= LEVEL
 
 
-def passes(row: Mapping[str, Any]) -> float | None:
+def passes(of: Mapping[str, Any]) -> float | None:
     """Forward plus backward passes per image; None where neither was counted."""
-    counted = [row[name] for name in _PASSES if is_number(row.get(name))]
+    counted = [of[name] for name in ("forward_per_image", "backward_per_image") if is_number(of.get(name))]
     return float(sum(counted)) if counted else None
 
 

@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import io
-import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..evaluation.store import slug
-from ..files import write_atomically, write_csv
-from . import comparison_figures, figures, html, tables
+from ..evaluation.result import IMAGES, write_summary
+from ..files import slug, write_columns
+from . import figures, html, tables
+from .columns import HEADLINE
 
 if TYPE_CHECKING:
     from ..evaluation import Comparison, Evaluation
     from ..evaluation.engine import Engine
 
 SHOWN = 6  # images in the qualitative grid
-PAPER = "{} (paper)"
 
 
 def write(
@@ -31,7 +29,8 @@ def write(
 ) -> Path:
     """Write all pages of ``done`` into ``folder``; returns report.html.
 
-    - per_image.parquet: a row per classifier, target, method and image (per_image.csv without pyarrow);
+    - scores.parquet: a row per number, with its classifier, target, method, protocol, reference, metric and image
+      (scores.csv without pyarrow), and in images.parquet the facts of the images;
     - for every classifier and target (in a folder <classifier>/<target> where there are several) summary.json,
       figures/ and report.html, and one report.html over all of them;
     - tables/: Markdown and LaTeX in the papers' layout.
@@ -40,8 +39,8 @@ def write(
         title: of the report.
         published: classifier → method → metric → the paper's figure, shown beside what was measured.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    write_rows(done.per_image(), folder)
+    done.records.write(folder)
+    write_columns(done.images, folder / IMAGES)
     summaries = {key: result.summary() for key, result in done.results.items()}
     places = {
         (model, target): folder if len(summaries) == 1 else folder / slug(model) / target for model, target in summaries
@@ -49,8 +48,7 @@ def write(
     for key, summary in summaries.items():
         if title:
             summary["title"] = title
-        content = json.dumps(summary, indent=2, ensure_ascii=False, allow_nan=False)
-        write_atomically(places[key] / "summary.json", f"{content}\n".encode())
+        write_summary(summary, places[key])
     tables.write(summaries, folder / "tables")
     for (model, target), summary in summaries.items():
         theirs = (published or {}).get(model)
@@ -65,70 +63,47 @@ def write(
     return html.write(folder)
 
 
-def write_rows(columns: Mapping[str, Sequence[Any]], folder: Path) -> Path:
-    """Columns of equal length as per_image.parquet, or per_image.csv where pyarrow is missing; NaN is null."""
-    try:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-    except ImportError:
-        return write_csv(columns, folder / "per_image.csv")
-    table = pa.table({name: pa.array(_nulls(values), from_pandas=True) for name, values in columns.items()})
-    content = io.BytesIO()
-    pq.write_table(table, content, compression="zstd")
-    path = folder / "per_image.parquet"
-    write_atomically(path, content.getvalue())
-    return path
-
-
-def _nulls(values: Sequence[Any]) -> list[Any]:
-    return [None if isinstance(value, float) and math.isnan(value) else value for value in values]
-
-
 def _beside(measured: Mapping[str, Any], published: Mapping[str, Mapping[str, float]]) -> tables.Table:
     """Every method with a published figure, ours and the paper's in turn."""
     rows: dict[str, Any] = {}
-    for name, figures_ in published.items():
+    metrics = list(dict.fromkeys(metric for row in published.values() for metric in row))
+    for name, row in published.items():
         if name in measured:
-            rows[name] = {metric: measured[name].get(metric) for metric in figures_}
-        rows[PAPER.format(name)] = dict(figures_)
-    metrics = list(dict.fromkeys(metric for figures_ in published.values() for metric in figures_))
+            rows[name] = {metric: measured[name].get(metric) for metric in row}
+        rows[f"{name} (paper)"] = dict(row)
     return tables.comparison(rows, metrics=metrics, caption="Measured, and as published.")
 
 
 def _draw(result: Evaluation, engine: Engine, summary: Mapping[str, Any], folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
     sides = {"deletion", "insertion"}
     known = [{*named} for of in result.curves.values() for named in of.values()]
     if known and sides <= set.union(*known):
         figures.curves(result.curves, folder / "curves.png", summary=summary)
         # RISE deletes to one reference and inserts from another
         if all(sides <= named for named in known):
-            comparison_figures.curves_by_reference(result.curves, folder / "curves_by_reference.png")
+            figures.curves_by_reference(result.curves, folder / "curves_by_reference.png")
     figures.bars(summary, result.headline, folder / f"{slug(result.headline)}.png")
     _draw_maps(result, engine, folder / "maps.png")
 
 
 def _draw_maps(result: Evaluation, engine: Engine, path: Path) -> None:
     """Images that all methods have a map of, evenly spaced, with the score of every map."""
-    common = set.intersection(*(set(result.values(method, "confidence")) for method in result.methods))
-    if not common:
+    common = sorted(set.intersection(*(set(result.values(m, "seconds_per_image")) for m in result.methods)))
+    count = min(SHOWN, len(common))
+    shown = [common[i * len(common) // count] for i in range(count)]
+    maps = {m: kept for m in result.methods if shown and (kept := engine.maps(m, shown)) is not None}
+    if not maps:
         return
-    ordered = sorted(common)
-    shown = [ordered[i * len(ordered) // min(SHOWN, len(ordered))] for i in range(min(SHOWN, len(ordered)))]
     items = [engine.data[index] for index in shown]
-    maps = {method: engine.maps(method, shown) for method in result.methods}
-    scores = {
-        method: torch.tensor([result.values(method, result.headline).get(index, math.nan) for index in shown])
-        for method in maps
-    }
-    targets = dict(zip(result.per_image["index"], result.per_image["target"], strict=True))
+    scores = {m: [result.values(m, result.headline).get(index, math.nan) for index in shown] for m in maps}
+    targets = dict(zip(result.images["index"], result.images["target"], strict=True))
     names = engine.clf.class_names
     masks = [item["mask"] for item in items if item.get("mask") is not None]
-    comparison_figures.qualitative(
+    figures.qualitative(
         torch.stack([item["image"] for item in items]),
-        {method: kept for method, kept in maps.items() if kept is not None},
+        maps,
         path,
         titles=[names[targets[i]] if names else f"class {targets[i]}" for i in shown],
-        scores=scores if result.headline == "ins_minus_del" else None,
+        scores=scores if result.headline == HEADLINE else None,
         masks=torch.stack(masks) if len(masks) == len(items) else None,
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import textwrap
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from .columns import is_ours
+from .columns import is_ours, plain
 from .overlays import enlarge, enlargement, to_numpy
 
 if TYPE_CHECKING:
@@ -31,36 +31,27 @@ INK, FAINT = "#24292f", "#6e7781"
 _STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans",  # ships with matplotlib: the same page everywhere
     "font.size": 9,
-    "text.color": INK,
+    **dict.fromkeys(("text.color", "axes.labelcolor", "axes.titlecolor"), INK),
+    **dict.fromkeys(("xtick.color", "ytick.color"), FAINT),
+    **dict.fromkeys(("xtick.major.size", "ytick.major.size"), 0),
+    **dict.fromkeys(("xtick.labelsize", "ytick.labelsize", "legend.fontsize"), 8),
+    **dict.fromkeys(("axes.spines.top", "axes.spines.right", "legend.frameon"), False),
+    **dict.fromkeys(("axes.linewidth", "grid.linewidth"), 0.8),
     "axes.edgecolor": "#afb8c1",
-    "axes.labelcolor": INK,
-    "axes.titlecolor": INK,
     "axes.titlesize": 10,
     "axes.titleweight": "bold",
     "axes.titlelocation": "left",
     "axes.labelsize": 9,
-    "axes.linewidth": 0.8,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
     "axes.grid": True,
     "axes.axisbelow": True,
     "grid.color": "#eaeef2",
-    "grid.linewidth": 0.8,
-    "xtick.color": FAINT,
-    "ytick.color": FAINT,
-    "xtick.major.size": 0,
-    "ytick.major.size": 0,
-    "xtick.labelsize": 8,
-    "ytick.labelsize": 8,
-    "legend.frameon": False,
-    "legend.fontsize": 8,
     "lines.linewidth": 1.4,
     "lines.solid_capstyle": "round",
     "figure.facecolor": "white",
 }
 
 
-def looks(methods: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+def looks(methods: Collection[str]) -> dict[str, dict[str, Any]]:
     """Colour and dash per method: AHA in vermilion, the last of them solid; random in dotted grey."""
     ours = [name for name in methods if is_ours(name)]
     others = [name for name in methods if not is_ours(name) and name != "random"]
@@ -124,13 +115,13 @@ class Band:
     best: Sequence[Collection[int]] = ()
 
 
-def image_grid(bands: Sequence[Band], titles: Sequence[str] | None = None) -> Figure:
+def image_grid(
+    bands: Sequence[Band], path: str | Path, titles: Sequence[str] | None = None, budget: int = BUDGET
+) -> Path:
     """Panels edge to edge at whole pixels, so that repeated pixels stay square; names above, notes below.
 
     Bands stand under each other; ``titles`` stand at the left of the rows of each.
     """
-    from matplotlib.figure import Figure
-
     rows = len(bands[0].panels)
     if titles is not None and len(titles) != rows:
         raise ValueError(f"{len(titles)} titles for {rows} images: give one per image")
@@ -141,43 +132,38 @@ def image_grid(bands: Sequence[Band], titles: Sequence[str] | None = None) -> Fi
     size = _size_of_names([name for band in bands for name in band.names], width)
     heads = [[_broken(name, width, size=size) for name in band.names] for band in bands]
     tops = [14 + round(30 * size / 9) * max(head.count("\n") + 1 for head in line) for line in heads]
-    note_height = 34
     notes = [[band.notes[row] if row < len(band.notes) else () for row in range(rows)] for band in bands]
+    note_height = 34
     total_w = left + columns * (width + gap)
     total_h = sum(tops) + len(bands) * rows * (height + gap) + note_height * sum(bool(n) for of in notes for n in of)
     total_h += 2 * gap * (len(bands) - 1)
-    figure = Figure(figsize=(total_w / DPI, total_h / DPI), dpi=DPI)
+    with sheet(path, total_w / DPI, total_h / DPI, budget, layout=None) as figure:
 
-    def write_at(x: float, y: float, text: str, **style: Any) -> None:
-        figure.text(x / total_w, 1 - y / total_h, text, ha="center", **style)
+        def write_at(x: float, y: float, text: str, strong: bool = False, **style: Any) -> None:
+            weight = "bold" if strong else "normal"
+            figure.text(x / total_w, 1 - y / total_h, text, ha="center", weight=weight, **style)
 
-    y = 0
-    for band, pictures, head, top, below in zip(bands, shrunk, heads, tops, notes, strict=True):
-        y += top
-        for column, name in enumerate(band.names):
-            weight = "bold" if is_ours(name) else "normal"
-            middle = left + column * (width + gap) + width / 2
-            write_at(middle, y - 13, head[column], va="baseline", weight=weight, size=size, linespacing=1.1)
-        for row, line in enumerate(pictures):
-            for column, pixels in enumerate(line):
-                x = left + column * (width + gap)
-                box = (x / total_w, 1 - (y + height) / total_h, width / total_w, height / total_h)
-                axes = figure.add_axes(box)
-                axes.imshow(pixels, interpolation="nearest", aspect="auto")
-                axes.set_axis_off()
-                if below[row]:
-                    weight = "bold" if band.best and column in band.best[row] else "normal"
-                    color = FAINT if column == 0 else INK
-                    note = below[row][column]
-                    write_at(
-                        x + width / 2, y + height + 6, note, va="top", size=min(8, size), color=color, weight=weight
-                    )
-            if titles:
-                title = _broken(titles[row], height, lines=1)
-                write_at(18, y + height / 2, title, rotation=90, va="center", size=8, color=FAINT)
-            y += height + gap + (note_height if below[row] else 0)
-        y += 2 * gap
-    return figure
+        y = 0
+        for band, pictures, head, top, below in zip(bands, shrunk, heads, tops, notes, strict=True):
+            y += top
+            lefts = [left + column * (width + gap) for column in range(len(band.names))]
+            for x, name, text in zip(lefts, band.names, head, strict=True):
+                write_at(x + width / 2, y - 13, text, is_ours(name), va="baseline", size=size, linespacing=1.1)
+            for row, line in enumerate(pictures):
+                for column, (x, pixels) in enumerate(zip(lefts, line, strict=True)):
+                    axes = figure.add_axes((x / total_w, 1 - (y + height) / total_h, width / total_w, height / total_h))
+                    axes.imshow(pixels, interpolation="nearest", aspect="auto")
+                    axes.set_axis_off()
+                    if below[row]:
+                        best = bool(band.best) and column in band.best[row]
+                        style = {"va": "top", "size": min(8, size), "color": FAINT if column == 0 else INK}
+                        write_at(x + width / 2, y + height + 6, below[row][column], best, **style)
+                if titles:
+                    title = _broken(titles[row], height, lines=1)
+                    write_at(18, y + height / 2, title, rotation=90, va="center", size=8, color=FAINT)
+                y += height + gap + (note_height if below[row] else 0)
+            y += 2 * gap
+    return Path(path)
 
 
 def _shrunk(pixels: np.ndarray, width: int) -> np.ndarray:
@@ -189,7 +175,7 @@ def _shrunk(pixels: np.ndarray, width: int) -> np.ndarray:
 
 def _size_of_names(names: Sequence[str], width: int) -> float:
     """The largest size in points, 9 at most and 7 at least, that breaks no word in a panel of ``width`` pixels."""
-    longest = max(len(word) for name in names for word in name.replace("_", " ").split() or [""])
+    longest = max(len(word) for name in names for word in plain(name).split() or [""])
     return next((size for size in (9, 8, 7.5) if longest <= _letters(width, size)), 7)
 
 
@@ -199,40 +185,44 @@ def _letters(pixels: int, size: float) -> int:
 
 def _broken(name: str, pixels: int, lines: int = 3, size: float = 9) -> str:
     """A name on as many lines as fit a panel's side of ``pixels``; what is too long for them is cut."""
-    words = name.replace("_", " ")
-    return "\n".join(textwrap.wrap(words, _letters(pixels, size), max_lines=lines, placeholder="…"))
+    return "\n".join(textwrap.wrap(plain(name), _letters(pixels, size), max_lines=lines, placeholder="…"))
 
 
 @contextlib.contextmanager
-def drawing() -> Iterator[None]:
-    """The house style, for one figure; ImportError with what to install if there is no matplotlib."""
+def sheet(
+    path: str | Path, width: float, height: float, budget: int = BUDGET, layout: Any = "constrained"
+) -> Iterator[Figure]:
+    """A figure of so many inches in the house style, written as PNG of at most ``budget`` bytes at the end.
+
+    ImportError with what to install if there is no matplotlib.
+    """
     try:
         import matplotlib
+        from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError("figures need matplotlib: pip install aha-attribution[report]") from error
     with matplotlib.rc_context(_STYLE):
-        yield
+        figure = Figure(figsize=(width, height), dpi=DPI, layout=layout)
+        yield figure
+        _write(figure, Path(path), budget)
 
 
-def write(figure: Figure, path: str | Path, budget: int = BUDGET) -> Path:
-    """Save as PNG of at most ``budget`` bytes: first with fewer colours, then with fewer pixels."""
+def _write(figure: Figure, path: Path, budget: int) -> None:
+    """First with fewer colours, then with fewer pixels."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     picture = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
     data = _png(picture)
-    full = picture.size
     for share in (1.0, 0.85, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2):
         if len(data) <= budget:
             break
-        size = [max(1, round(side * share)) for side in full]
+        size = [max(1, round(side * share)) for side in picture.size]
         smaller = picture.resize(size, Image.Resampling.LANCZOS)
         data = _png(smaller.quantize(255, Image.Quantize.MEDIANCUT), DPI * share)
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(data)
-    return path
 
 
 def _png(picture: Image.Image, dpi: float = DPI) -> bytes:

@@ -1,7 +1,8 @@
-"""The figures of a report.
+"""The figures of an evaluation: maps over their images, curves, intervals, and those of a training run.
 
 Shapes: N images (N, 3, H, W) RGB in [0, 1], maps (N, 1, H, W) of any finite range, S points of a curve, T
-steps of refinement. Every figure is a PNG of at most `drawing.BUDGET` bytes; without matplotlib, ImportError.
+steps of refinement. Every figure is a PNG of at most `drawing.BUDGET` bytes, a grid of maps of at most `GRID_BUDGET`;
+without matplotlib, ImportError.
 """
 
 from __future__ import annotations
@@ -15,39 +16,64 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .columns import direction, heading, is_number, is_ours
-from .drawing import ACCENT, DPI, FAINT, INK, PALETTE, Band, batch, drawing, image_grid, looks, outlined, write
-from .overlays import enlarge, overlay, to_numpy, to_pixels
+from . import columns as names
+from .columns import HEADLINE, direction, heading, is_number, is_ours, plain
+from .drawing import ACCENT, FAINT, INK, PALETTE, Band, batch, image_grid, looks, outlined, sheet
+from .overlays import overlay, to_numpy, to_pixels
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+PER_BAND = 10  # methods beside each other in a grid; more go onto further lines
+GRID_BUDGET = 2_500_000  # bytes of a grid of photographs: its panels are the figure
+SHOWN = 10  # lines with a colour in a plot of curves
+_GREY = {"color": "#ced5dc", "linewidth": 0.8}
 
-def map_grid(
+Curves = Mapping[str, Mapping[str, Mapping[str, Any]]]  # method → reference → metric → (S,), at even steps of [0, 1]
+
+
+def qualitative(
     images: Any,
     maps: Mapping[str, Any],
     path: str | Path,
     titles: Sequence[str] | None = None,
+    scores: Mapping[str, Any] | None = None,
     masks: Any = None,
 ) -> Path:
-    """One row per image, one column per method, the image first. Returns the path.
+    """Rows are images, columns methods; more than ten methods go onto further lines, each with the input in front.
 
     Args:
         images: (N, 3, H, W) in [0, 1].
         maps: method → (N, 1, H, W).
-        titles: N lines to stand at the left of the rows, for example the explained class.
-        masks: (N, 1, H, W) bool, the evidence where it is known: outlined in the first column.
+        path: of the PNG.
+        titles: N lines at the left of the rows, for example the explained class.
+        scores: method → (N,) Ins − Del of its maps, written below them; the best of an image is bold.
+        masks: (N, 1, H, W) bool, the evidence where it is known: outlined in every panel.
+
+    Raises:
+        ValueError: for other shapes, or if there are no maps.
     """
+    if not maps:
+        raise ValueError("there are no maps: give at least one method")
     images = batch("images", images)
-    columns = {name: batch("maps", value, len(images)) for name, value in maps.items()}
-    panels = []
-    for n, image in enumerate(images):
-        first = to_pixels(image)
-        outline = None if masks is None else batch("masks", masks, len(images))[n]
-        panels.append([outlined(first, outline), *(overlay(image, value[n]) for value in columns.values())])
-    with drawing():
-        figure = image_grid([Band(["input", *columns], panels)], titles)
-        return write(figure, path)
+    count = len(images)
+    layers = {name: batch("maps", value, count) for name, value in maps.items()}
+    outlines = [None] * count if masks is None else list(batch("masks", masks, count))
+    texts = {name: _per_image(name, of, count) for name, of in (scores or {}).items() if name in layers}
+    peaks = [max((of[n] for of in texts.values()), key=float, default="") for n in range(count)]
+    per_band = math.ceil(len(layers) / math.ceil(len(layers) / PER_BAND))
+    bands = []
+    for start in range(0, len(layers), per_band):
+        part = list(layers)[start : start + per_band]
+        panels, notes, best = [], [], []
+        for n, image in enumerate(images):
+            over = (overlay(image, layers[name][n], scale=1) for name in part)
+            panels.append([outlined(pixels, outlines[n]) for pixels in (to_pixels(image), *over)])
+            below = [texts[name][n] if name in texts else "" for name in part]
+            notes.append(["Ins − Del", *(text.replace("-", "−") for text in below)] if texts else [])
+            best.append([i for i, text in enumerate(below, 1) if text and text == peaks[n]])
+        bands.append(Band(["input", *part], panels, notes, best))
+    return image_grid(bands, path, titles, GRID_BUDGET)
 
 
 def refinement(images: Any, trail: Any, path: str | Path, scores: Any = None) -> Path:
@@ -56,36 +82,27 @@ def refinement(images: Any, trail: Any, path: str | Path, scores: Any = None) ->
     Args:
         images: (N, 3, H, W) in [0, 1].
         trail: (T+1, N, 1, H, W), as `aha.refine(..., every_step=True)` returns it.
-        scores: (T+1, N) Ins − Del of every map, or (T+1,) their means; written below the maps.
+        scores: (T+1, N) Ins − Del of every map, written below them; the best of an image is bold.
     """
-    images = batch("images", images)
-    trail = [batch("trail", maps, len(images)) for maps in trail]
-    panels = []
-    for n, image in enumerate(images):
-        first = enlarge(to_pixels(image))
-        panels.append([first, *(overlay(image, maps[n]) for maps in trail)])
-    notes: list[list[str]] = []
-    if scores is not None:
-        values = to_numpy(scores)
-        if values.shape not in ((len(trail),), (len(trail), len(images))):
-            raise ValueError(f"scores has shape {values.shape}: give one value per map, {(len(trail), len(images))}")
-        if values.ndim == 1:
-            notes = [[]] * (len(images) - 1) + [["mean Ins − Del", *(f"{v:.3f}" for v in values)]]
-        else:
-            notes = [["Ins − Del", *(f"{v:.3f}" for v in row)] for row in values.T]
-    with drawing():
-        return write(image_grid([Band(["input", *(f"T = {t}" for t in range(len(trail)))], panels, notes)]), path)
+    steps = {f"T = {t}": maps for t, maps in enumerate(trail)}
+    if scores is not None and len(scores) != len(steps):
+        raise ValueError(f"{len(scores)} scores for {len(steps)} steps: give one per step and image")
+    return qualitative(images, steps, path, scores=None if scores is None else dict(zip(steps, scores, strict=True)))
 
 
-def curves(
-    curves: Mapping[str, Mapping[str, Mapping[str, Any]]],
-    path: str | Path,
-    summary: Mapping[str, Any] | None = None,
-) -> Path:
+def _per_image(name: str, values: Any, count: int) -> list[str]:
+    array = to_numpy(values)
+    if array.shape != (count,):
+        raise ValueError(f"scores of {name} have shape {array.shape}: give one per image, ({count},)")
+    return [names.number(HEADLINE, float(value), coarser=1) for value in array]
+
+
+def curves(curves: Curves, path: str | Path, summary: Mapping[str, Any] | None = None) -> Path:
     """Deletion and insertion: the classifier's response over the share of pixels, mean of the references.
 
     Args:
         curves: method → reference → {"deletion": (S,), "insertion": (S,)}, at S even steps of [0, 1].
+        path: of the PNG.
         summary: its areas stand in the legend; without it they come from the curves by the trapezoid.
 
     Returns:
@@ -95,11 +112,7 @@ def curves(
         raise ValueError("there are no curves: give at least one method")
     reported = (summary or {}).get("methods", {})
     style = looks(curves)
-    with drawing():
-        from matplotlib.figure import Figure
-
-        rows = math.ceil(len(curves) / 2)
-        figure = Figure(figsize=(8.8, 3.5 + 0.19 * rows), dpi=DPI, layout="constrained")
+    with sheet(path, 8.8, 3.5 + 0.19 * math.ceil(len(curves) / 2)) as figure:
         verbs = {"deletion": "removed", "insertion": "shown"}
         for axes, (metric, verb) in zip(figure.subplots(1, 2, sharey=True), verbs.items(), strict=True):
             means = {name: _mean_curve(of, metric) for name, of in curves.items()}
@@ -107,12 +120,10 @@ def curves(
             areas = {name: _area(means[name]) if area is None else area for name, area in areas.items()}
             order = sorted(means, key=areas.__getitem__, reverse=bool(direction(metric)))
             # the emphasised lines are drawn last, over the others
-            for name in sorted(means, key=is_ours):
-                axes.plot(np.linspace(0, 1, len(means[name])), means[name], label=name, **style[name])
-            lines = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
+            lines = _lines(axes, {name: means[name] for name in sorted(means, key=is_ours)}, style)
             legend = axes.legend(
                 [lines[name] for name in order],
-                [f"{_number(areas[name])}  {name.replace('_', ' ')}" for name in order],
+                [f"{names.number(metric, areas[name], coarser=1)}  {plain(name)}" for name in order],
                 loc="upper center",
                 bbox_to_anchor=(0.5, -0.17),
                 ncols=2 if len(order) > 3 else 1,
@@ -125,35 +136,85 @@ def curves(
             for name, text in zip(order, legend.get_texts(), strict=True):
                 text.set_weight("bold" if is_ours(name) else "normal")
             axes.set_title(heading(metric))
-            axes.set(xlim=(0, 1), ylim=(0, None), xlabel=f"pixels {verb}, most important first")
-            axes.xaxis.set_major_formatter(_percent)
+            axes.set_xlabel(f"pixels {verb}, most important first")
         figure.axes[0].set_ylabel("probability of the explained class")
-        return write(figure, path)
+    return Path(path)
+
+
+def curves_by_reference(curves: Curves, path: str | Path, metrics: Sequence[str] = ("deletion", "insertion")) -> Path:
+    """Response over the share of pixels, a row per metric and a column per reference. Returns the path.
+
+    With many methods, ours and the best of the others have colours, by the area between the last metric's curve and
+    the first's; the rest are grey.
+
+    Args:
+        curves: method → reference → metric → (S,), at S even steps of [0, 1].
+        path: of the PNG.
+        metrics: of the rows: "deletion", "insertion", "positive" or "negative".
+
+    Raises:
+        ValueError: if there are no curves.
+    """
+    if not curves:
+        raise ValueError("there are no curves: give at least one method")
+    references = list(dict.fromkeys(reference for of in curves.values() for reference in of))
+    gains = {
+        m: np.mean(_mean_curve(of, metrics[-1])) - np.mean(_mean_curve(of, metrics[0])) for m, of in curves.items()
+    }
+    ordered = sorted(curves, key=gains.__getitem__, reverse=True)
+    others = [name for name in ordered if not is_ours(name) and name != "random"]
+    named = [name for name in ordered if name not in others[SHOWN:]]
+    style = looks([name for name in curves if name in named])
+    drawn: dict[str, Any] = {}
+    size = (
+        0.5 + 2.6 * len(references),
+        0.6 + 2.1 * len(metrics) + 0.17 * math.ceil((len(named) + (len(named) < len(curves))) / 5),
+    )
+    with sheet(path, *size) as figure:
+        grid = figure.subplots(len(metrics), len(references), sharex=True, sharey="row", squeeze=False)
+        for line, metric in zip(grid, metrics, strict=True):
+            for axes, reference in zip(line, references, strict=True):
+                shown = sorted(curves, key=lambda name: (name in named, is_ours(name)))
+                found = {name: curves[name].get(reference, {}) for name in shown}
+                drawn |= _lines(axes, {name: of[metric] for name, of in found.items() if metric in of}, style)
+            line[0].set_ylabel(heading(metric))
+        for top, bottom, reference in zip(grid[0], grid[-1], references, strict=True):
+            top.set_title(reference)
+            bottom.set_xlabel("pixels removed or shown")
+            bottom.set_xticks((0, 0.5, 1))
+        handles = {plain(name): drawn[name] for name in named}
+        if len(named) < len(curves):
+            handles[f"{len(curves) - len(named)} others"] = drawn[others[-1]]
+        figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=5, handlelength=2.2)
+    return Path(path)
+
+
+def _lines(axes: Axes, curves: Mapping[str, Any], style: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Responses over the share of pixels, in the given order; name → its line."""
+    lines = {}
+    for name, values in curves.items():
+        curve = to_numpy(values)
+        (lines[name],) = axes.plot(np.linspace(0, 1, len(curve)), curve, **style.get(name, _GREY))
+    axes.set(xlim=(0, 1), ylim=(0, None))
+    axes.xaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f} %")
+    return lines
 
 
 def bars(summary: Mapping[str, Any], metric: str, path: str | Path) -> Path:
     """One metric of all methods with its 95 % confidence interval, the best on top. Returns the path."""
-    rows = {
-        name: (values[metric], values.get("ci95", {}).get(metric))
-        for name, values in summary.get("methods", {}).items()
-        if is_number(values.get(metric))
-    }
+    rows = {name: row for name, row in summary.get("methods", {}).items() if is_number(row.get(metric))}
     if not rows:
         raise ValueError(f"no method has a value of {metric!r}: choose a metric of the summary")
-    best_on_top = sorted(rows, key=lambda name: rows[name][0], reverse=direction(metric) is False)
-    with drawing():
-        from matplotlib.figure import Figure
-
-        figure = Figure(figsize=(6.0, 0.75 + 0.27 * len(rows)), dpi=DPI, layout="constrained")
+    best_on_top = names.best_first([rows], metric)[::-1]
+    with sheet(path, 6.0, 0.75 + 0.27 * len(rows)) as figure:
         axes = figure.subplots()
         for y, name in enumerate(best_on_top):
-            value, interval = rows[name]
-            color = ACCENT if is_ours(name) else PALETTE[0]
-            if interval:
+            value, color = rows[name][metric], ACCENT if is_ours(name) else PALETTE[0]
+            if interval := names.interval(rows[name], metric):
                 axes.plot(interval, (y, y), color=color, linewidth=2, alpha=0.45)
             axes.plot(value, y, "o", color=color, markersize=5.5)
             axes.annotate(
-                _number(value),
+                names.number(metric, value, coarser=1),
                 (1.015, y),
                 xycoords=("axes fraction", "data"),
                 va="center",
@@ -161,14 +222,14 @@ def bars(summary: Mapping[str, Any], metric: str, path: str | Path) -> Path:
                 color=INK,
                 annotation_clip=False,
             )
-        axes.set_yticks(range(len(rows)), [name.replace("_", " ") for name in best_on_top])
+        axes.set_yticks(range(len(rows)), list(map(plain, best_on_top)))
         for name, label in zip(best_on_top, axes.get_yticklabels(), strict=True):
             label.set(color=INK, weight="bold" if is_ours(name) else "normal")
         axes.set(ylim=(-0.6, len(rows) - 0.4), xlabel=f"{heading(metric)}   (line: 95 % interval)")
         axes.grid(axis="y", visible=False)
         axes.spines["left"].set_visible(False)
         axes.margins(x=0.06)
-        return write(figure, path)
+    return Path(path)
 
 
 def training(log_path: str | Path, path: str | Path) -> Path:
@@ -186,10 +247,7 @@ def training(log_path: str | Path, path: str | Path) -> Path:
         "Row entropy (0 = sorted)": {"row_entropy": ""},
         "Temperature τ": {"tau": ""},
     }
-    with drawing():
-        from matplotlib.figure import Figure
-
-        figure = Figure(figsize=(9.0, 4.4), dpi=DPI, layout="constrained")
+    with sheet(path, 9.0, 4.4) as figure:
         for axes, (title, series) in zip(figure.subplots(2, 3, sharex=True).flat, panels.items(), strict=True):
             for (key, label), color in zip(series.items(), PALETTE[::4], strict=False):
                 unit = 1e4 if key == "lr" else 1
@@ -207,7 +265,7 @@ def training(log_path: str | Path, path: str | Path) -> Path:
         speeds = [r["images_per_second"] for r in log if is_number(r.get("images_per_second"))]
         if speeds:
             figure.supxlabel(f"{np.median(speeds):.3g} images/s (median)", x=0.99, ha="right", size=8, color=FAINT)
-        return write(figure, path)
+    return Path(path)
 
 
 def _noisy_line(axes: Axes, step: np.ndarray, value: np.ndarray, color: str, label: str) -> None:
@@ -239,11 +297,3 @@ def _mean_curve(by_reference: Mapping[str, Mapping[str, Any]], metric: str) -> n
 
 def _area(curve: np.ndarray) -> float:
     return float(np.mean((curve[1:] + curve[:-1]) / 2))
-
-
-def _number(value: float) -> str:
-    return f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}"
-
-
-def _percent(value: float, _: int) -> str:
-    return f"{100 * value:.0f} %"

@@ -11,36 +11,33 @@ import functools
 import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from PIL import Image
 
 from . import columns as names
-from . import comparison_figures
-from .columns import LABELS, direction, heading, is_number, is_ours
-from .tables import ABSENT, ALIKE, UNMEASURED
+from . import comparison_figures, tables
+from .columns import HEADLINE, is_number
+from .table import ABSENT, Block, Cell, Column, Row, Table
 
 # file stem → title and caption; other files are shown after these under their own name
 CAPTIONS = {
     "maps": (
         "Maps",
-        "Attribution over the image, one row per image. Warm is important. Where the evidence is known, "
-        "it is outlined in the input.",
+        "Attribution over the image, one row per image. Warm is important. Where the evidence is known, it is "
+        "outlined; a number below a map is its own insertion minus deletion.",
     ),
     "refinement": (
         "Test-time refinement",
-        "The explainer's head takes T gradient steps of the same objective on one image; T = 0 is a single "
-        "forward pass.",
+        "The explainer's head takes T gradient steps of the same objective on one image; T = 0 is a single forward "
+        "pass.",
     ),
     "curves": (
         "Deletion and insertion",
-        "Probability of the explained class while pixels are removed or shown, the most important first; "
-        "mean over images and references.",
+        "Probability of the explained class while pixels are removed or shown, the most important first; mean over "
+        "images and references.",
     ),
-    "curves_by_reference": (
-        "Curves by reference",
-        "The same for every reference image on its own.",
-    ),
+    "curves_by_reference": ("Curves by reference", "The same for every reference image on its own."),
     "ins_minus_del": ("Faithfulness", "Insertion minus deletion with its 95 % confidence interval."),
     "tradeoff": (
         "Faithfulness and time",
@@ -50,47 +47,16 @@ CAPTIONS = {
         "Faithfulness and passes",
         "The same over the passes through the classifier, which do not depend on the machine.",
     ),
-    "significance": (
-        "Difference to the best",
-        "Per metric, the method's mean minus the best one's, on the same images.",
-    ),
+    "significance": ("Difference to the best", "The method's mean minus the best one's, on the same images."),
     "models": ("Classifiers", "Insertion minus deletion; the deeper the blue, the better in its column."),
-    "qualitative": ("Maps of all methods", "Warm is important; below each map its own insertion minus deletion."),
     "ablation": ("Ablation", "Band: 95 % interval."),
     "shortcut": ("Shortcut experiment", "Refinement against a classifier that has learned a shortcut."),
     "training": ("Training", "Faint: single values. Solid: running mean."),
 }
 
-EXPLANATIONS = {
-    "insertion": "area under the probability while the most important pixels are shown first.",
-    "deletion": "area under the probability while the most important pixels are removed first.",
-    "ins_minus_del": "insertion minus deletion: the faithfulness of the order of the pixels.",
-    "positive": "area under the accuracy while the most important pixels are removed first.",
-    "negative": "area under the accuracy while the least important pixels are removed first.",
-    "neg_minus_pos": "negative minus positive perturbation.",
-    "adp": "average drop of the probability in percent when the map itself is the mask.",
-    "pic": "share of images in percent whose probability rises when the map itself is the mask.",
-    "pointing_game": "how often the highest pixel lies on the evidence or right beside it.",
-    "iou": "overlap of the map, cut at its mean, with the evidence.",
-    "map": "average precision of the pixels against the evidence.",
-    "f1": "F1 of the map, cut at its mean, against the evidence.",
-    "seconds_per_image": "time to make one map.",
-    "forward_per_image": "forward passes through the classifier for one map.",
-    "backward_per_image": "backward passes through the classifier for one map.",
-    "peak_bytes_per_image": "memory at the peak of explaining one image by itself.",
-}
+MEAN, APART = "Mean over references.", "Values of different protocols do not compare."
 
 Key = tuple[str, str]  # model and explained class
-
-
-class Cell(NamedTuple):
-    """A value of the table as text: what stands small below it, whether it is the best (1) or second best (2), and
-    whether its distance to the best may be chance."""
-
-    text: str
-    small: str | None = None
-    place: int = 0
-    alike: bool = False
 
 
 def write(folder: str | Path) -> Path:
@@ -121,7 +87,7 @@ def write(folder: str | Path) -> Path:
     overview = {}
     if len(results) > 1:
         overview = _drawn(folder / "figures", functools.partial(comparison_figures.draw_results, results))
-    return render_results(results, figures, folder / "report.html", overview)
+    return render(results, figures, folder / "report.html", overview)
 
 
 def _places_of_results(folder: Path) -> list[Path]:
@@ -143,50 +109,25 @@ def _drawn(folder: Path, draw: Callable[[Path], object]) -> dict[str, Path]:
     # without matplotlib the page shows what is there
     with contextlib.suppress(ImportError):
         draw(folder)
-    known = list(CAPTIONS)
-    found = sorted(
-        folder.glob("*.png"),
-        key=lambda path: (known.index(path.stem) if path.stem in CAPTIONS else len(known), path.stem),
-    )
+    rank = {stem: place for place, stem in enumerate(CAPTIONS)}
+    found = sorted(folder.glob("*.png"), key=lambda path: (rank.get(path.stem, len(rank)), path.stem))
     return {path.stem: path for path in found}
 
 
 def render(
-    summary: Mapping[str, Any],
-    figures: Mapping[str, str | Path],
-    out: str | Path,
-    extra: Mapping[str, Any] | None = None,
-) -> Path:
-    """Write one self-contained page on one classifier. Returns the path.
-
-    Args:
-        summary: what `aha evaluate` writes to summary.json.
-        figures: title → image file; a title that `CAPTIONS` knows is replaced and captioned.
-        out: the HTML file; its folder is made.
-        extra: further facts about the run, shown with the protocol; may be nested.
-
-    Raises:
-        ValueError: if the summary has no methods.
-        ImportError: without jinja2.
-    """
-    return render_results({("", ""): summary}, {("", ""): figures}, out, extra=extra)
-
-
-def render_results(
     results: Mapping[Key, Mapping[str, Any]],
     figures: Mapping[Key, Mapping[str, str | Path]],
     out: str | Path,
     overview: Mapping[str, str | Path] | None = None,
-    extra: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Write one self-contained page on several classifiers or explained classes. Returns the path.
+    """Write one self-contained page on one or several classifiers or explained classes. Returns the path.
 
     Args:
-        results: (model, target) → summary; with several the page starts with all of them side by side.
-        figures: (model, target) → title → image file, as in `render`.
+        results: (model, target) → what `aha evaluate` writes to summary.json; with several the page starts with all of
+            them side by side.
+        figures: (model, target) → title → image file; a title that `CAPTIONS` knows is replaced and captioned.
         out: the HTML file; its folder is made.
         overview: figures of all results together.
-        extra: further facts about the run.
 
     Raises:
         ValueError: if there are no results or one has no methods.
@@ -207,18 +148,18 @@ def render_results(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    parts = [
-        _part(key, summary, figures.get(key, {}), (extra or {}) if len(results) == 1 else {})
-        for key, summary in results.items()
-    ]
+    parts = [_part(key, summary, figures.get(key, {})) for key, summary in results.items()]
     named = next((str(summary["title"]) for summary in results.values() if summary.get("title")), None)
+    beside = None
+    if len(parts) > 1 and any(is_number(row.get(HEADLINE)) for s in results.values() for row in s["methods"].values()):
+        titles = (part["name"] for part in parts)
+        beside = tables.overview(dict(zip(titles, results.values(), strict=True)))
     page = environment.get_template("report.html.j2").render(
         title=named or (parts[0]["classifier"] if len(parts) == 1 else f"{len(parts)} comparisons"),
         parts=parts,
-        level=names.LEVEL,
-        overview=_overview(results, [part["name"] for part in parts]) if len(parts) > 1 else None,
+        headline=names.heading(HEADLINE),
+        overview=beside,
         overview_figures=[_figure(title, Path(path)) for title, path in (overview or {}).items()],
-        overview_facts=[(name.replace("_", " "), text) for name, text in _flat(extra)] if extra else [],
     )
     out = Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -233,170 +174,61 @@ def _methods(summary: Any) -> Mapping[str, Mapping[str, Any]]:
     return methods
 
 
-def _part(
-    key: Key, summary: Mapping[str, Any], figures: Mapping[str, str | Path], extra: Mapping[str, Any]
-) -> dict[str, Any]:
+def _part(key: Key, summary: Mapping[str, Any], figures: Mapping[str, str | Path]) -> dict[str, Any]:
     """What the page says about one result."""
     methods = _methods(summary)
     classifier = summary.get("classifier") or {}
     significance = summary.get("significance") or {}
-    metrics = _metrics(methods)
-    order = _order(methods, metrics)
+    metrics = names.measured(methods.values())
     own, others = ([m for m in metrics if bool(names.split(m)[0]) is other] for other in (False, True))
     return {
         "name": f"{key[0]}, {key[1]} class" if all(key) else key[0],
         "classifier": classifier.get("name", "classifier"),
         "facts": _facts(summary, classifier),
         "headline": _headline(methods, significance),
-        "table": _table(methods, own, order, significance),
-        "protocols": _table(methods, others, order, significance) if others else None,
+        "table": tables.ranked(methods, own, significance, MEAN) if own else None,
+        "protocols": tables.ranked(methods, others, significance, APART) if others else None,
         "explanations": _explanations(metrics),
         "references": {
-            name: _table(of, *_chosen(of))
+            name: tables.ranked(of, measured)
             for name, of in (summary.get("references") or {}).items()
-            if isinstance(of, Mapping) and of
+            if isinstance(of, Mapping) and (measured := names.measured(of.values()))
         },
-        "differences": _differences(significance, order),
+        "differences": tables.differences(summary) if any(significance.values()) else None,
         "shortcut": _shortcut(summary.get("shortcut")),
         "figures": [_figure(title, Path(path)) for title, path in figures.items()],
-        "comparisons": _comparisons(summary.get("comparisons")),
+        "comparisons": tables.paired(summary["comparisons"]) if summary.get("comparisons") else None,
         "failures": _failures(summary.get("failures")),
         "run": [
-            (title, [(name.replace("_", " "), text) for name, text in _flat(facts)])
+            (title, [(names.plain(name), text) for name, text in _flat(facts)])
             for title, facts in (
                 ("Protocol", {**_named("name", summary.get("protocol")), **_pick(summary, "target", "seed")}),
+                *(
+                    (f"Protocol {names.protocol_label(more.get('name', ''))}", more)
+                    for more in summary.get("protocols") or ()
+                ),
                 ("Classifier", classifier),
                 ("Versions", {**_named("version", summary.get("versions")), **_pick(summary, "device")}),
-                ("More", extra),
             )
             if facts
         ],
     }
 
 
-def _metrics(methods: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Metrics that any method has a number of: those of the protocol aha first, what leads a page before its parts."""
-    seen = dict.fromkeys(key for values in methods.values() for key, value in values.items() if is_number(value))
-    protocols = list(dict.fromkeys(["", *(names.split(metric)[0] for metric in seen)]))
-    known = list(LABELS)
-
-    def place(metric: str) -> tuple[int, int, str]:
-        protocol, name = names.split(metric)
-        return protocols.index(protocol), known.index(name) if name in LABELS else len(known), name
-
-    return sorted(seen, key=place)
-
-
-def _order(methods: Mapping[str, Mapping[str, Any]], metrics: list[str]) -> list[str]:
-    """Names of the methods, the best of the first metric first."""
-    order = list(methods)
-    if metrics and (better := direction(metrics[0])) is not None:
-        known = {n: v for n in order if is_number(v := methods[n].get(metrics[0]))}
-        order.sort(key=lambda n: -known.get(n, -float("inf")) if better else known.get(n, float("inf")))
-    return order
-
-
-def _chosen(methods: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], list[str]]:
-    metrics = _metrics(methods)
-    return metrics, _order(methods, metrics)
-
-
-def _table(
-    methods: Mapping[str, Mapping[str, Any]],
-    metrics: list[str],
-    order: list[str],
-    significance: Mapping[str, Any] | None = None,
-) -> dict[str, Any]:
-    """Headings and rows of cells."""
-    columns = {m: names.places({name: values.get(m) for name, values in methods.items()}, m) for m in metrics}
-    rows: list[dict[str, Any]] = []
-    for name in order:
-        cells = []
-        for m in metrics:
-            found = ((significance or {}).get(m) or {}).get(name)
-            place = columns[m].get(name, 0)
-            alike = place != 1 and names.inseparable(found)
-            cells.append(Cell(_text(methods[name], m), _interval(methods[name], m), place, alike))
-        rows.append({"name": name, "ours": is_ours(name), "cells": cells})
-    marked = any(cell.alike for row in rows for cell in row["cells"])
-    return {"headings": [heading(m) for m in metrics], "rows": rows, "alike": ALIKE if marked else None}
-
-
-def _overview(results: Mapping[Key, Mapping[str, Any]], titles: list[str]) -> dict[str, Any] | None:
-    """Insertion minus deletion of every method in every result."""
-    metric = "ins_minus_del"
-    tables = [_table(s["methods"], [metric], list(s["methods"]), s.get("significance")) for s in results.values()]
-    cells = [{row["name"]: row["cells"][0] for row in table["rows"]} for table in tables]
-    methods = list(dict.fromkeys(name for column in cells for name in column))
-    means = {
-        name: [v for s in results.values() if is_number(v := s["methods"].get(name, {}).get(metric))]
-        for name in methods
-    }
-    if not any(means.values()):
-        return None
-    # methods that ran everywhere come first: a mean of fewer results does not compare
-    methods.sort(key=lambda n: (-len(means[n]), -sum(means[n])))
-    rows = [
-        {"name": n, "ours": is_ours(n), "cells": [column.get(n, Cell(ABSENT)) for column in cells]} for n in methods
-    ]
-    alike = next((table["alike"] for table in tables if table["alike"]), None)
-    return {"headings": titles, "rows": rows, "alike": alike, "metric": heading(metric)}
-
-
-def _differences(significance: Mapping[str, Any], order: list[str]) -> dict[str, Any] | None:
-    """Method minus the best of each metric, with the corrected p below."""
-    tested = [m for m in LABELS if significance.get(m)] + sorted(
-        m for m in significance if significance[m] and m not in LABELS
-    )
-    if not tested:
-        return None
-    rows = []
-    for name in order:
-        cells = []
-        for metric in tested:
-            found = significance[metric].get(name) or {}
-            best = any(of.get("best") == name for of in significance[metric].values())
-            difference, p = found.get("difference"), found.get("p")
-            if best:
-                cells.append(Cell("best", None, 1))
-            elif is_number(difference):
-                text = f"{'+' if difference > 0 else ''}{names.number(metric, difference)}"
-                cells.append(Cell(text, f"p {p:.2g}" if is_number(p) else None, 0, names.inseparable(found)))
-            else:
-                cells.append(Cell(ABSENT))
-        rows.append({"name": name, "ours": is_ours(name), "cells": cells})
-    return {"headings": [heading(m) for m in tested], "rows": rows, "alike": ALIKE}
-
-
-def _text(row: Mapping[str, Any], metric: str) -> str:
-    value = row.get(metric)
-    if is_number(value):
-        return names.number(metric, value)
-    return UNMEASURED if metric in row else ABSENT
-
-
-def _interval(row: Mapping[str, Any], metric: str) -> str | None:
-    bounds = names.interval(row, metric)
-    if bounds is None:
-        return None
-    low, high = (names.number(metric, bound, digits=3) for bound in bounds)
-    return f"{low}\N{THIN SPACE}…\N{THIN SPACE}{high}"  # narrow: twelve columns share a page
-
-
 def _explanations(metrics: list[str]) -> list[tuple[str, str]]:
-    seen = dict.fromkeys(names.split(metric)[1] for metric in metrics)
-    return [(heading(name), EXPLANATIONS[name]) for name in seen if name in EXPLANATIONS]
+    rows = {found.key: found for metric in metrics if (found := names.row(metric)) is not None}
+    return [(f"{row.title} {row.arrow}", row.about) for row in rows.values() if row.about]
 
 
 def _headline(methods: Mapping[str, Mapping[str, Any]], significance: Mapping[str, Any]) -> str | None:
-    scored = {n: v["ins_minus_del"] for n, v in methods.items() if is_number(v.get("ins_minus_del"))}
-    if not scored:
+    best = names.best_first([methods], HEADLINE)[0]
+    score = methods[best].get(HEADLINE)
+    if not is_number(score):
         return None
-    best = max(scored, key=scored.__getitem__)
-    interval = _interval(methods[best], "ins_minus_del")
-    text = f"Most faithful: {best}, insertion − deletion {scored[best]:.4f}"
+    interval = names.interval_text(methods[best], HEADLINE)
+    text = f"Most faithful: {best}, insertion − deletion {names.number(HEADLINE, score)}"
     text += f" (95 % interval {interval})." if interval else "."
-    tested = significance.get("ins_minus_del") or {}
+    tested = significance.get(HEADLINE) or {}
     alike = [name for name, found in tested.items() if name != best and names.inseparable(found)]
     return text + (f" Not separable from it: {', '.join(alike)}." if alike else "")
 
@@ -412,35 +244,13 @@ def _facts(summary: Mapping[str, Any], classifier: Mapping[str, Any]) -> list[st
     return facts
 
 
-def _comparisons(values: Any) -> list[dict[str, str]]:
-    """Paired differences {"a − b": {"difference", "ci95", "p"}} as text."""
-    rows = []
-    for pair, found in (values or {}).items():
-        interval = found.get("ci95")
-        known = interval and all(map(is_number, interval))
-        rows.append(
-            {
-                "pair": pair,
-                "difference": f"{found['difference']:+.4f}" if is_number(found.get("difference")) else "–",
-                "interval": f"{interval[0]:+.4f} … {interval[1]:+.4f}" if known else "–",
-                "p": f"{found['p']:.2g}" if is_number(found.get("p")) else "–",
-            }
-        )
-    return rows
-
-
 def _failures(values: Any) -> list[tuple[str, str]]:
-    """What failed and why, of {method: reason} or of records {"method", "images", "reason"}."""
-    if not isinstance(values, (list, tuple)):
-        return list(_flat(values or {}))
+    """What failed on how many images, and why, of records {"method", "images", "reason"}."""
     rows = []
-    for record in values:
-        if isinstance(record, Mapping) and "reason" in record:
-            count = len(record.get("images") or ())
-            where = f" ({count} image{'s' * (count != 1)})" if count else ""
-            rows.append((f"{record.get('method') or 'not used'}{where}", str(record["reason"])))
-        else:
-            rows.append(("", _plain(record)))
+    for record in values or ():
+        count = len(record.get("images") or ())
+        where = f" ({count} image{'s' * (count != 1)})" if count else ""
+        rows.append((f"{record.get('method') or 'not used'}{where}", str(record["reason"])))
     return rows
 
 
@@ -448,20 +258,20 @@ def _shortcut(values: Any) -> dict[str, Any] | None:
     """Single numbers as a list of facts, lists of numbers as the rows of one table over the steps."""
     if not isinstance(values, Mapping) or not values:
         return None
-    series = {
-        str(k): [_plain(x) for x in v]
-        for k, v in values.items()
-        if isinstance(v, (list, tuple)) and v and all(map(is_number, v))
-    }
+    series = {k: v for k, v in values.items() if isinstance(v, (list, tuple)) and v and all(map(is_number, v))}
+    steps = range(max(map(len, series.values()), default=0))
+    rows = [
+        Row(names.plain(name), tuple(Cell(_plain(of[t]) if t < len(of) else ABSENT) for t in steps))
+        for name, of in series.items()
+    ]
     return {
-        "facts": [(n.replace("_", " "), t) for n, t in _flat({k: v for k, v in values.items() if k not in series})],
-        "series": {k.replace("_", " "): v for k, v in series.items()},
-        "steps": range(max(map(len, series.values()), default=0)),
+        "facts": [(names.plain(n), t) for n, t in _flat({k: v for k, v in values.items() if k not in series})],
+        "series": Table(tuple(Column((str(t),)) for t in steps), (Block(tuple(rows)),), "T") if rows else None,
     }
 
 
 def _figure(title: str, path: Path) -> dict[str, Any]:
-    name, caption = CAPTIONS.get(title, (title.replace("_", " "), ""))
+    name, caption = CAPTIONS.get(title, (names.plain(title), ""))
     with Image.open(path) as picture:
         kind, dpi = Image.MIME[picture.format or "PNG"], picture.info.get("dpi", (0, 0))[0]
         # at this many dots per inch the letters of our figures are as large as the page's

@@ -14,22 +14,9 @@ CELL = 256  # pixels that an enlarged image measures, at least
 GAP = 6
 
 # after inferno (van der Walt and Smith, CC0), without its near-white top, which looks empty on bright images
-_COLORS = np.array(
-    [
-        [13, 8, 60],
-        [51, 10, 95],
-        [87, 16, 110],
-        [120, 28, 109],
-        [154, 39, 101],
-        [187, 55, 84],
-        [216, 76, 62],
-        [237, 105, 37],
-        [249, 142, 9],
-        [251, 180, 26],
-        [246, 215, 70],
-    ],
-    dtype=np.float32,
-)
+_COLORS = np.frombuffer(
+    bytes.fromhex("0d083c 330a5f 57106e 781c6d 9a2765 bb3754 d84c3e ed6925 f98e09 fbb41a f6d746"), np.uint8
+).reshape(-1, 3)
 
 
 def overlay(image: Any, map: Any, alpha: float = 0.55, scale: int | None = None) -> np.ndarray:

@@ -1,240 +1,40 @@
-r"""Tables of a comparison for a README (Markdown), a paper (LaTeX with booktabs) and a terminal (rich).
+r"""Tables of a comparison for a README, a paper, a page and a terminal; `Table` writes them.
 
     table = comparison(summary["methods"], summary.get("significance"), caption="ViT-B/16", label="tab:vit")
-    table.to_markdown(), table.to_latex(), table.to_rich()
+    table.to_markdown(), table.to_latex(), table.to_html(), table.to_rich()
 
-One row per method, baselines first; one column per metric, ↑ or ↓ for its better direction. The best value is bold,
-the second underlined, values printed alike share a place. "–" says that the summary knows no such value, "not measured"
-that it was asked for and none came out (None or NaN).
+One row per method, one column per metric, ↑ or ↓ for its better direction. The best value is bold, the second
+underlined, values printed alike share a place. "–" says that the summary knows no such value, "not measured" that it
+was asked for and none came out (None or NaN).
 """
 
 from __future__ import annotations
 
-import itertools
+import dataclasses
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..files import write_atomically
 from . import columns as names
+from .columns import HEADLINE, Rows, is_number
+from .table import ABSENT, ALIKE, UNMEASURED, Block, Cell, Column, Row, Table
 
 if TYPE_CHECKING:
-    import rich.table
+    from ..evaluation import Evaluation
 
 PAPER = (
     *("deletion", "insertion", "ins_minus_del"),
     *("positive", "negative", "neg_minus_pos"),
     *("adp", "pic", "seconds_per_image"),
 )
-ABSENT, UNMEASURED, ALIKE = "–", "not measured", "†"
+LOCALISATION = ("pointing_game", "iou", "map")  # of the terminal's table
+LEGEND = "↑ higher is better, ↓ lower is better; bold: best; underlined: second."
 
-Rows = Mapping[str, Mapping[str, Any]]
 Significance = Mapping[str, Mapping[str, Mapping[str, Any]]]
-# title of a block of rows → headings of a group of columns → what stands there
-Sections = dict[str, dict[tuple[str, ...], tuple[Rows, Significance | None]]]
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One value as text.
-
-    Attributes:
-        text: the value, unescaped.
-        place: 1 is set bold, 2 underlined.
-        spread: what stands small behind the value, as "±0.0031".
-        mark: a sign behind it that a note explains.
-    """
-
-    text: str
-    place: int = 0
-    spread: str = ""
-    mark: str = ""
-
-
-@dataclass(frozen=True)
-class Column:
-    """A column of values.
-
-    Attributes:
-        path: headings from the widest group to the column's own; equal ones side by side become one.
-        apart: a wider gap before it.
-    """
-
-    path: tuple[str, ...]
-    apart: bool = False
-
-
-@dataclass(frozen=True)
-class Row:
-    """A named row; ``strong`` sets the name bold."""
-
-    name: str
-    cells: tuple[Cell, ...]
-    strong: bool = False
-
-
-@dataclass(frozen=True)
-class Block:
-    """Rows that stand together, under a title or, without one, set apart by a rule."""
-
-    rows: tuple[Row, ...]
-    title: str = ""
-
-
-@dataclass(frozen=True)
-class Table:
-    """Columns, blocks of rows, and what stands around them; all texts unescaped.
-
-    Attributes:
-        columns: paths of one length.
-        blocks: every row holds one cell per column.
-        stub: heading of the names.
-        caption: of the table.
-        label: for \\ref in LaTeX: letters, digits and ``: . - _ /``.
-        notes: sentences under the table.
-
-    Raises:
-        ValueError: where the parts do not fit together.
-    """
-
-    columns: tuple[Column, ...]
-    blocks: tuple[Block, ...]
-    stub: str = "method"
-    caption: str = ""
-    label: str = ""
-    notes: tuple[str, ...] = field(default=())
-
-    def __post_init__(self) -> None:
-        if len({len(column.path) for column in self.columns}) != 1 or not self.columns[0].path:
-            raise ValueError("the columns' paths differ in length or are empty: give one heading per level to each")
-        for row in self.rows:
-            if len(row.cells) != len(self.columns):
-                raise ValueError(
-                    f"row {row.name!r} has {len(row.cells)} cells: give one per column, {len(self.columns)}"
-                )
-        if not re.fullmatch(r"[\w:./-]*", self.label, re.ASCII):
-            raise ValueError(f"label={self.label!r}: give letters, digits and : . - _ / only")
-
-    @property
-    def rows(self) -> Iterator[Row]:
-        """All rows, from top to bottom."""
-        return (row for block in self.blocks for row in block.rows)
-
-    def to_markdown(self) -> str:
-        """A table as GitHub reads it, padded to be read as plain text too; groups of columns are joined into the
-        headings, a block's title is a row of its own. It has no place for the label."""
-        lines = [[self.stub, *(_joined(column.path) for column in self.columns)]]
-        lines[0] = [_markdown(text) for text in lines[0]]
-        for block in self.blocks:
-            if block.title:
-                lines.append([f"*{_markdown(block.title)}*", *([""] * len(self.columns))])
-            for row in block.rows:
-                name = _markdown(row.name)
-                cells = [_marked(_markdown(c.text) + c.mark, c.place, "**{}**", "<ins>{}</ins>") for c in row.cells]
-                spreads = [f" {cell.spread}" if cell.spread else "" for cell in row.cells]
-                lines.append([f"**{name}**" if row.strong else name, *map("".join, zip(cells, spreads, strict=True))])
-        widths = [max(4, *map(len, column)) for column in zip(*lines, strict=True)]
-        rule = [f":{'-' * (widths[0] - 1)}", *(f"{'-' * (width - 1)}:" for width in widths[1:])]
-        padded = [
-            [line[0].ljust(widths[0]), *(text.rjust(w) for text, w in zip(line[1:], widths[1:], strict=True))]
-            for line in lines
-        ]
-        table = "\n".join(f"| {' | '.join(line)} |" for line in (padded[0], rule, *padded[1:]))
-        parts = [_markdown(self.caption), table, " ".join(map(_markdown, self.notes))]
-        return "\n\n".join(part for part in parts if part) + "\n"
-
-    def to_latex(self) -> str:
-        r"""A ``table`` (``table*`` above six columns) with \caption, \label and a booktabs tabular."""
-        titled = any(block.title for block in self.blocks)
-        body: list[str] = []
-        for i, block in enumerate(self.blocks):
-            if i == 0 or block.title or not titled:
-                body.append(r"\midrule")
-            else:
-                body.append(r"\addlinespace")
-            if block.title:
-                body.append(rf"\multicolumn{{{len(self.columns) + 1}}}{{l}}{{\emph{{{_latex(block.title)}}}}} \\")
-            for row in block.rows:
-                name = _marked(_latex(row.name), int(row.strong), r"\textbf{{{}}}", "{}")
-                body.append(" & ".join([name, *map(_latex_cell, row.cells)]) + r" \\")
-        spec = "l" + "".join(r"@{\hskip 1.6em}r" if c.apart else "r" for c in self.columns)
-        environment = "table*" if len(self.columns) > 6 else "table"
-        lines = [
-            r"% \usepackage{booktabs}",
-            rf"\begin{{{environment}}}[t]",
-            r"\centering",
-            *([rf"\caption{{{_latex(self.caption)}}}"] if self.caption else []),
-            *([rf"\label{{{self.label}}}"] if self.label else []),
-            r"\small",
-            r"\setlength{\tabcolsep}{4pt}",
-            rf"\begin{{tabular}}{{{spec}}}",
-            r"\toprule",
-            *self._latex_head(),
-            *body,
-            r"\bottomrule",
-            r"\end{tabular}",
-            *([rf"\par\smallskip{{\footnotesize {_latex(' '.join(self.notes))}\par}}"] if self.notes else []),
-            rf"\end{{{environment}}}",
-        ]
-        return "\n".join(lines) + "\n"
-
-    def _latex_head(self) -> Iterator[str]:
-        depth = len(self.columns[0].path)
-        for level in range(depth - 1):
-            # equal headings under different wider ones are different groups
-            spans = [
-                (path[-1], len(list(same)))
-                for path, same in itertools.groupby(self.columns, key=lambda c: c.path[: level + 1])
-            ]
-            if not any(text for text, _ in spans):
-                continue
-            cells = [rf"\multicolumn{{{n}}}{{c}}{{{_latex(text)}}}" if text else "& " * (n - 1) for text, n in spans]
-            yield " & ".join(["", *cells]).strip() + r" \\"
-            ends = list(itertools.accumulate((n for _, n in spans), initial=1))
-            yield " ".join(
-                rf"\cmidrule(lr){{{end - n + 1}-{end}}}" for (text, n), end in zip(spans, ends[1:], strict=True) if text
-            )
-        yield " & ".join(_latex(text) for text in (self.stub, *(c.path[-1] for c in self.columns))) + r" \\"
-
-    def to_rich(self) -> rich.table.Table:
-        """The table for a terminal."""
-        from rich.table import Table as RichTable
-        from rich.text import Text
-
-        table = RichTable(title=Text(self.caption), caption=Text(" ".join(self.notes)))
-        table.add_column(Text(self.stub), overflow="fold")
-        for column in self.columns:
-            # a number that is cut is another number
-            head = Text("\n".join(text for text in column.path if text))
-            table.add_column(head, justify="right", overflow="fold")
-        for block in self.blocks:
-            if block.title:
-                table.add_row(Text(block.title, style="italic"))
-            for i, row in enumerate(block.rows, 1):
-                cells = []
-                for cell in row.cells:
-                    text = Text(cell.text + cell.mark, style={1: "bold", 2: "underline"}.get(cell.place, ""))
-                    cells.append(Text.assemble(text, f" {cell.spread}") if cell.spread else text)
-                table.add_row(
-                    Text(row.name, style="bold" if row.strong else ""), *cells, end_section=i == len(block.rows)
-                )
-        return table
-
-    def write(self, path: str | Path) -> Path:
-        """Write the table as the suffix says, ``.md`` or ``.tex``. Returns the path.
-
-        Raises:
-            ValueError: for another suffix.
-        """
-        path = Path(path)
-        makers = {".md": self.to_markdown, ".tex": self.to_latex}
-        if path.suffix not in makers:
-            raise ValueError(f"{path.name} ends in {path.suffix!r}: give one of {', '.join(makers)}")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, makers[path.suffix]().encode())
-        return path
+Small = Callable[[Mapping[str, Any], str], str]  # row and metric → what stands small beside the value
+# title of a block of rows → heading of a group of columns → what stands there
+Sections = Mapping[str, Mapping[str, tuple[Rows, Significance | None]]]
 
 
 def comparison(
@@ -242,7 +42,6 @@ def comparison(
     significance: Significance | None = None,
     metrics: Sequence[str] | None = None,
     intervals: bool = False,
-    display: Mapping[str, str] | None = None,
     caption: str = "",
     label: str = "",
 ) -> Table:
@@ -255,43 +54,32 @@ def comparison(
         metrics: the columns, those of other protocols as "rise/deletion"; None is the paper's layout, as far as any
             row knows it.
         intervals: write ± half the 95 % interval behind every value.
-        display: method → how the table calls it.
         caption: of the table.
         label: for \\ref in LaTeX.
 
     Raises:
         ValueError: if there are no rows, or no row knows any of the metrics.
     """
-    sections: Sections = {"": {(): (rows, significance)}}
-    return _build(sections, metrics, intervals, display, caption, label)
+    return _build({"": {"": (rows, significance)}}, metrics, _half if intervals else None, caption, label)
 
 
 def references(
-    summary: Mapping[str, Any],
-    metrics: Sequence[str] | None = None,
-    across: bool = False,
-    display: Mapping[str, str] | None = None,
-    caption: str = "",
-    label: str = "",
+    summary: Mapping[str, Any], metrics: Sequence[str] | None = None, caption: str = "", label: str = ""
 ) -> Table:
-    """The same for every reference image on its own: blocks of rows, or ``across`` for groups of columns.
+    """The same for every reference image on its own, a block of rows each.
 
     Args and errors as in `comparison`; ``summary`` holds "references": reference → method → {metric: mean}.
     """
     of = summary.get("references") or {}
     if not of:
         raise ValueError("the summary has no references: give one of an evaluation")
-    sections: Sections = {"": {(name,): (rows, None) for name, rows in of.items()}}
-    if not across:
-        sections = {name: {(): (rows, None)} for name, rows in of.items()}
-    return _build(sections, metrics, False, display, caption, label)
+    return _build({name: {"": (rows, None)} for name, rows in of.items()}, metrics, None, caption, label)
 
 
 def models(
     results: Mapping[tuple[str, str], Mapping[str, Any]],
     metrics: Sequence[str] | None = None,
     intervals: bool = False,
-    display: Mapping[str, str] | None = None,
     caption: str = "",
     label: str = "",
 ) -> Table:
@@ -303,12 +91,104 @@ def models(
     if not results:
         raise ValueError("there are no results: give (model, target) → summary")
     targets = list(dict.fromkeys(target for _, target in results))
-    sections: Sections = {f"{target} class" if len(targets) > 1 else "": {} for target in targets}
-    for target, groups in zip(targets, sections.values(), strict=True):
-        for model in dict.fromkeys(model for model, _ in results):
-            summary = results.get((model, target), {})
-            groups[(model,)] = (summary.get("methods") or {}, summary.get("significance"))
-    return _build(sections, metrics, intervals, display, caption, label)
+    sections = {
+        f"{target} class" if len(targets) > 1 else "": {
+            model: _measured(results.get((model, target), {})) for model, _ in results
+        }
+        for target in targets
+    }
+    return _build(sections, metrics, _half if intervals else None, caption, label)
+
+
+def ranked(rows: Rows, metrics: Sequence[str], significance: Significance | None = None, notes: str = "") -> Table:
+    """One classifier for a page: the methods in the order of the headline or of the first metric, the best first, with
+    their 95 % intervals below the values. Args as in `comparison`; ``notes`` stand after the legend."""
+    order = names.best_first([rows], _headline(names.measured(rows.values())))
+    metrics = sorted(metrics, key=lambda metric: metric != HEADLINE)  # what leads a page stands before its parts
+    table = _build({"": {"": (rows, significance)}}, metrics, names.interval_text, order=order)
+    return dataclasses.replace(table, notes=(*table.notes, notes)) if notes else table
+
+
+def overview(results: Mapping[str, Mapping[str, Any]], metric: str = HEADLINE) -> Table:
+    """One metric of every method in every result, the best mean first, with 95 % intervals below the values.
+
+    Args:
+        results: heading of a column → summary.
+
+    Raises:
+        ValueError: if no result holds the metric.
+    """
+    found = [summary.get("methods") or {} for summary in results.values()]
+    order = [
+        m for m in names.best_first(found, metric) if any(is_number(rows.get(m, {}).get(metric)) for rows in found)
+    ]
+    if not order:
+        raise ValueError(f"no result has a value of {metric!r}: choose a metric of the summaries")
+    table = _build(
+        {"": {title: _measured(of) for title, of in results.items()}}, [metric], names.interval_text, order=order
+    )
+    return dataclasses.replace(table, columns=tuple(Column((title,)) for title in results))
+
+
+def differences(summary: Mapping[str, Any], metrics: Sequence[str] | None = None) -> Table:
+    """Every method minus the best of each metric, with p below, corrected for the number of methods.
+
+    Args:
+        summary: "methods", and "significance": metric → method → {"best", "difference", "p"}.
+        metrics: the columns; None is all that were tested.
+
+    Raises:
+        ValueError: if none was tested.
+    """
+    tested = summary.get("significance") or {}
+    chosen = [metric for metric in (names.ordered(tested) if metrics is None else metrics) if tested.get(metric)]
+    if not chosen:
+        raise ValueError("the summary has no significance of these metrics: give one of a comparison")
+
+    def cell(method: str, metric: str) -> Cell:
+        if any(found.get("best") == method for found in tested[metric].values()):
+            return Cell("best", place=1, value=0.0)
+        found = tested[metric].get(method) or {}
+        value, p = found.get("difference"), found.get("p")
+        if not is_number(value):
+            return Cell(ABSENT)
+        small = f"p {p:.2g}" if is_number(p) else ""
+        return Cell(names.signed(metric, value), 0, small, ALIKE if names.inseparable(found) else "", value)
+
+    order = names.best_first([summary["methods"]], _headline(chosen))
+    rows = tuple(Row(m, tuple(cell(m, metric) for metric in chosen), names.is_ours(m)) for m in order)
+    note = "Mean difference on the same images; small: p, corrected for the number of methods."
+    return Table(_headings([""], chosen), (Block(rows),), notes=(note, f"{ALIKE} may be chance (p ≥ {names.LEVEL})."))
+
+
+def paired(pairs: Mapping[str, Mapping[str, Any]]) -> Table:
+    """Differences of Ins − Del on the same images, {"a − b": {"difference", "ci95", "p"}}."""
+    rows = []
+    for pair, found in pairs.items():
+        bounds, p = found.get("ci95") or [None], found.get("p")
+        known = all(map(is_number, bounds))
+        texts = (
+            names.signed(HEADLINE, found["difference"]) if is_number(found.get("difference")) else ABSENT,
+            " … ".join(names.signed(HEADLINE, bound) for bound in bounds) if known else ABSENT,
+            f"{p:.2g}" if is_number(p) else ABSENT,
+        )
+        rows.append(Row(pair, tuple(map(Cell, texts))))
+    heads = tuple(Column((text,)) for text in ("difference", "95 % interval", "p"))
+    notes = ("Paired bootstrap over the images; p is two-sided.",)
+    return Table(heads, (Block(tuple(rows)),), "Ins − Del", notes=notes)
+
+
+def of(evaluation: Evaluation) -> Table:
+    """What an evaluation measured, for a terminal: the first protocol, localisation where masks exist and seconds."""
+    summary = evaluation.summary()
+    shown = {*summary["protocol"]["metrics"], *LOCALISATION, "seconds_per_image"}
+    rows = summary["methods"]
+    info = summary["classifier"]
+    accuracy = "" if info["accuracy"] is None else f", accuracy {info['accuracy']:.3f} ↑"
+    caption = f"{info['name']}: {info['images']} images, {summary['target']} class{accuracy}"
+    metrics = [metric for metric in names.measured(rows.values()) if metric in shown]
+    table = comparison(rows, summary["significance"], metrics, caption=caption)
+    return dataclasses.replace(table, notes=(*table.notes, *evaluation.failure_lines()))
 
 
 def write(results: Mapping[tuple[str, str], Mapping[str, Any]], folder: str | Path) -> list[Path]:
@@ -322,9 +202,7 @@ def write(results: Mapping[tuple[str, str], Mapping[str, Any]], folder: str | Pa
     for (model, target), summary in results.items():
         place = folder if len(results) == 1 else folder / re.sub(r"[^\w.-]+", "_", model) / target
         caption = f"{model}, {target} class"
-        made[place / "comparison"] = comparison(
-            summary["methods"], summary.get("significance"), intervals=True, caption=f"{caption}."
-        )
+        made[place / "comparison"] = comparison(*_measured(summary), intervals=True, caption=f"{caption}.")
         if summary.get("references"):
             made[place / "references"] = references(summary, caption=f"{caption}, every reference on its own.")
     if len(results) > 1:
@@ -332,14 +210,23 @@ def write(results: Mapping[tuple[str, str], Mapping[str, Any]], folder: str | Pa
     return [table.write(path.with_name(path.name + end)) for path, table in made.items() for end in (".md", ".tex")]
 
 
+def _measured(summary: Mapping[str, Any]) -> tuple[Rows, Significance | None]:
+    return summary.get("methods") or {}, summary.get("significance")
+
+
+def _headline(metrics: Sequence[str]) -> str:
+    return HEADLINE if HEADLINE in metrics else next(iter(metrics), "")
+
+
 def _build(
     sections: Sections,
     metrics: Sequence[str] | None,
-    intervals: bool,
-    display: Mapping[str, str] | None,
-    caption: str,
-    label: str,
+    small: Small | None,
+    caption: str = "",
+    label: str = "",
+    order: Sequence[str] | None = None,
 ) -> Table:
+    """Rows in the given ``order``; without one as they come, ours last and apart."""
     everything = [row for groups in sections.values() for rows, _ in groups.values() for row in rows.values()]
     if not everything:
         raise ValueError("there are no methods: give method → {metric: value}")
@@ -348,120 +235,58 @@ def _build(
     if not known.intersection(chosen):
         wanted = ", ".join(PAPER if metrics is None else metrics)
         raise ValueError(f"no method has a value of {wanted}: choose among {', '.join(sorted(known - {'ci95'}))}")
-    groups = list(dict.fromkeys(group for of in sections.values() for group in of))
     blocks = []
-    for title, of in sections.items():
-        methods = list(dict.fromkeys(method for rows, _ in of.values() for method in rows))
-        filled = [_cells(*of.get(group, ({}, None)), methods, chosen, intervals) for group in groups]
-        lines = [
-            Row((display or {}).get(m, m), tuple(cell for cells in filled for cell in cells[m]), names.is_ours(m))
-            for m in methods
+    for title, groups in sections.items():
+        methods = order or list(dict.fromkeys(method for rows, _ in groups.values() for method in rows))
+        filled = [
+            cells for rows, significance in groups.values() for cells in _columns(rows, significance, chosen, small)
         ]
-        parts = [
-            tuple(row for row, m in zip(lines, methods, strict=True) if names.is_ours(m) is o) for o in (False, True)
-        ]
-        for i, part in enumerate(filter(None, parts)):
-            blocks.append(Block(part, title if i == 0 else ""))
+        lines = [Row(m, tuple(cells.get(m, Cell(ABSENT)) for cells in filled), names.is_ours(m)) for m in methods]
+        parts = [lines] if order else [[line for line in lines if line.strong is ours] for ours in (False, True)]
+        blocks += [Block(tuple(part), title if i == 0 else "") for i, part in enumerate(filter(None, parts))]
     cells = [cell for block in blocks for row in block.rows for cell in row.cells]
-    notes = ["↑ higher is better, ↓ lower is better; bold: best; underlined: second."]
-    if any(cell.spread for cell in cells):
-        notes.append("± half of the 95 % interval.")
+    notes = [LEGEND]
+    if any(cell.small for cell in cells):
+        notes.append("± half of the 95 % interval." if small is _half else "Small: 95 % interval over images.")
     if any(cell.mark for cell in cells):
         notes.append(f"{ALIKE} the difference to the best may be chance (corrected p ≥ {names.LEVEL}).")
-    return Table(_headings(groups, chosen), tuple(blocks), caption=caption, label=label, notes=tuple(notes))
+    headings = _headings(dict.fromkeys(group for groups in sections.values() for group in groups), chosen)
+    return Table(headings, tuple(blocks), caption=caption, label=label, notes=tuple(notes))
 
 
-def _headings(groups: Sequence[tuple[str, ...]], metrics: Sequence[str]) -> tuple[Column, ...]:
+def _headings(groups: Iterable[str], metrics: Sequence[str]) -> tuple[Column, ...]:
     protocols = any(names.split(metric)[0] for metric in metrics)
     found: list[Column] = []
     before: Any = None
     for group in groups:
         for metric in metrics:
-            protocol = names.split(metric)[0]
-            middle = (names.protocol_label(protocol) if protocol else "",) if protocols else ()
-            text = names.label(metric) + names.arrow_after(metric)
+            middle = (names.protocol_label(names.split(metric)[0]),) if protocols else ()
             family = group, names.family(metric)
-            found.append(Column((*group, *middle, text), apart=bool(found) and family != before))
+            path = (*([group] if group else []), *middle, names.label(metric))
+            found.append(Column(path, apart=bool(found) and family != before))
             before = family
     return tuple(found)
 
 
-def _cells(
-    rows: Rows, significance: Significance | None, methods: Sequence[str], metrics: Sequence[str], intervals: bool
-) -> dict[str, list[Cell]]:
-    cells: dict[str, list[Cell]] = {method: [] for method in methods}
+def _columns(
+    rows: Rows, significance: Significance | None, metrics: Sequence[str], small: Small | None
+) -> Iterable[dict[str, Cell]]:
+    """Method → cell, for every metric."""
     for metric in metrics:
         places = names.places({method: row.get(metric) for method, row in rows.items()}, metric)
         compared = (significance or {}).get(metric) or {}
-        for method in methods:
-            row = rows.get(method, {})
-            value = row.get(metric)
-            if not names.is_number(value):
-                cells[method].append(Cell(UNMEASURED if metric in row else ABSENT))
-                continue
-            bounds = names.interval(row, metric) if intervals else None
-            spread = f"±{names.number(metric, (bounds[1] - bounds[0]) / 2)}" if bounds else ""
-            place = places.get(method, 0)
-            mark = ALIKE if place != 1 and names.inseparable(compared.get(method)) else ""
-            cells[method].append(Cell(names.number(metric, value), place, spread, mark))
-    return cells
+        cells = {}
+        for method, row in rows.items():
+            value, place = row.get(metric), places.get(method, 0)
+            if is_number(value):
+                mark = ALIKE if place != 1 and names.inseparable(compared.get(method)) else ""
+                beside = small(row, metric) if small else ""
+                cells[method] = Cell(names.number(metric, value), place, beside, mark, value)
+            elif metric in row:
+                cells[method] = Cell(UNMEASURED)
+        yield cells
 
 
-def _joined(path: Sequence[str]) -> str:
-    return " · ".join(text for text in path if text)
-
-
-def _marked(text: str, place: int, best: str, second: str) -> str:
-    return {1: best, 2: second}.get(place, "{}").format(text)
-
-
-def _markdown(text: str) -> str:
-    # an underscore inside a word is plain in Markdown: names stay as they are typed
-    text = re.sub(r"&(?=#?\w+;)", "&amp;", " ".join(text.split()))
-    return re.sub(r"[\\`*\[\]<>|~$]|(?<!\w)_|_(?!\w)", r"\\\g<0>", text)
-
-
-_LATEX = {
-    **{sign: f"\\{sign}" for sign in "&%$#_{}"},
-    "\\": r"\textbackslash{}",
-    "~": r"\textasciitilde{}",
-    "^": r"\textasciicircum{}",
-    "<": r"\textless{}",
-    ">": r"\textgreater{}",
-    "|": r"\textbar{}",
-    '"': "''",
-    "↑": r"$\uparrow$",
-    "↓": r"$\downarrow$",
-    "−": "$-$",
-    "–": "--",
-    "±": r"$\pm$",
-    "≥": r"$\geq$",
-    "≤": r"$\leq$",
-    "×": r"$\times$",
-    "·": r"$\cdot$",
-    "→": r"$\rightarrow$",
-    "†": r"$^{\dagger}$",
-    "τ": r"$\tau$",
-    "α": r"$\alpha$",
-    "β": r"$\beta$",
-    "γ": r"$\gamma$",
-    "κ": r"$\kappa$",
-    "…": r"\ldots{}",
-    "\N{NO-BREAK SPACE}": "~",
-    "\N{THIN SPACE}": r"\,",
-}
-
-
-def _latex(text: str) -> str:
-    return "".join(_LATEX.get(sign, sign) for sign in " ".join(re.split(r"[ \t\r\n]+", text)))
-
-
-def _latex_cell(cell: Cell) -> str:
-    if cell.text == UNMEASURED:
-        return rf"{{\scriptsize {UNMEASURED}}}"
-    text = _latex(re.sub(r"^-(?=[\d.])", "−", cell.text))
-    text = _marked(text, cell.place, r"\textbf{{{}}}", r"\underline{{{}}}")
-    if cell.spread:
-        return rf"{text}{_latex(cell.mark)}{{\scriptsize\,{_latex(cell.spread)}}}"
-    # a mark without width leaves the digits of a column under each other
-    return text + (rf"\rlap{{{_latex(cell.mark)}}}" if cell.mark else "")
+def _half(row: Mapping[str, Any], metric: str) -> str:
+    bounds = names.interval(row, metric)
+    return f"±{names.number(metric, (bounds[1] - bounds[0]) / 2)}" if bounds else ""

@@ -27,6 +27,15 @@ def maps(images):
     return {"grad_cam": ramp, "aha T=3": ramp.flip(-1)}
 
 
+@pytest.fixture
+def grids(monkeypatch):
+    """What the figures asked `drawing.image_grid` for."""
+    seen = []
+    draw = drawing.image_grid
+    monkeypatch.setattr(figures, "image_grid", lambda *given: seen.append(given) or draw(*given))
+    return seen
+
+
 def summary():
     """Higher is better along METHODS: deletion and adp fall, insertion and pic rise, each is slower."""
     methods = {}
@@ -38,7 +47,8 @@ def summary():
         "classifier": {"accuracy": 0.961, "name": "tiny <ViT> & co", "images": 48},
         "methods": methods,
         "references": {"black": methods, "blur": methods},
-        "protocol": {"name": "aha", "points": 21, "references": ["black", "blur"]},
+        "protocol": {"name": "aha", "points": 21, "references": ["black", "blur"], "preprocessing": "centre crop"},
+        "protocols": [{"name": "mda", "points": 225, "preprocessing": "shorter side to 224 px"}],
         "target": "predicted",
         "seed": 42,
         "versions": {"torch": "2.11.0"},
@@ -156,8 +166,8 @@ from aha.report import figures, html, overlays
 image = np.random.rand(3, 64, 64)
 overlays.save_overlay({str(tmp_path / "overlay.png")!r}, image, image[:1])
 for call in (
-    lambda: figures.map_grid(image[None], {{"a": image[None, :1]}}, {str(tmp_path / "grid.png")!r}),
-    lambda: html.render({{"methods": {{"a": {{}}}}}}, {{}}, {str(tmp_path / "report.html")!r}),
+    lambda: figures.qualitative(image[None], {{"a": image[None, :1]}}, {str(tmp_path / "grid.png")!r}),
+    lambda: html.render({{("", ""): {{"methods": {{"a": {{}}}}}}}}, {{}}, {str(tmp_path / "report.html")!r}),
 ):
     try:
         call()
@@ -171,32 +181,27 @@ for call in (
     assert [path.name for path in tmp_path.iterdir()] == ["overlay.png"]
 
 
-def test_map_grid(images, maps, tmp_path):
-    masks = torch.zeros(3, 1, 64, 64, dtype=torch.bool)
-    masks[:, :, 20:40, 20:40] = True
-    path = figures.map_grid(images, maps, tmp_path / "maps.png", titles=["a", "b", "c"], masks=masks)
-    with_outline = opened(path)
-    without = opened(figures.map_grid(images, maps, tmp_path / "plain.png", titles=["a", "b", "c"]))
-    assert with_outline.shape == without.shape
-    assert with_outline.shape[1] > 3 * 256
-    assert not np.array_equal(with_outline, without)
-    with pytest.raises(ValueError, match="2 titles for 3 images"):
-        figures.map_grid(images, maps, tmp_path / "bad.png", titles=["a", "b"])
-    with pytest.raises(ValueError, match=r"give \(3, 1, H, W\)"):
-        figures.map_grid(images, {"one": maps["grad_cam"][:2]}, tmp_path / "bad.png")
-
-
-def test_noisy_photographs_stay_within_the_budget(tmp_path):
+def test_noisy_photographs_stay_within_the_budget(tmp_path, monkeypatch):
     noise = torch.rand(2, 3, 224, 224, generator=torch.Generator().manual_seed(0))
-    opened(figures.map_grid(noise, dict.fromkeys(METHODS, noise[:, :1]), tmp_path / "noise.png"))
+    monkeypatch.setattr(figures, "GRID_BUDGET", drawing.BUDGET)
+    opened(figures.qualitative(noise, dict.fromkeys(METHODS, noise[:, :1]), tmp_path / "noise.png"))
 
 
-@pytest.mark.parametrize("scores", [np.ones((4, 3)), torch.ones(4)])
-def test_refinement(images, maps, tmp_path, scores):
+def test_refinement(images, maps, tmp_path, grids):
     trail = torch.stack([maps["grad_cam"]] * 4)
-    opened(figures.refinement(images, trail, tmp_path / "refinement.png", scores))
-    with pytest.raises(ValueError, match="one value per map"):
-        figures.refinement(images, trail, tmp_path / "bad.png", np.ones(3))
+    path = tmp_path / "refinement.png"
+    scores = torch.arange(12.0).reshape(4, 3) / 1000
+    opened(figures.refinement(images, trail, path, scores), figures.GRID_BUDGET)
+    (band,) = grids.pop()[0]
+    assert list(band.names) == ["input", *(f"T = {t}" for t in range(4))]
+    assert band.notes[1] == ["Ins − Del", "0.001", "0.004", "0.007", "0.010"]
+    assert list(band.best[1]) == [4]
+    opened(figures.refinement(images, trail, path), figures.GRID_BUDGET)
+    assert not any(grids.pop()[0][0].notes)
+    with pytest.raises(ValueError, match="3 scores for 4 steps"):
+        figures.refinement(images, trail, tmp_path / "bad.png", np.ones((3, 3)))
+    with pytest.raises(ValueError, match="one per image"):
+        figures.refinement(images, trail, tmp_path / "bad.png", np.ones((4, 2)))
 
 
 def test_curves_and_bars(tmp_path):
@@ -300,69 +305,71 @@ def test_matrices_say_what_may_be_chance(tmp_path, monkeypatch):
     draw = comparison_figures._matrix
     monkeypatch.setattr(comparison_figures, "_matrix", lambda *given: seen.append(given) or draw(*given))
     opened(comparison_figures.significance_matrix(summary, tmp_path / "significance.png"))
-    _, methods, heads, texts, colors, *_ = seen.pop()
-    assert heads == ["Deletion ↓", "Insertion ↑", "Ins − Del ↑"]
-    assert methods[:2] == ["aha T=7", "aha T=6"]
-    assert texts[0] == ["best"] * 3
-    assert texts[1] == ["+0.0100", "−0.0100", "−0.0200"]
+    _, table, colors, *_ = seen.pop()
+    rows = list(table.rows)
+    assert [column.path[-1] for column in table.columns] == ["Deletion ↓", "Insertion ↑", "Ins − Del ↑"]
+    assert [row.name for row in rows[:2]] == ["aha T=7", "aha T=6"]
+    assert [cell.text for cell in rows[0].cells] == ["best"] * 3
+    assert [cell.text for cell in rows[1].cells] == ["+0.0100", "−0.0100", "−0.0200"]
+    assert [cell.small for cell in rows[1].cells] == ["p 0.5"] * 3
+    assert set(colors[0]) == {drawing.ACCENT}
     assert set(colors[1]) == {comparison_figures._ALIKE}
     assert comparison_figures._ALIKE not in colors[2]
-    pairs = {("a", "b"): {"difference": 0.2, "p": 0.01}, ("c", "a"): {"difference": 0.001, "p": 0.9}}
-    opened(comparison_figures.pairwise_matrix(pairs, tmp_path / "pairs.png"))
-    _, methods, _, texts, colors, *_ = seen.pop()
-    cells = {(a, b): (texts[i][j], colors[i][j]) for i, a in enumerate(methods) for j, b in enumerate(methods)}
-    assert methods[-1] == "b"
-    assert cells["a", "b"][0] == "+0.200"
-    assert cells["b", "a"][0] == "−0.200"
-    assert cells["a", "b"][1] != cells["b", "a"][1]
-    assert cells["a", "c"] == ("−0.001", "#ffffff")
-    assert cells["b", "c"] == ("", "#ffffff")  # nobody compared them
+    # the further from the best, the darker
+    assert all(sum(bytes.fromhex(colors[2][i][1:])) > sum(bytes.fromhex(colors[7][i][1:])) for i in range(3))
     results = {("vit", "true"): summary, ("a_very_long_name_of_a_model", "true"): many(5)}
     opened(comparison_figures.models(results, tmp_path / "models.png", "deletion"))
-    _, methods, heads, texts, *_, bold = seen.pop()
-    assert heads == ["vit", "a_very_long_name_of_a_model"]
-    assert texts[methods.index("aha T=7")] == ["0.330", "–"]
-    assert {(methods[row], column) for row, column in bold} == {("aha T=7", 0), ("aha T=4", 1)}
+    _, table, colors, *_ = seen.pop()
+    assert [column.path for column in table.columns] == [("vit",), ("a_very_long_name_of_a_model",)]
+    found = {row.name: row.cells for row in table.rows}
+    assert [cell.text for cell in found["aha T=7"]] == ["0.3300", "–"]
+    best = {(name, i) for name, cells in found.items() for i, cell in enumerate(cells) if cell.place == 1}
+    assert best == {("aha T=7", 0), ("aha T=4", 1)}
+    shades = dict(zip(found, colors, strict=True))
+    assert shades["aha T=7"][0] == shades["aha T=4"][1] < shades["random"][0]  # deletion: the lowest is the deepest
+    assert shades["aha T=7"][1] == "#ffffff"
     for call in (
         lambda: comparison_figures.significance_matrix({"methods": {}}, tmp_path / "bad.png"),
-        lambda: comparison_figures.pairwise_matrix({}, tmp_path / "bad.png"),
         lambda: comparison_figures.models(results, tmp_path / "bad.png", "iou"),
     ):
-        with pytest.raises(ValueError, match=r"no significance|at least one pair|no result"):
+        with pytest.raises(ValueError, match=r"no significance|no result"):
             call()
 
 
-def test_many_methods_go_onto_further_lines(images, maps, tmp_path, monkeypatch):
-    seen = []
-    draw = drawing.image_grid
-    monkeypatch.setattr(comparison_figures, "image_grid", lambda *given: seen.append(given) or draw(*given))
+def test_many_methods_go_onto_further_lines(images, maps, tmp_path, grids):
     methods = [f"method_{i}" for i in range(12)] + ["aha T=3"]
     layers = dict.fromkeys(methods, maps["grad_cam"])
     scores = {name: torch.tensor([i / 100, -i / 100, 0.5]) for i, name in enumerate(methods[:-1])}
     masks = torch.zeros(3, 1, 64, 64, dtype=torch.bool)
     masks[:, :, 20:40, 20:40] = True
     path = tmp_path / "qualitative.png"
-    comparison_figures.qualitative(images, layers, path, ["a", "b", "c"], scores, masks)
-    opened(path, comparison_figures.GRID_BUDGET)
-    bands, titles = seen.pop()
+    figures.qualitative(images, layers, path, ["a", "b", "c"], scores, masks)
+    opened(path, figures.GRID_BUDGET)
+    bands, _, titles, _ = grids.pop()
     assert titles == ["a", "b", "c"]
     assert [list(band.names) for band in bands] == [["input", *methods[:7]], ["input", *methods[7:]]]
-    assert bands[0].notes[1] == ["Ins − Del", "0.00", *(f"−0.0{i}" for i in range(1, 7))]
+    assert bands[0].notes[1] == ["Ins − Del", "0.000", *(f"−0.0{i}0" for i in range(1, 7))]
     assert bands[1].notes[0][-1] == ""  # no score, no number
     assert [[list(best) for best in band.best] for band in bands] == [
         [[], [1], [1, 2, 3, 4, 5, 6, 7]],
         [[5], [], [1, 2, 3, 4, 5]],
     ]
-    comparison_figures.qualitative(images, layers, path)
-    bare = seen.pop()[0]
+    figures.qualitative(images, layers, path)
+    bare = grids.pop()[0]
     for with_outline, without in zip(bands, bare, strict=True):
         for lines in zip(with_outline.panels, without.panels, strict=True):
+            assert all(a.shape == (256, 256, 3) for a in lines[0])
             assert all((a != b).any() for a, b in zip(*lines, strict=True))  # outlined in every panel
         assert not without.notes[0]
-    with pytest.raises(ValueError, match="scores of method_0 have shape"):
-        comparison_figures.qualitative(images, layers, path, scores={"method_0": torch.zeros(2)})
+    for arguments, words in (
+        ({"scores": {"method_0": torch.zeros(2)}}, "scores of method_0 have shape"),
+        ({"titles": ["a", "b"]}, "2 titles for 3 images"),
+        ({"masks": masks[:2]}, r"give \(3, 1, H, W\)"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            figures.qualitative(images, layers, path, **arguments)
     with pytest.raises(ValueError, match="at least one method"):
-        comparison_figures.qualitative(images, {}, path)
+        figures.qualitative(images, {}, path)
 
 
 def test_ablation_and_curves_by_reference(tmp_path):
@@ -377,9 +384,9 @@ def test_ablation_and_curves_by_reference(tmp_path):
     for i, name in enumerate(many()["methods"]):
         both = {"insertion": ramp ** (1 - i / 40), "deletion": 1 - ramp ** (1 - i / 40)}
         curves[name] = {"black": both, "a longer name": both}
-    opened(comparison_figures.curves_by_reference(curves, tmp_path / "curves.png"))
+    opened(figures.curves_by_reference(curves, tmp_path / "curves.png"))
     with pytest.raises(ValueError, match="at least one method"):
-        comparison_figures.curves_by_reference({}, tmp_path / "bad.png")
+        figures.curves_by_reference({}, tmp_path / "bad.png")
 
 
 @pytest.fixture(scope="module")
@@ -414,14 +421,14 @@ def test_page_has_every_method_metric_and_interval(page):
         low, high = values["ci95"]["insertion"]
         assert f"{low:.3f}\u2009…\u2009{high:.3f}" in row
     headings = re.findall(r'<th scope="col">([^<]+)</th>', table)[1:7]
-    assert headings == ["Ins − Del ↑", "Insertion ↑", "Deletion ↓", "ADP ↓", "PIC ↑", "s / image ↓"]
+    assert headings == ["Ins − Del ↑", "Deletion ↓", "Insertion ↑", "ADP ↓", "PIC ↑", "s / image ↓"]
 
 
 def test_best_is_bold_and_second_underlined(page):
     table = page[page.index("<h2>Results</h2>") : page.index("Paired bootstrap")]
     best = re.findall(r"<td><b>([\d.]+)</b>", table)
     second = re.findall(r"<td><u>([\d.]+)</u>", table)
-    assert best == ["0.7000", "0.8000", "0.1000", "37.00", "33.00", "0.01"]
+    assert best == ["0.7000", "0.1000", "0.8000", "37.00", "33.00", "0.01"]
     assert sorted(second) == sorted(["0.5000", "0.7000", "0.2000", "38.00", "32.00", "0.02"])
 
 
@@ -429,8 +436,19 @@ def test_page_escapes_text_and_tells_the_rest(page):
     assert "<title>aha report · tiny &lt;ViT&gt; &amp; co</title>" in page
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page
     assert "rise (2 images)" in page
-    for fact in ("black, blur", "2.11.0", "share after", "per step", "+0.2000", "+0.1000 … +0.3000", "seed"):
+    for fact in (
+        "black, blur",
+        "2.11.0",
+        "share after",
+        "per step",
+        "Protocol MDA",
+        "225",
+        "+0.2000",
+        "+0.1000 … +0.3000",
+        "seed",
+    ):
         assert fact in page
+    assert re.findall(r"<dt>preprocessing</dt><dd>([^<]+)", page) == ["centre crop", "shorter side to 224 px"]
     assert page.count("<details>") == 2  # one per reference
     titles = re.findall(r"<figcaption><b>(\w+)", page)
     assert titles == ["Maps", "Faithfulness", "Training", "zebra"]
@@ -443,12 +461,13 @@ def test_ties_and_gaps(tmp_path):
         "c": {"iou": float("nan")},
         "d": {"iou": 0.25},
     }
-    page = html.render({"methods": methods}, {}, tmp_path / "deep" / "page.html", extra={"note": {"x": "<i>"}})
+    summary = {"methods": methods, "classifier": {"note": {"x": "<i>"}}}
+    page = html.render({("", ""): summary}, {}, tmp_path / "deep" / "page.html")
     text = page.read_text(encoding="utf-8")
     assert text.count("<b>0.5000</b>") == 2
     assert text.count("<u>0.2500</u>") == 1
     assert ">mystery metric<" in text
-    assert "x</dt><dd>&lt;i&gt;</dd>" in text
+    assert "note · x</dt><dd>&lt;i&gt;</dd>" in text
     assert "None" not in text
     assert "nan" not in text
 
@@ -490,11 +509,11 @@ def balanced(page):
 
 def test_page_of_many_methods(tmp_path):
     summary = many()
-    page = html.render(summary, {}, tmp_path / "page.html").read_text(encoding="utf-8")
+    page = html.render({("", ""): summary}, {}, tmp_path / "page.html").read_text(encoding="utf-8")
     assert balanced(page)
     own, others = page[page.index("<h2>Results") :].split("<h3>Other protocols</h3>")
     headings = re.findall(r'<th scope="col">([^<]+)</th>', own)[1:]
-    assert headings[:4] == ["Ins − Del ↑", "Insertion ↑", "Deletion ↓", "ADP ↓"]
+    assert headings[:4] == ["Ins − Del ↑", "Deletion ↓", "Insertion ↑", "ADP ↓"]
     assert headings[4:] == ["s / image ↓", "F / image ↓", "B / image ↓", "MiB / image ↓"]
     assert own.count('<th scope="row">') == len(summary["methods"])
     assert "RISE Deletion ↓" in others
@@ -509,7 +528,7 @@ def test_page_of_many_methods(tmp_path):
     assert differences.count("<small>p 0.001</small>") == 3 * (len(summary["methods"]) - 2)
     assert "not measured" not in page
     summary["methods"]["method_3"]["adp"] = None
-    page = html.render(summary, {}, tmp_path / "page.html").read_text(encoding="utf-8")
+    page = html.render({("", ""): summary}, {}, tmp_path / "page.html").read_text(encoding="utf-8")
     assert page.count("not measured") == 1
 
 

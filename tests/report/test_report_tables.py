@@ -2,13 +2,14 @@
 
 import io
 import re
+import types
 
 import numpy as np
 import pytest
 from rich.console import Console
 
-from aha import metrics
-from aha.report import columns, tables
+from aha.metrics import catalog
+from aha.report import columns, figures, html, tables
 
 METHODS = ("random", "rollout", "bi_attention", "rise", "aha T=0", "aha T=3")
 
@@ -168,7 +169,7 @@ def test_intervals_and_what_may_be_chance():
 
 def test_names_of_any_signs():
     name = r"50% a_b & {c} #1 $x$ ~^\|*_d_*"
-    table = tables.comparison({name: {"adp": 1.0}, "τ<1>": {"adp": -2.0}}, display={"τ<1>": "τ <1>"})
+    table = tables.comparison({name: {"adp": 1.0}, "τ <1>": {"adp": -2.0}})
     line = latex_rows(table.to_latex())[1]
     assert line[0] == (
         r"50\% a\_b \& \{c\} \#1 \$x\$ \textasciitilde{}\textasciicircum{}\textbackslash{}\textbar{}*\_d\_*"
@@ -185,7 +186,7 @@ def test_names_of_any_signs():
     assert value(lines[1][1][0]) == -2.0
 
 
-def test_references_as_rows_or_columns():
+def test_references_are_blocks_of_rows():
     summary = {"methods": rows(), "references": {"black": rows(1), "blur": rows(2)}}
     chosen = ["deletion", "insertion"]
     below = tables.references(summary, chosen)
@@ -194,15 +195,6 @@ def test_references_as_rows_or_columns():
     lines = latex_rows(below.to_latex())
     assert lines[1] == [r"\multicolumn{3}{l}{\emph{black}}"]
     assert [block.title for block in below.blocks] == ["black", "", "blur", ""]
-    across = tables.references(summary, chosen, across=True)
-    headings, found = parsed(across.to_markdown())
-    assert headings[1:] == ["black · Deletion ↓", "black · Insertion ↑", "blur · Deletion ↓", "blur · Insertion ↑"]
-    for name, cells in found:
-        expected = [rows(seed)[name][metric] for seed in (1, 2) for metric in chosen]
-        assert [value(cell) for cell in cells] == pytest.approx(expected, abs=0.00005)
-    head = latex_rows(across.to_latex())[0]
-    assert head == ["", r"\multicolumn{2}{c}{black}", r"\multicolumn{2}{c}{blur}"]
-    assert r"\cmidrule(lr){2-3} \cmidrule(lr){4-5}" in across.to_latex()
     assert "s / image" not in tables.references({"references": {"black": {"a": {"adp": 1.0}}}}).to_markdown()
     with pytest.raises(ValueError, match="no references"):
         tables.references({"methods": rows()})
@@ -225,6 +217,9 @@ def test_models_side_by_side_and_targets_below():
     # best is best of one model and one target
     assert all(found["aha T=3"][0].startswith("**") for found in (first, second))
     assert first["aha T=3"][2].startswith("**")
+    head = latex_rows(table.to_latex())[0]
+    assert head == ["", r"\multicolumn{2}{c}{ViT-B/16}", r"\multicolumn{2}{c}{ViT-B/32}"]
+    assert r"\cmidrule(lr){2-3} \cmidrule(lr){4-5}" in table.to_latex()
     assert value(second["rollout"][0]) == pytest.approx(rows(2)["rollout"]["insertion"], abs=0.00005)
     latex_rows(table.to_latex())
     one = tables.models({("ViT", "true"): {"methods": rows()}}, ["insertion"])
@@ -267,16 +262,88 @@ def test_costs_are_plain_numbers():
     assert [cell.place for cell in next(table.rows).cells] == [0, 0, 1]
 
 
-def test_every_named_metric_has_an_arrow_in_every_protocol():
-    for names in columns.FAMILIES:
-        for name in names:
-            assert metrics.arrow(f"some/{name}") == metrics.arrow(name)
-            assert columns.heading(name).endswith(metrics.arrow(name))
-    assert metrics.arrow("mda/insertion") == "↑"
-    assert metrics.arrow("rise/deletion") == metrics.arrow("peak_bytes_per_image") == "↓"
-    with pytest.raises(KeyError):
-        metrics.arrow("rise/mystery")
+def test_headings_are_the_catalogues():
+    for key, metric in catalog.METRICS.items():
+        assert columns.heading(key) == f"{metric.title} {metric.arrow}"
+        assert columns.heading(f"some/{key}") == f"some {metric.title} {metric.arrow}"
+    assert columns.heading("mda/insertion") == "MDA Insertion ↑"
     assert columns.heading("rise/mystery_score") == "RISE mystery score"
+    shuffled = ["peak_bytes_per_image", "rise/insertion", "mystery", "iou", "rise/deletion", "deletion"]
+    assert columns.ordered(shuffled) == [
+        *("deletion", "iou", "mystery", "rise/deletion", "rise/insertion", "peak_bytes_per_image"),
+    ]
+
+
+def test_a_metric_from_outside_has_its_own_title_arrow_and_digits(monkeypatch, tmp_path):
+    monkeypatch.setattr(catalog, "METRICS", dict(catalog.METRICS))
+    catalog.add(catalog.Metric("wobble", "Wobble <1>", False, "mine", "how far it wobbles.", digits=1, scale=10.0))
+    given = {name: {**row, "wobble": i / 10 + 0.001} for i, (name, row) in enumerate(rows().items())}
+    table = tables.comparison(given, metrics=["wobble"])
+    assert [column.path for column in table.columns] == [("Wobble <1> ↓",)]
+    assert [cells for _, (cells,) in parsed(table.to_markdown())[1]] == [
+        *("**0.0**", "<ins>1.0</ins>", "2.0", "3.0", "4.0", "5.0"),
+    ]
+    assert r"Wobble \textless{}1\textgreater{} $\downarrow$" in table.to_latex()
+    page = html.render({("", ""): {"methods": given}}, {}, tmp_path / "page.html").read_text()
+    headings = re.findall(r'<th scope="col">([^<]+)</th>', page)
+    assert headings.index("Wobble &lt;1&gt; ↓") == headings.index("PIC ↑") + 1  # behind the others, before the costs
+    assert "<td><b>0.0</b></td>" in page
+    assert "<dt>Wobble &lt;1&gt; ↓</dt><dd>how far it wobbles.</dd>" in page
+    # the figures order by its direction
+    assert columns.best_first([given], "wobble") == list(METHODS)
+    figures.bars({"methods": given}, "wobble", tmp_path / "bars.png")
+    assert [cell.text for cell in next(tables.overview({"vit": {"methods": given}}, "wobble").rows).cells] == ["0.0"]
+
+
+def test_html_holds_the_same_cells():
+    found = {"rise": {"best": "aha T=3", "p": 0.3}}
+    given = {**rows(), "<i>": {"adp": None}}
+    table = tables.ranked(given, ["adp", "ins_minus_del"], {"ins_minus_del": found}, "A & B.")
+    text = table.to_html()
+    assert re.findall(r'<th scope="col">([^<]*)</th>', text) == ["method", "Ins − Del ↑", "ADP ↓"]
+    lines = re.findall(r'<tr( class="ours")?><th scope="row">(.*?)</th>\n(.*?)\n</tr>', text, re.S)
+    # the best of the headline first, what has none last
+    assert [name for _, name, _ in lines] == [*reversed(METHODS), "&lt;i&gt;"]
+    assert [bool(ours) for ours, *_ in lines] == [True, True, False, False, False, False, False]
+    for (_, _, cells), row in zip(lines, table.rows, strict=True):
+        shown = re.findall(
+            r"<td>(?:<[bu]>)?([^<]*)(?:</[bu]>)?(?:<sup>(.*?)</sup>)?(?:<small>(.*?)</small>)?</td>", cells
+        )
+        assert shown == [(cell.text, cell.mark, cell.small) for cell in row.cells]
+        if row.name in METHODS:
+            low, high = given[row.name]["ci95"]["ins_minus_del"]
+            assert row.cells[0].small == f"{low:.3f}\N{THIN SPACE}…\N{THIN SPACE}{high:.3f}"
+    assert {name for _, name, cells in lines if "†" in cells} == {"rise"}
+    assert text.count("<b>") == text.count("<u>") == 2
+    assert "not measured" in lines[-1][2]
+    assert text.endswith(" A &amp; B.</p>")
+    blocks = tables.models({("m", "true"): {"methods": rows()}, ("m", "predicted"): {"methods": rows()}}, ["adp"])
+    assert '<th scope="rowgroup" colspan="2">true class</th>' in blocks.to_html()
+
+
+def test_what_an_evaluation_measured():
+    methods = {name: {**row, "iou": 0.5, "f1": 0.1, "rise/deletion": 0.2} for name, row in rows().items()}
+    summary = {
+        "classifier": {"name": "vit", "accuracy": 0.98765, "images": 7},
+        "methods": methods,
+        "significance": {"insertion": {"rise": {"best": "aha T=3", "p": 0.3}}},
+        "protocol": {"name": "aha", "metrics": ["deletion", "insertion", "pic"]},
+        "target": "true",
+    }
+    failures = ["rise failed on 2 images: out of memory"]
+    evaluation = types.SimpleNamespace(summary=lambda: summary, failure_lines=lambda: iter(failures))
+    table = tables.of(evaluation)
+    assert table.caption == "vit: 7 images, true class, accuracy 0.988 ↑"
+    assert [column.path for column in table.columns] == [
+        *(("Deletion ↓",), ("Insertion ↑",), ("PIC ↑",), ("IoU ↑",), ("s / image ↓",)),
+    ]
+    assert [row.name for row in table.rows] == list(METHODS)
+    assert table.notes[-1] == failures[0]
+    console = Console(width=160, record=True, file=io.StringIO())
+    console.print(table.to_rich())
+    assert failures[0] in [line.strip() for line in console.export_text().splitlines()]
+    summary["classifier"]["accuracy"] = None
+    assert tables.of(evaluation).caption == "vit: 7 images, true class"
 
 
 def test_terminal_shows_all():
@@ -286,7 +353,7 @@ def test_terminal_shows_all():
     text = console.export_text()
     assert "[bold]not markup[/bold]" in text
     for row in table.rows:
-        assert all(f"{cell.text} {cell.spread}".strip() in text for cell in row.cells)
+        assert all(f"{cell.text} {cell.small}".strip() in text for cell in row.cells)
     narrow = Console(width=60, record=True, file=io.StringIO())
     narrow.print(tables.comparison(rows()).to_rich())
     assert "…" not in narrow.export_text()

@@ -1,0 +1,279 @@
+r"""One table, written for a README (Markdown), a paper (LaTeX with booktabs), a page (HTML) and a terminal (rich)."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..files import write_atomically
+
+if TYPE_CHECKING:
+    import rich.table
+
+ABSENT, UNMEASURED, ALIKE = "–", "not measured", "†"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One value as text.
+
+    Attributes:
+        text: the value, unescaped.
+        place: 1 is set bold, 2 underlined.
+        small: what stands small behind the value, below it in HTML: an interval, or p.
+        mark: a sign behind it that a note explains.
+        value: the number that the text says, if it says one.
+    """
+
+    text: str
+    place: int = 0
+    small: str = ""
+    mark: str = ""
+    value: float | None = None
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of values.
+
+    Attributes:
+        path: headings from the widest group to the column's own; equal ones side by side become one.
+        apart: a wider gap before it.
+    """
+
+    path: tuple[str, ...]
+    apart: bool = False
+
+
+@dataclass(frozen=True)
+class Row:
+    """A named row; ``strong`` sets the name bold."""
+
+    name: str
+    cells: tuple[Cell, ...]
+    strong: bool = False
+
+
+@dataclass(frozen=True)
+class Block:
+    """Rows that stand together, under a title or, without one, set apart by a rule."""
+
+    rows: tuple[Row, ...]
+    title: str = ""
+
+
+@dataclass(frozen=True)
+class Table:
+    """Columns, blocks of rows, and what stands around them; all texts unescaped.
+
+    Attributes:
+        columns: paths of one length.
+        blocks: every row holds one cell per column.
+        stub: heading of the names.
+        caption: of the table.
+        label: for \\ref in LaTeX: letters, digits and ``: . - _ /``.
+        notes: sentences under the table.
+
+    Raises:
+        ValueError: where the parts do not fit together.
+    """
+
+    columns: tuple[Column, ...]
+    blocks: tuple[Block, ...]
+    stub: str = "method"
+    caption: str = ""
+    label: str = ""
+    notes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if len({len(column.path) for column in self.columns}) != 1 or not self.columns[0].path:
+            raise ValueError("the columns' paths differ in length or are empty: give one heading per level to each")
+        for row in self.rows:
+            if len(row.cells) != len(self.columns):
+                raise ValueError(
+                    f"row {row.name!r} has {len(row.cells)} cells: give one per column, {len(self.columns)}"
+                )
+        if not re.fullmatch(r"[\w:./-]*", self.label, re.ASCII):
+            raise ValueError(f"label={self.label!r}: give letters, digits and : . - _ / only")
+
+    @property
+    def rows(self) -> Iterator[Row]:
+        """All rows, from top to bottom."""
+        return (row for block in self.blocks for row in block.rows)
+
+    def to_markdown(self) -> str:
+        """A table as GitHub reads it, padded to be read as plain text too; groups of columns are joined into the
+        headings, a block's title is a row of its own. It has no place for the label."""
+        lines = [[_markdown(text) for text in (self.stub, *(_joined(c.path, " · ") for c in self.columns))]]
+        for block in self.blocks:
+            if block.title:
+                lines.append([f"*{_markdown(block.title)}*", *([""] * len(self.columns))])
+            for row in block.rows:
+                line = [_marked(_markdown(row.name), int(row.strong), "**{}**", "{}")]
+                for cell in row.cells:
+                    text = _marked(_markdown(cell.text) + cell.mark, cell.place, "**{}**", "<ins>{}</ins>")
+                    line.append(_joined((text, cell.small)))
+                lines.append(line)
+        widths = [max(4, *map(len, column)) for column in zip(*lines, strict=True)]
+        lines.insert(1, [f":{'-' * (widths[0] - 1)}", *(f"{'-' * (width - 1)}:" for width in widths[1:])])
+        padded = (
+            [line[0].ljust(widths[0]), *(text.rjust(w) for text, w in zip(line[1:], widths[1:], strict=True))]
+            for line in lines
+        )
+        table = "\n".join(f"| {' | '.join(line)} |" for line in padded)
+        return _joined((_markdown(self.caption), table, " ".join(map(_markdown, self.notes))), "\n\n") + "\n"
+
+    def to_latex(self) -> str:
+        r"""A ``table`` (``table*`` above six columns) with \caption, \label and a booktabs tabular."""
+        titled = any(block.title for block in self.blocks)
+        body: list[str] = []
+        for i, block in enumerate(self.blocks):
+            body.append(r"\midrule" if i == 0 or block.title or not titled else r"\addlinespace")
+            if block.title:
+                body.append(rf"\multicolumn{{{len(self.columns) + 1}}}{{l}}{{\emph{{{_latex(block.title)}}}}} \\")
+            for row in block.rows:
+                name = _marked(_latex(row.name), int(row.strong), r"\textbf{{{}}}", "{}")
+                body.append(" & ".join([name, *map(_latex_cell, row.cells)]) + r" \\")
+        spec = "l" + "".join(r"@{\hskip 1.6em}r" if c.apart else "r" for c in self.columns)
+        environment = "table*" if len(self.columns) > 6 else "table"
+        lines = [
+            r"% \usepackage{booktabs}",
+            rf"\begin{{{environment}}}[t]",
+            r"\centering",
+            *([rf"\caption{{{_latex(self.caption)}}}"] if self.caption else []),
+            *([rf"\label{{{self.label}}}"] if self.label else []),
+            r"\small",
+            r"\setlength{\tabcolsep}{4pt}",
+            rf"\begin{{tabular}}{{{spec}}}",
+            r"\toprule",
+            *self._latex_head(),
+            *body,
+            r"\bottomrule",
+            r"\end{tabular}",
+            *([rf"\par\smallskip{{\footnotesize {_latex(' '.join(self.notes))}\par}}"] if self.notes else []),
+            rf"\end{{{environment}}}",
+        ]
+        return "\n".join(lines) + "\n"
+
+    def _latex_head(self) -> Iterator[str]:
+        for level in range(len(self.columns[0].path) - 1):
+            # equal headings under different wider ones are different groups
+            groups = itertools.groupby(self.columns, key=lambda column: column.path[: level + 1])
+            spans = [(path[-1], len(list(same))) for path, same in groups]
+            if not any(text for text, _ in spans):
+                continue
+            cells = [rf"\multicolumn{{{n}}}{{c}}{{{_latex(text)}}}" if text else "& " * (n - 1) for text, n in spans]
+            yield " & ".join(["", *cells]).strip() + r" \\"
+            ends = itertools.accumulate(n for _, n in spans)
+            yield " ".join(
+                rf"\cmidrule(lr){{{end - n + 2}-{end + 1}}}" for (text, n), end in zip(spans, ends, strict=True) if text
+            )
+        yield " & ".join(_latex(text) for text in (self.stub, *(column.path[-1] for column in self.columns))) + r" \\"
+
+    def to_html(self) -> str:
+        """A scrolling ``div`` with the table, and its notes; classes wide, ours, small and faint are the page's."""
+        heads = (
+            f'<th scope="col">{escape(text)}</th>' for text in (self.stub, *(_joined(c.path) for c in self.columns))
+        )
+        lines = ['<div class="wide"><table>']
+        if self.caption:
+            lines.append(f"<caption>{escape(self.caption)}</caption>")
+        lines += [f"<thead><tr>{''.join(heads)}</tr></thead>", "<tbody>"]
+        across = len(self.columns) + 1
+        for block in self.blocks:
+            if block.title:
+                lines.append(f'<tr><th scope="rowgroup" colspan="{across}">{escape(block.title)}</th></tr>')
+            for row in block.rows:
+                ours = ' class="ours"' if row.strong else ""
+                lines.append(f'<tr{ours}><th scope="row">{escape(row.name)}</th>')
+                for cell in row.cells:
+                    text = _marked(escape(cell.text), cell.place, "<b>{}</b>", "<u>{}</u>")
+                    mark, small = _tagged("sup", cell.mark), _tagged("small", cell.small)
+                    lines.append(f"<td>{text}{mark}{small}</td>")
+                lines.append("</tr>")
+        lines.append("</tbody></table></div>")
+        if self.notes:
+            lines.append(f'<p class="small faint">{escape(" ".join(self.notes))}</p>')
+        return "\n".join(lines)
+
+    def to_rich(self) -> rich.table.Table:
+        """The table for a terminal."""
+        from rich.table import Table as RichTable
+        from rich.text import Text
+
+        table = RichTable(title=Text(self.caption), caption=Text("\n".join(self.notes)))
+        table.add_column(Text(self.stub), overflow="fold")
+        for column in self.columns:
+            # a number that is cut is another number
+            table.add_column(Text(_joined(column.path, "\n")), justify="right", overflow="fold")
+        for block in self.blocks:
+            if block.title:
+                table.add_row(Text(block.title, style="italic"))
+            for row in block.rows:
+                line = [Text(row.name, style="bold" if row.strong else "")]
+                for cell in row.cells:
+                    text = Text(cell.text + cell.mark, style={1: "bold", 2: "underline"}.get(cell.place, ""))
+                    line.append(Text.assemble(text, f" {cell.small}") if cell.small else text)
+                table.add_row(*line, end_section=row is block.rows[-1])
+        return table
+
+    def write(self, path: str | Path) -> Path:
+        """Write the table as the suffix says, ``.md`` or ``.tex``. Returns the path.
+
+        Raises:
+            ValueError: for another suffix.
+        """
+        path = Path(path)
+        makers = {".md": self.to_markdown, ".tex": self.to_latex}
+        if path.suffix not in makers:
+            raise ValueError(f"{path.name} ends in {path.suffix!r}: give one of {', '.join(makers)}")
+        write_atomically(path, makers[path.suffix]().encode())
+        return path
+
+
+def _joined(parts: Sequence[str], between: str = " ") -> str:
+    return between.join(filter(None, parts))
+
+
+def _marked(text: str, place: int, best: str, second: str) -> str:
+    return {1: best, 2: second}.get(place, "{}").format(text)
+
+
+def _tagged(tag: str, text: str) -> str:
+    return f"<{tag}>{escape(text)}</{tag}>" if text else ""
+
+
+def _markdown(text: str) -> str:
+    # an underscore inside a word is plain in Markdown: names stay as they are typed
+    text = re.sub(r"&(?=#?\w+;)", "&amp;", " ".join(text.split()))
+    return re.sub(r"[\\`*\[\]<>|~$]|(?<!\w)_|_(?!\w)", r"\\\g<0>", text)
+
+
+_WORDS = "textbackslash textasciitilde textasciicircum textless textgreater textbar ldots"
+_MATHS = "uparrow downarrow pm geq leq times cdot rightarrow tau alpha beta gamma kappa"
+_LATEX = str.maketrans(
+    {sign: f"\\{sign}" for sign in "&%$#_{}"}
+    | {sign: rf"\{name}{{}}" for sign, name in zip("\\~^<>|…", _WORDS.split(), strict=True)}
+    | {sign: rf"$\{name}$" for sign, name in zip("↑↓±≥≤×·→ταβγκ", _MATHS.split(), strict=True)}
+    | {"−": "$-$", "–": "--", "†": r"$^{\dagger}$", '"': "''", "\N{NO-BREAK SPACE}": "~", "\N{THIN SPACE}": r"\,"}
+)
+
+
+def _latex(text: str) -> str:
+    return " ".join(re.split(r"[ \t\r\n]+", text)).translate(_LATEX)
+
+
+def _latex_cell(cell: Cell) -> str:
+    if cell.text == UNMEASURED:
+        return rf"{{\scriptsize {UNMEASURED}}}"
+    text = _latex(re.sub(r"^-(?=[\d.])", "−", cell.text))
+    text = _marked(text, cell.place, r"\textbf{{{}}}", r"\underline{{{}}}")
+    if cell.small:
+        return rf"{text}{_latex(cell.mark)}{{\scriptsize\,{_latex(cell.small)}}}"
+    # a mark without width leaves the digits of a column under each other
+    return text + (rf"\rlap{{{_latex(cell.mark)}}}" if cell.mark else "")
