@@ -1,6 +1,6 @@
 """Reference images: what a pixel becomes when its evidence is taken away."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -26,19 +26,48 @@ def blur(images: Tensor, kernel: int = 37, sigma: float = 37.0) -> Tensor:
 
     A kernel too large for the image is cut to the largest that reflect padding allows.
     """
+    _check_kernel(kernel)
+    radii = [min(kernel // 2, side - 1) for side in images.shape[-2:]]
+    return _filtered(images, [gaussian(2 * radius + 1, sigma) for radius in radii], "reflect")
+
+
+def published_blur(images: Tensor, zero: Tensor, kernel: int, sigma: float) -> Tensor:
+    """The blur that RISE, MDA and others publish with: `impulse_response` over normalised pixels, padded with zeros.
+
+    Whatever the normalisation's std, that is the filter over pixels padded with ``zero``, the colour that becomes 0.
+
+    Args:
+        images: (B, C, H, W) in [0, 1].
+        zero: (C,) mean of the normalisation.
+        kernel: side of the filter in pixels, odd; it may be larger than the image.
+        sigma: in pixels.
+
+    Returns:
+        (B, C, H, W) in [0, 1].
+    """
+    _check_kernel(kernel)
+    weights = impulse_response(kernel, sigma)
+    offset = zero.to(images)[:, None, None]
+    # rounding may leave [0, 1]
+    return (_filtered(images - offset, [weights, weights], "constant") + offset).clamp(0, 1)
+
+
+def _check_kernel(kernel: int) -> None:
     if kernel < 1 or kernel % 2 == 0:
         raise ValueError(f"kernel={kernel}: give an odd number of pixels")
-    out = images
+
+
+def _filtered(images: Tensor, kernels: Sequence[Tensor], padding: str) -> Tensor:
+    """(B,C,H,W) with one filter along the columns and one along the rows; ``padding`` as torch's `pad` names it."""
+    out, channels = images, images.shape[1]
     # a half precision convolution would make another reference under autocast
     with torch.autocast(images.device.type, enabled=False):
-        for dim in (-2, -1):
-            radius = min(kernel // 2, images.shape[dim] - 1)
-            weights = gaussian(2 * radius + 1, sigma).to(images)
+        for dim, weights in zip((-2, -1), kernels, strict=True):
+            radius = len(weights) // 2
             shape = (1, 1, -1, 1) if dim == -2 else (1, 1, 1, -1)
-            padding = (0, 0, radius, radius) if dim == -2 else (radius, radius, 0, 0)
-            padded = F.pad(out, padding, mode="reflect")
-            channels = images.shape[1]
-            out = F.conv2d(padded, weights.view(shape).expand(channels, 1, *shape[2:]), groups=channels)
+            sides = (0, 0, radius, radius) if dim == -2 else (radius, radius, 0, 0)
+            kernel = weights.to(images).view(shape).expand(channels, 1, *shape[2:])
+            out = F.conv2d(F.pad(out, sides, mode=padding), kernel, groups=channels)
     return out
 
 
@@ -49,9 +78,24 @@ def gaussian(kernel: int, sigma: float) -> Tensor:
     return (weights / weights.sum()).float()
 
 
+def impulse_response(kernel: int, sigma: float) -> Tensor:
+    """What a Gaussian filter of σ makes of an impulse amid ``kernel`` cells: (kernel,) float64, of sum 1.
+
+    The Gaussian is cut at 4σ and reflected at the ends of the cells, edges included, as `scipy.ndimage.gaussian_filter`
+    does by default. With σ as wide as the kernel nearly all cells weigh the same.
+    """
+    radius = int(4 * sigma + 0.5)
+    x = torch.arange(-radius, radius + 1)
+    weights = torch.exp(-0.5 * (x.double() / sigma) ** 2)
+    cells = (x + kernel // 2) % (2 * kernel)  # to the right and back again
+    cells = torch.minimum(cells, 2 * kernel - 1 - cells)
+    return torch.zeros(kernel, dtype=torch.float64).index_add_(0, cells, weights / weights.sum())
+
+
 def adaptive_blur(
     images: Tensor,
     confidence: Callable[[Tensor, Tensor], Tensor],
+    zero: Tensor,
     threshold: float = 0.01,
     start: int = 31,
     largest: int = 101,
@@ -59,12 +103,13 @@ def adaptive_blur(
 ) -> tuple[Tensor, Tensor]:
     """Blur every image just enough that the classifier no longer sees the class (MDA's insertion reference).
 
-    kernel = σ = ``start`` pixels, growing by ``step`` until the confidence falls to ``threshold``. Images that still
-    hold it at ``largest`` are reported as failed.
+    `published_blur` of kernel = σ = ``start`` pixels, growing by ``step`` until the confidence falls to ``threshold``.
+    Images that still hold it at ``largest`` are reported as failed.
 
     Args:
         images: (B, C, H, W) in [0, 1].
         confidence: maps (blurred images (N,C,H,W), their indices (N,)) to the target's probability (N,).
+        zero: (C,) mean of the classifier's normalisation.
 
     Returns:
         blurred (B,C,H,W), and the kernel used per image (B,) int64, 0 where none sufficed.
@@ -74,7 +119,7 @@ def adaptive_blur(
     for kernel in range(start, largest + 1, step):
         if not len(pending):
             break
-        candidate = blur(images[pending], kernel, float(kernel))
+        candidate = published_blur(images[pending], zero, kernel, float(kernel))
         blurred[pending] = candidate
         done = confidence(candidate, pending) <= threshold
         kernels[pending[done]] = kernel
@@ -86,8 +131,8 @@ def make(name: str, images: Tensor, colour: Tensor, zero: Tensor | None = None) 
     """The reference called ``name`` for ``images``, without a look at the classifier (so not "adaptive_blur").
 
     - black, mean, blur: `black`, `mean` with ``colour`` (C,), `blur`.
-    - blur11: `blur` with kernel 11 and σ 5 (RISE).
     - zero: the colour ``zero`` (C,) that the classifier's normalisation turns into 0.
+    - blur11: `published_blur` with kernel 11 and σ 5 (RISE).
     """
     if name == "black":
         return black(images)
@@ -95,8 +140,8 @@ def make(name: str, images: Tensor, colour: Tensor, zero: Tensor | None = None) 
         return mean(images, colour)
     if name == "blur":
         return blur(images)
-    if name == "blur11":
-        return blur(images, 11, 5.0)
     if name == "zero" and zero is not None:
         return mean(images, zero)
+    if name == "blur11" and zero is not None:
+        return published_blur(images, zero, 11, 5.0)
     raise ValueError(f"reference {name!r} is not known: choose one of {', '.join(REFERENCES)}")

@@ -1,22 +1,18 @@
 """Metrics of attributions (torchmetrics): faithfulness curves, change of confidence, localisation; protocols."""
 
-from .confidence import ConfidenceChange
-from .curves import DeletionInsertion, area, monotone_response
-from .localization import Localization
-from .mas import MagnitudeAlignment
-from .monotonicity import Monotonicity
+from . import catalog
+from .classes import ConfidenceChange, DeletionInsertion, Localization, MagnitudeAlignment, Monotonicity
+from .curves import area, monotone_response
 from .perturbed import INTERNAL_BATCH_SIZE, Endpoints, Response, Sweep, endpoints, rank_pixels, sweep
-from .protocols import DIRECTIONS, PROTOCOLS, Protocol, pixel_counts
+from .protocols import PROTOCOLS, Cost, Protocol, pixel_counts
 from .suite import Batch, Scores, Suite
 
-_COSTS = ("seconds_per_image", "forward_per_image", "backward_per_image", "peak_bytes_per_image")
-
 __all__ = [
-    "DIRECTIONS",
     "INTERNAL_BATCH_SIZE",
     "PROTOCOLS",
     "Batch",
     "ConfidenceChange",
+    "Cost",
     "DeletionInsertion",
     "Endpoints",
     "Localization",
@@ -29,6 +25,7 @@ __all__ = [
     "Sweep",
     "area",
     "arrow",
+    "catalog",
     "endpoints",
     "monotone_response",
     "pixel_counts",
@@ -38,9 +35,8 @@ __all__ = [
 
 
 def arrow(metric: str) -> str:
-    """ "↑" where higher is better, "↓" where lower is, as for every cost. KeyError for an unknown metric.
+    """ "↑" where higher is better, "↓" where lower is, as for every cost. ValueError for an unknown metric.
 
     The name of a protocol in front, as in "rise/deletion", does not turn the arrow.
     """
-    name = metric.rpartition("/")[2]
-    return "↑" if {**DIRECTIONS, **dict.fromkeys(_COSTS, False)}[name] else "↓"
+    return catalog.get(metric).arrow

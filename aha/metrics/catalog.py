@@ -14,9 +14,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
+
+from .curves import aligned, area, average_drop, increase, monotone_response, trend
+from .localization import Located, average_precision, best_overlap, overlap, pointing
 
 if TYPE_CHECKING:
     from .perturbed import Probe
@@ -45,9 +49,9 @@ class Metric:
         measure: from a `Probe`, which holds the maps of the images that take part and perturbs on demand, to the value
             of each: (B,), or (B,) by reference. Without gradients. None for costs and differences.
         difference: (first, second): first − second of two other metrics.
-        reads: what ``measure`` takes of the probe that is not there already: "deleted", "inserted" (the perturbed
-            images of the curves), "shown" (one image per reference), "masks". `Protocol.passes` and
-            `Protocol.needs` go by it.
+        reads: what ``measure`` takes of the probe and a protocol must provide: "deleted", "inserted" (the perturbed
+            images of the curves), "ends" (curves from f(I) to f(I0)), "shown" (one image per reference), "masks".
+            `Protocol.passes` and `Protocol.needs` go by it.
         curves: name → the curves (B, S) by reference that reports draw of it.
     """
 
@@ -64,7 +68,7 @@ class Metric:
     source: str = ""
     ranked: bool = True
     oracle: bool = False
-    measure: Callable[[Probe], Tensor | ByReference] | None = None
+    measure: Callable[[Any], Tensor | ByReference] | None = None
     difference: tuple[str, str] | None = None
     reads: tuple[str, ...] = ()
     curves: Mapping[str, Callable[[Probe], ByReference]] = field(default_factory=dict)
@@ -82,6 +86,9 @@ def add(metric: Metric) -> Metric:
     """Enter ``metric`` behind the others, which is its place in tables. ValueError if its key is taken or is none."""
     if not metric.key or "/" in metric.key:
         raise ValueError(f"metric {metric.key!r}: give a key without /, which parts a protocol from a metric")
+    for part in metric.difference or ():
+        if get(part).measure is None:
+            raise ValueError(f"metric {metric.key!r} is a difference of {part!r}: give two metrics that are measured")
     if metric.key in METRICS:
         raise ValueError(f"metric {metric.key!r} is there already: give another key")
     METRICS[metric.key] = metric
@@ -105,204 +112,140 @@ def names(family: str | None = None) -> tuple[str, ...]:
     return tuple(key for key, metric in METRICS.items() if family in (None, metric.family))
 
 
-_RISE = "RISE (Petsiuk et al., BMVC 2018) §3.1"
-_CHEFER = "Chefer et al. (CVPR 2021) §4"
-_MAS = "MAS (Walker et al., 2024)"
+def _areas(curves: Callable[[Probe], ByReference]) -> Callable[[Probe], ByReference]:
+    return lambda probe: {reference: area(curve) for reference, curve in curves(probe).items()}
 
+
+def _deletion(probe: Probe) -> ByReference:
+    """Confidence over the removed fraction."""
+    return _scaled(probe, {name: answer.confidence for name, answer in probe.deleted.items()}, rising=False)
+
+
+def _insertion(probe: Probe) -> ByReference:
+    """Confidence over the inserted fraction."""
+    return _scaled(probe, _inserted(probe), rising=True)
+
+
+def _scaled(probe: Probe, curves: ByReference, rising: bool) -> ByReference:
+    if not probe.protocol.monotone:
+        return curves
+    return {name: monotone_response(curve, rising) for name, curve in curves.items()}
+
+
+def _inserted(probe: Probe) -> ByReference:
+    return {name: answer.confidence for name, answer in probe.inserted.items()}
+
+
+def _positive(probe: Probe) -> ByReference:
+    """Accuracy over the removed fraction, most important first."""
+    return {name: answer.correct for name, answer in probe.deleted.items()}
+
+
+def _negative(probe: Probe) -> ByReference:
+    """Accuracy over the removed fraction, least important first: what is left are the most important."""
+    return {name: answer.correct.flip(-1) for name, answer in probe.inserted.items()}
+
+
+def _mas_deletion(probe: Probe) -> ByReference:
+    return {
+        name: aligned(monotone_response(answer.confidence, False), 1 - probe.density, False)
+        for name, answer in probe.deleted.items()
+    }
+
+
+def _mas_insertion(probe: Probe) -> ByReference:
+    return {
+        name: aligned(monotone_response(answer.confidence, True), probe.density, True)
+        for name, answer in probe.inserted.items()
+    }
+
+
+def _monotonicity(probe: Probe) -> ByReference:
+    return {name: trend(curve) for name, curve in _inserted(probe).items()}
+
+
+def _change(score: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Probe], ByReference]:
+    return lambda probe: {
+        name: score(probe.ends.original.confidence, answer.confidence) for name, answer in probe.shown.items()
+    }
+
+
+def _on_masks(score: Callable[[Located], Tensor]) -> Callable[[Located], Tensor]:
+    """NaN where the mask is empty."""
+    return lambda at: score(at).float().masked_fill(~at.masks.flatten(1).any(dim=1), torch.nan)
+
+
+_RISE, _MAS = "RISE (Petsiuk et al., BMVC 2018)", "MAS (Walker et al., 2024)"
+_CHEFER, _DROP = "Chefer et al. (CVPR 2021) §4", "Grad-CAM++ (Chattopadhay et al., WACV 2018)"
+
+# fmt: off
 for _row in (
-    Metric(
-        "deletion",
-        "Deletion",
-        False,
-        family="curves",
-        about="area under the probability while the most important pixels are removed first.",
-        source=_RISE,
-    ),
-    Metric(
-        "insertion",
-        "Insertion",
-        True,
-        family="curves",
-        about="area under the probability while the most important pixels are shown first.",
-        source=_RISE,
-    ),
-    Metric(
-        "ins_minus_del",
-        "Ins − Del",
-        True,
-        family="curves",
-        about="insertion minus deletion: the faithfulness of the order of the pixels.",
-        low=-1.0,
-        difference=("insertion", "deletion"),
-    ),
-    Metric(
-        "positive",
-        "Positive",
-        False,
-        family="accuracy",
-        about="area under the accuracy while the most important pixels are removed first.",
-        source=_CHEFER,
-    ),
-    Metric(
-        "negative",
-        "Negative",
-        True,
-        family="accuracy",
-        about="area under the accuracy while the least important pixels are removed first.",
-        source=_CHEFER,
-    ),
-    Metric(
-        "neg_minus_pos",
-        "Neg − Pos",
-        True,
-        family="accuracy",
-        about="negative minus positive perturbation.",
-        low=-1.0,
-        difference=("negative", "positive"),
-    ),
-    Metric(
-        "adp",
-        "ADP",
-        False,
-        family="confidence",
-        about="average drop of the probability in percent when the map itself is the mask.",
-        unit="%",
-        digits=2,
-        high=100.0,
-        source="Grad-CAM++ (Chattopadhay et al., WACV 2018) §4.1",
-    ),
-    Metric(
-        "pic",
-        "PIC",
-        True,
-        family="confidence",
-        about="share of images in percent whose probability rises when the map itself is the mask.",
-        unit="%",
-        digits=2,
-        high=100.0,
-        source="Grad-CAM++ (Chattopadhay et al., WACV 2018) §4.1",
-    ),
-    Metric(
-        "mas_deletion",
-        "MAS Deletion",
-        False,
-        family="alignment",
-        about="deletion, raised where the map's magnitudes are out of proportion to the response.",
-        source=_MAS,
-    ),
-    Metric(
-        "mas_insertion",
-        "MAS Insertion",
-        True,
-        family="alignment",
-        about="insertion, lowered where the map's magnitudes are out of proportion to the response.",
-        source=_MAS,
-    ),
-    Metric(
-        "mas_ins_minus_del",
-        "MAS Ins − Del",
-        True,
-        family="alignment",
-        about="MAS insertion minus MAS deletion.",
-        low=-1.0,
-        difference=("mas_insertion", "mas_deletion"),
-    ),
-    Metric(
-        "monotonicity",
-        "Monotonicity",
-        True,
-        family="monotonicity",
-        about="rank correlation of the number of pixels shown with the probability.",
-        low=-1.0,
-    ),
-    Metric(
-        "pointing_game",
-        "Pointing",
-        True,
-        family="localisation",
-        about="how often the highest pixel lies on the evidence or right beside it.",
-        source="Zhang et al. (ECCV 2016)",
-    ),
-    Metric(
-        "iou",
-        "IoU",
-        True,
-        family="localisation",
-        about="overlap of the map, cut at its mean, with the evidence.",
-    ),
-    Metric(
-        "map",
-        "mAP",
-        True,
-        family="localisation",
-        about="average precision of the pixels against the evidence.",
-    ),
-    Metric(
-        "f1",
-        "F1",
-        True,
-        family="localisation",
-        about="F1 of the map, cut at its mean, against the evidence.",
-    ),
-    Metric(
-        "iou_oracle",
-        "IoU, oracle",
-        True,
-        family="localisation",
-        about="IoU at the best threshold of every image, picked from the evidence: an upper bound.",
-        oracle=True,
-    ),
-    Metric(
-        "f1_oracle",
-        "F1, oracle",
-        True,
-        family="localisation",
-        about="F1 at the best threshold of every image, picked from the evidence: an upper bound.",
-        oracle=True,
-    ),
-    Metric(
-        "seconds_per_image",
-        "s / image",
-        False,
-        family=COSTS,
-        about="time to make one map.",
-        unit="s",
-        digits=None,
-        high=math.inf,
-    ),
-    Metric(
-        "forward_per_image",
-        "F / image",
-        False,
-        family=COSTS,
-        about="forward passes through the classifier for one map.",
-        unit="passes",
-        digits=None,
-        high=math.inf,
-        ranked=False,
-    ),
-    Metric(
-        "backward_per_image",
-        "B / image",
-        False,
-        family=COSTS,
-        about="backward passes through the classifier for one map.",
-        unit="passes",
-        digits=None,
-        high=math.inf,
-        ranked=False,
-    ),
-    Metric(
-        "peak_bytes_per_image",
-        "MiB / image",
-        False,
-        family=COSTS,
-        about="memory at the peak of explaining one image by itself.",
-        unit="MiB",
-        digits=None,
-        scale=2.0**-20,
-        high=math.inf,
-        ranked=False,
-    ),
+    # key, title, whether higher is better, family, sentence for reports; then what is not the default
+    Metric("deletion", "Deletion", False, "curves",
+           "area under the probability while the most important pixels are removed first.",
+           source=_RISE, measure=_areas(_deletion), reads=("deleted",), curves={"deletion": _deletion}),
+    Metric("insertion", "Insertion", True, "curves",
+           "area under the probability while the most important pixels are shown first.",
+           source=_RISE, measure=_areas(_insertion), reads=("inserted",), curves={"insertion": _insertion}),
+    Metric("ins_minus_del", "Ins − Del", True, "curves",
+           "insertion minus deletion: the faithfulness of the order of the pixels.",
+           low=-1.0, difference=("insertion", "deletion")),
+    Metric("positive", "Positive", False, "accuracy",
+           "area under the accuracy while the most important pixels are removed first.",
+           source=_CHEFER, measure=_areas(_positive), reads=("deleted",), curves={"positive": _positive}),
+    Metric("negative", "Negative", True, "accuracy",
+           "area under the accuracy while the least important pixels are removed first.",
+           source=_CHEFER, measure=_areas(_negative), reads=("inserted",), curves={"negative": _negative}),
+    Metric("neg_minus_pos", "Neg − Pos", True, "accuracy", "negative minus positive perturbation.",
+           low=-1.0, difference=("negative", "positive")),
+    Metric("adp", "ADP", False, "confidence",
+           "average drop of the probability in percent when the map itself is the mask.",
+           unit="%", digits=2, high=100.0, source=_DROP, measure=_change(average_drop), reads=("shown",)),
+    Metric("pic", "PIC", True, "confidence",
+           "share of images in percent whose probability rises when the map itself is the mask.",
+           unit="%", digits=2, high=100.0, source=_DROP, measure=_change(increase), reads=("shown",)),
+    Metric("mas_deletion", "MAS Deletion", False, "alignment",
+           "deletion, raised where the map's magnitudes are out of proportion to the response.",
+           source=_MAS, measure=_areas(_mas_deletion), reads=("deleted", "ends"),
+           curves={"mas_deletion": _mas_deletion,
+                   "deletion_density": lambda probe: dict.fromkeys(probe.deleted, 1 - probe.density)}),
+    Metric("mas_insertion", "MAS Insertion", True, "alignment",
+           "insertion, lowered where the map's magnitudes are out of proportion to the response.",
+           source=_MAS, measure=_areas(_mas_insertion), reads=("inserted", "ends"),
+           curves={"mas_insertion": _mas_insertion,
+                   "insertion_density": lambda probe: dict.fromkeys(probe.inserted, probe.density)}),
+    Metric("mas_ins_minus_del", "MAS Ins − Del", True, "alignment", "MAS insertion minus MAS deletion.",
+           low=-1.0, difference=("mas_insertion", "mas_deletion")),
+    Metric("monotonicity", "Monotonicity", True, "monotonicity",
+           "rank correlation of the number of pixels shown with the probability.",
+           low=-1.0, measure=_monotonicity, reads=("inserted",), curves={"insertion": _inserted}),
+    Metric("pointing_game", "Pointing", True, "localisation",
+           "how often the highest pixel lies on the evidence or right beside it.",
+           source="Zhang et al. (ECCV 2016)", reads=("masks",),
+           measure=_on_masks(lambda at: pointing(at.maps, at.masks, at.tolerance))),
+    Metric("iou", "IoU", True, "localisation", "overlap of the map, cut at its mean, with the evidence.",
+           measure=_on_masks(lambda at: overlap(at.maps, at.masks)[0]), reads=("masks",)),
+    Metric("map", "mAP", True, "localisation", "average precision of the pixels against the evidence.",
+           measure=_on_masks(lambda at: average_precision(*at.retrieved)), reads=("masks",)),
+    Metric("f1", "F1", True, "localisation", "F1 of the map, cut at its mean, against the evidence.",
+           measure=_on_masks(lambda at: overlap(at.maps, at.masks)[1]), reads=("masks",)),
+    Metric("iou_oracle", "IoU, oracle", True, "localisation",
+           "IoU at the best threshold of every image, picked from the evidence: an upper bound.",
+           oracle=True, measure=_on_masks(lambda at: best_overlap(*at.retrieved)[0]), reads=("masks",)),
+    Metric("f1_oracle", "F1, oracle", True, "localisation",
+           "F1 at the best threshold of every image, picked from the evidence: an upper bound.",
+           oracle=True, measure=_on_masks(lambda at: best_overlap(*at.retrieved)[1]), reads=("masks",)),
+    Metric("seconds_per_image", "s / image", False, COSTS, "time to make one map.",
+           unit="s", digits=None, high=math.inf),
+    Metric("forward_per_image", "F / image", False, COSTS,
+           "forward passes through the classifier for one map.",
+           unit="passes", digits=None, high=math.inf, ranked=False),
+    Metric("backward_per_image", "B / image", False, COSTS,
+           "backward passes through the classifier for one map.",
+           unit="passes", digits=None, high=math.inf, ranked=False),
+    Metric("peak_bytes_per_image", "MiB / image", False, COSTS,
+           "memory at the peak of explaining one image by itself.",
+           unit="MiB", digits=None, scale=2.0**-20, high=math.inf, ranked=False),
 ):
     add(_row)
+# fmt: on

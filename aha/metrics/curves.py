@@ -1,16 +1,9 @@
-"""Deletion, insertion, positive and negative perturbation from one sweep of perturbed images (paper §4)."""
+"""Scores of curves and of confidences: what the metrics that perturb images compute, as functions of tensors."""
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import torch
 from torch import Tensor
-
-from . import protocols
-from .by_reference import ByReference, Named
-from .perturbed import Probe
-from .protocols import DIFFERENCES, Protocol
 
 
 def area(curve: Tensor) -> Tensor:
@@ -33,71 +26,43 @@ def monotone_response(curve: Tensor, rising: bool) -> Tensor:
     return (scaled.cummax(dim=-1) if rising else scaled.cummin(dim=-1)).values
 
 
-class DeletionInsertion(ByReference):
-    """How faithful maps are, by what the classifier says while their most important pixels go or come.
+def density(maps: Tensor, ranks: Tensor, counts: list[int]) -> Tensor:
+    """Share of Σ|A| among the top ``counts`` pixels: maps and ranks (B,H,W) → (B, S) from 0 to 1."""
+    size = maps.abs().flatten(1).double()
+    size = torch.where(size.sum(dim=1, keepdim=True) > 0, size, 1)
+    ordered = torch.zeros_like(size).scatter_(1, ranks.flatten(1).long(), size)
+    spent = torch.nn.functional.pad(ordered.cumsum(dim=1), (1, 0))  # [B, pixels + 1]
+    return (spent[:, torch.tensor(counts, device=maps.device)] / spent[:, -1:]).float()
 
-    Deletion ↓, insertion ↑, positive ↓ and negative ↑ perturbation, and their differences ↑.
 
-    Deletion and insertion are areas under the softmax probability of the explained class, positive and negative
-    perturbation under its top-1 accuracy, over the replaced fraction of the pixels. All values are in [0, 1],
-    differences in [−1, 1]. A protocol may ask for some of them (see `Protocol.metrics`), for the accuracy of the label
-    (preset "chefer"), or for curves that are monotone (preset "mda").
+def aligned(response: Tensor, share: Tensor, rising: bool) -> Tensor:
+    """Curves as MAS scores them: response MR and density DR, (…, S) in [0, 1] → MR − |MR − DR|, clipped to [0, 1].
 
-    >>> metric = DeletionInsertion(clf)
-    >>> metric.update(images, maps)
-    >>> metric.compute()["ins_minus_del"]
-
-    Arguments as in `ByReference`.
+    Where the response falls, MR + |MR − DR|. The definition rescales to [0, 1] once more: both ends are there already.
     """
-
-    higher_is_better = True  # of the headline, ins_minus_del; see `directions`
-    directions: ClassVar[dict[str, bool]] = protocols.CURVES
-
-    def _rows(self, probe: Probe) -> Tensor:
-        return torch.stack(
-            [curve_of(probe, name, reference) for reference, name in layout(self.protocol, self.names)], dim=1
-        )  # [B, curves, S]
-
-    def _named_curves(self, rows: Tensor) -> Named:
-        places = layout(self.protocol, self.names)
-        curves: Named = {}
-        for (reference, name), curve in zip(places, rows.unflatten(1, (len(places), -1)).unbind(1), strict=True):
-            if self.protocol.monotone and name in ("deletion", "insertion"):
-                curve = monotone_response(curve, rising=name == "insertion")
-            curves.setdefault(reference, {})[name] = curve
-        return curves
-
-    def _scores(self, rows: Tensor) -> Named:
-        scores: Named = {}
-        for reference, curves in self._named_curves(rows).items():
-            for name, curve in curves.items():
-                scores.setdefault(name, {})[reference] = area(curve)
-        return scores
+    penalty = (response - share).abs()
+    return (response - penalty if rising else response + penalty).clamp(0, 1)
 
 
-def layout(protocol: Protocol, names: tuple[str, ...]) -> list[tuple[str, str]]:
-    """(reference, curve) of every curve that the metrics ``names`` are made from, in the order rows keep them."""
-    wanted = {part for name in names for part in DIFFERENCES.get(name, (name,))}
-    served = {
-        "deletion": protocol.deleting,
-        "insertion": protocol.inserting,
-        "positive": protocol.deleting,
-        "negative": protocol.inserting,
-    }
-    return [
-        (reference, curve)
-        for reference in protocol.references
-        for curve, references in served.items()
-        if curve in wanted and reference in references
-    ]
+def trend(curve: Tensor) -> Tensor:
+    """Spearman's ρ of (…, S) values with their position → (…); ties share their mean rank, 0 where all are tied."""
+    below = (curve[..., None, :] < curve[..., :, None]).sum(dim=-1)
+    tied = (curve[..., None, :] == curve[..., :, None]).sum(dim=-1)
+    ranks = below.double() + tied / 2  # up to a constant
+    ranks = ranks - ranks.mean(dim=-1, keepdim=True)
+    steps = torch.arange(curve.shape[-1], dtype=torch.float64, device=curve.device)
+    steps = steps - steps.mean()
+    spread = ranks.square().sum(dim=-1) * steps.square().sum()
+    rho = (ranks * steps).sum(dim=-1) / spread.sqrt().where(spread > 0, 1)
+    return rho.to(curve.dtype).where(torch.isfinite(curve).all(dim=-1), torch.nan)
 
 
-def curve_of(probe: Probe, name: str, reference: str) -> Tensor:
-    """(B, S) deletion, positive or negative over the removed fraction, insertion over the inserted one."""
-    if name == "deletion":
-        return probe.deleted[reference].confidence
-    if name == "insertion":
-        return probe.inserted[reference].confidence
-    if name == "positive":
-        return probe.deleted[reference].correct
-    return probe.inserted[reference].correct.flip(-1)
+def average_drop(before: Tensor, after: Tensor) -> Tensor:
+    """Confidences (…,) of the image and of what is left of it → what is lost of it in percent, ADP; 0 if none is."""
+    # where the softmax underflows to 0 there is nothing to lose: the drop is 0, not 0/0
+    return 100 * ((before - after).clamp_min(0) / before.clamp_min(torch.finfo(before.dtype).tiny))
+
+
+def increase(before: Tensor, after: Tensor) -> Tensor:
+    """Confidences (…,) of the image and of what is left of it → 100 where it is higher afterwards, else 0: PIC."""
+    return 100 * (after > before).float()

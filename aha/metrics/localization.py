@@ -2,104 +2,54 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, ClassVar
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from ..checks import check_maps
-from . import protocols
-from .state import PerImage, check_index, mean
-
 TOLERANCE = 15 / 224  # of the pointing game, in units of the image's shorter side
 
 
-class Localization(PerImage):
-    """Whether maps lie on the object: pointing game ↑, IoU ↑, mAP ↑ and F1 ↑ against binary masks, all in [0, 1].
+class Located:
+    """Maps beside their masks, as the metrics of localisation read them.
 
-    - pointing_game: a mask pixel lies within ``tolerance`` (Euclidean) of the map's maximum; of several
-      maxima the first in reading order counts.
-    - iou, f1: the pixels above the map's own mean against the mask; the threshold never sees the ground
-      truth. A constant map marks nothing.
-    - iou_oracle, f1_oracle: the same at the best threshold of every image, picked from the mask: upper bounds, to
-      be reported as such.
-    - map: average precision of the pixels ranked by the map, tied pixels as one group, averaged over images.
-
-    Images whose mask is empty are left out and counted.
-
-    Args:
-        tolerance: in pixels; None is 15 at a shorter side of 224, scaled with the image.
+    Attributes:
+        maps: (B, H, W).
+        masks: (B, H, W) bool; ValueError if it is read and there are none.
+        tolerance: of the pointing game in pixels; None is `TOLERANCE`.
     """
 
-    higher_is_better = True
-    directions: ClassVar[dict[str, bool]] = protocols.LOCALISATION
+    def __init__(self, maps: Tensor, masks: Tensor | None, tolerance: float | None = None):
+        self.maps, self.tolerance, self._masks = maps, tolerance, masks
 
-    def __init__(self, tolerance: float | None = None, **options: Any):
-        super().__init__(**options)
-        if tolerance is not None and not tolerance >= 0:
-            raise ValueError(f"tolerance={tolerance}: give a distance in pixels ≥ 0")
-        self.tolerance = tolerance
+    @property
+    def masks(self) -> Tensor:
+        if self._masks is None:
+            raise ValueError('a metric reads masks and there are none: put "masks" into its reads')
+        return self._masks
 
-    def update(self, maps: Tensor, masks: Tensor, index: Tensor | Sequence[int] | None = None) -> None:
-        """Compare ``maps`` with ``masks``, both (B,1,H,W) or (B,H,W); masks are boolean or 0 and 1.
-
-        Args:
-            index: (B,) positions in the data set, as in `ByReference.update`.
-
-        Raises:
-            ValueError: for shapes that differ, maps that are not finite, masks that are not binary.
-        """
-        masks = check_masks(masks)
-        maps = check_maps(maps, masks[:, None])
-        if index is not None:
-            index = check_index(index, len(maps))
-        with torch.inference_mode(False):
-            self._keep(self._measure(maps, masks), index)
-
-    @torch.no_grad()
-    def _measure(self, maps: Tensor, masks: Tensor) -> Tensor:
-        """(B, 6) scores of maps (B,H,W) and masks (B,H,W) bool, as `_named` reads them."""
-        values, order = maps.flatten(1).sort(dim=1, descending=True)
-        found, ends = _retrieved(values, masks.flatten(1).gather(1, order))
-        scores = [
-            self._pointing(maps, masks),
-            *_overlap(maps, masks),
-            _average_precision(found, ends),
-            *_best_overlap(found, ends),
-        ]
-        empty = ~masks.flatten(1).any(dim=1)
-        return torch.stack(scores, dim=-1).float().masked_fill(empty[:, None], torch.nan)
-
-    @staticmethod
-    def _named(rows: Tensor) -> dict[str, Tensor]:
-        names = ("pointing_game", "iou", "f1", "map", "iou_oracle", "f1_oracle")
-        return dict(zip(names, rows.unbind(dim=-1), strict=True))
-
-    def _pointing(self, maps: Tensor, masks: Tensor) -> Tensor:
-        height, width = maps.shape[1:]
-        tolerance = TOLERANCE * min(height, width) if self.tolerance is None else self.tolerance
-        peak = maps.flatten(1).argmax(dim=1)
-        rows = torch.arange(height, device=maps.device) - (peak // width)[:, None]
-        cols = torch.arange(width, device=maps.device) - (peak % width)[:, None]
-        near = (rows**2)[:, :, None] + (cols**2)[:, None, :] <= tolerance**2
-        return (near & masks).flatten(1).any(dim=1).float()
-
-    def per_image(self) -> dict[str, Tensor]:
-        """Name → (N,) scores of the images this process has seen, NaN where the mask is empty."""
-        return self._named(self._seen())
-
-    def compute(self) -> dict[str, Any]:
-        """Means over the images with a mask, "images" that were counted, "excluded" for an empty mask."""
-        scores = self.per_image()
-        measured = int(torch.isfinite(scores["iou"]).sum())
-        if not measured:
-            raise RuntimeError(f"all {len(scores['iou'])} masks are empty: localisation needs at least one with pixels")
-        means = {name: mean(values) for name, values in scores.items()}
-        return {**means, "images": measured, "excluded": len(scores["iou"]) - measured}
+    @cached_property
+    def retrieved(self) -> tuple[Tensor, Tensor]:
+        """`retrieved` of the pixels, sorted once."""
+        values, order = self.maps.flatten(1).sort(dim=1, descending=True)
+        return retrieved(values, self.masks.flatten(1).gather(1, order))
 
 
-def _overlap(maps: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
+def pointing(maps: Tensor, masks: Tensor, tolerance: float | None = None) -> Tensor:
+    """(B,) 1 where a mask pixel lies within ``tolerance`` pixels (Euclidean) of the map's maximum, else 0.
+
+    Of several maxima the first in reading order counts. None is 15 pixels at a shorter side of 224, scaled.
+    """
+    height, width = maps.shape[1:]
+    tolerance = TOLERANCE * min(height, width) if tolerance is None else tolerance
+    peak = maps.flatten(1).argmax(dim=1)
+    rows = torch.arange(height, device=maps.device) - (peak // width)[:, None]
+    cols = torch.arange(width, device=maps.device) - (peak % width)[:, None]
+    near = (rows**2)[:, :, None] + (cols**2)[:, None, :] <= tolerance**2
+    return (near & masks).flatten(1).any(dim=1).float()
+
+
+def overlap(maps: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
     """IoU and F1 (B,) of the pixels above the map's mean."""
     # float64: the mean of a constant map is then that constant, and no pixel lies above it
     flat = maps.flatten(1).double()
@@ -108,7 +58,7 @@ def _overlap(maps: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
     return both / either.clamp_min(1), 2 * both / (both + either).clamp_min(1)
 
 
-def _retrieved(values: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+def retrieved(values: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
     """Descending ``values`` and whether the mask has these pixels, both (B, N) →
 
     the mask's pixels among the first k, and the last pixel of the group of tied pixels that each belongs to.
@@ -120,7 +70,7 @@ def _retrieved(values: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
     return wanted.cumsum(dim=1), ends.flip(1).cummin(dim=1).values.flip(1)
 
 
-def _average_precision(found: Tensor, ends: Tensor) -> Tensor:
+def average_precision(found: Tensor, ends: Tensor) -> Tensor:
     """(B,) Σ (recall step)·precision over the distinct values of the map, from the highest down."""
     # tied pixels enter together: each takes the precision at the end of its group
     precision = (found / torch.arange(1, found.shape[1] + 1, device=found.device)).gather(1, ends)
@@ -128,7 +78,7 @@ def _average_precision(found: Tensor, ends: Tensor) -> Tensor:
     return (precision * wanted).sum(dim=1) / found[:, -1].clamp_min(1)
 
 
-def _best_overlap(found: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
+def best_overlap(found: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
     """Highest IoU and F1 (B,) over all thresholds, those that mark everything included."""
     both, marked, wanted = found.gather(1, ends), ends + 1, found[:, -1:]
     return (

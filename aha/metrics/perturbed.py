@@ -12,8 +12,11 @@ from torch import Tensor
 from .. import kernels, references
 from ..checks import check_answers, check_integer, check_maps, check_target
 from ..classifier import Classifier
+from ..precision import autocast
 from ..protection import protected
 from . import protocols
+from .curves import density
+from .localization import Located
 from .protocols import Protocol, pixel_counts
 
 INTERNAL_BATCH_SIZE = 128  # perturbed images in one forward pass
@@ -151,7 +154,7 @@ def _adaptive_blur(
     takes_part = torch.ones_like(classes, dtype=torch.bool) if takes_part is None else takes_part.clone()
     rows = takes_part.nonzero()[:, 0]
     reference = images.clone()
-    reference[rows], kernel = references.adaptive_blur(images[rows], confidence)
+    reference[rows], kernel = references.adaptive_blur(images[rows], confidence, clf.mean)
     takes_part[rows] = kernel > 0
     return reference, takes_part
 
@@ -249,11 +252,12 @@ def respond(clf: Classifier, images: Tensor, classes: Tensor, internal_batch_siz
     return Response(*(torch.cat(values) for values in zip(*answers, strict=True)))
 
 
-class Probe:
+class Probe(Located):
     """The maps of one method for one batch, of the images that take part; sorted and perturbed when first asked for.
 
     Attributes:
-        images, maps, ends, masks: of the images that take part; maps are (B,H,W), masks (B,H,W) bool or None.
+        images, maps, masks, ends: of the images that take part; maps are (B,H,W), masks (B,H,W) bool.
+        protocol: what is measured.
         counts: numbers of pixels at the points of the curves.
     """
 
@@ -268,25 +272,25 @@ class Probe:
         masks: Tensor | None = None,
     ):
         self.clf, self.protocol, self.internal_batch_size = clf, protocol, internal_batch_size
-        self.images, self.maps, self.ends, self.masks = images, maps, ends, masks
         self.counts = protocol.counts(*images.shape[-2:])
         self._batch = len(images)
         self._rows: Tensor | None = None
-        if ends.takes_part is not None:
-            rows = ends.takes_part.nonzero()[:, 0]
-            if len(rows) < len(images):
-                self._rows = rows
-                self.images, self.maps = images[rows], maps[rows]
-                self.masks = masks[rows] if masks is not None else None
-                self.ends = Endpoints(
-                    ends.target[rows],
-                    ends.predicted[rows],
-                    ends.references[:, rows],
-                    Response(*(value[rows] for value in ends.original)),
-                    Response(*(value[:, rows] for value in ends.replaced)),
-                    ends.confidence[rows],
-                    ends.scored[rows],
-                )
+        if ends.takes_part is not None and not ends.takes_part.all():
+            self._rows = rows = ends.takes_part.nonzero()[:, 0]
+            images, maps = images[rows], maps[rows]
+            masks = masks[rows] if masks is not None else None
+            ends = Endpoints(
+                ends.target[rows],
+                ends.predicted[rows],
+                ends.references[:, rows],
+                Response(*(value[rows] for value in ends.original)),
+                Response(*(value[:, rows] for value in ends.replaced)),
+                ends.confidence[rows],
+                ends.scored[rows],
+            )
+        super().__init__(maps, masks)
+        self.images, self.ends = images, ends
+        self._curves: dict[int, dict[str, Response]] = {}
 
     def spread(self, values: Tensor) -> Tensor:
         """Rows of the images that take part → rows of the whole batch, NaN for the others."""
@@ -299,22 +303,49 @@ class Probe:
         """(B,H,W) of `rank_pixels`."""
         return rank_pixels(self.maps)
 
+    @cached_property
+    def density(self) -> Tensor:
+        """(B, S) of `curves.density`: share of Σ|A| among the top pixels."""
+        return density(self.maps, self.ranks, self.counts)
+
     @property
     def deleted(self) -> dict[str, Response]:
         """Reference → responses (B, S) with the top pixels replaced."""
-        return self._curves[0]
+        return self._side(0)
 
     @property
     def inserted(self) -> dict[str, Response]:
         """Reference → responses (B, S) with only the top pixels shown."""
-        return self._curves[1]
+        return self._side(1)
 
     @cached_property
-    def _curves(self) -> tuple[dict[str, Response], dict[str, Response]]:
-        found: tuple[dict[str, Response], dict[str, Response]] = ({}, {})
+    def shown(self) -> dict[str, Response]:
+        """Reference → responses (B,) to the images seen through their map, x' = Ā·I + (1 − Ā)·I0.
+
+        Ā is the map min-max scaled to [0, 1] per image. A constant map points at nothing: its Ā is 0, so x' = I0.
+        """
+        low, high = self.maps.flatten(1).aminmax(dim=1)
+        span = (high - low)[:, None, None]
+        shade = torch.where(span > 0, (self.maps - low[:, None, None]) / span, 0)[:, None].to(self.images.dtype)
+        found = {}
+        with autocast("fp32", self.images.device):
+            for name, reference in zip(self.protocol.references, self.ends.references, strict=True):
+                mixed = torch.lerp(reference, self.images, shade)
+                found[name] = respond(self.clf, mixed, self.ends.scored, self.internal_batch_size)
+        return found
+
+    def _side(self, side: int) -> dict[str, Response]:
+        """Curves of one side; those of the other come along where the protocol reads them too, in the same batches."""
+        if side not in self._curves:
+            read = {i for i, name in enumerate(("deleted", "inserted")) if name in self.protocol.reads}
+            self._sweep({side, *read} - self._curves.keys())
+        return self._curves[side]
+
+    def _sweep(self, wanted: set[int]) -> None:
         served = self.protocol.deleting, self.protocol.inserting
+        self._curves.update({side: {} for side in wanted})
         for i, name in enumerate(self.protocol.references):
-            sides = tuple(side for side in (0, 1) if name in served[side])
+            sides = tuple(side for side in sorted(wanted) if name in served[side])
             if not sides:
                 continue
             replaced = Response(*(value[i] for value in self.ends.replaced))
@@ -330,5 +361,4 @@ class Probe:
                 sides,
             )
             for side, curve in zip(sides, curves, strict=True):
-                found[side][name] = curve
-        return found
+                self._curves[side][name] = curve

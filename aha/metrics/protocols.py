@@ -3,39 +3,28 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..checks import check_size
+from ..data import Preprocessing
 from ..references import MEASURED, REFERENCES
+from . import catalog
+from .catalog import Metric
 
-# every metric → whether higher is better, by the class that computes it
-CURVES = {
-    "deletion": False,
-    "insertion": True,
-    "ins_minus_del": True,
-    "positive": False,
-    "negative": True,
-    "neg_minus_pos": True,
-}
-CHANGE = {"adp": False, "pic": True}
-ALIGNMENT = {"mas_deletion": False, "mas_insertion": True, "mas_ins_minus_del": True}
-MONOTONICITY = {"monotonicity": True}
-LOCALISATION = {
-    "pointing_game": True,
-    "iou": True,
-    "map": True,
-    "f1": True,
-    "iou_oracle": True,
-    "f1_oracle": True,
-}
-DIRECTIONS = {**CURVES, **CHANGE, **ALIGNMENT, **MONOTONICITY, **LOCALISATION}
-# first − second, computed wherever both are
-DIFFERENCES = {
-    "ins_minus_del": ("insertion", "deletion"),
-    "neg_minus_pos": ("negative", "positive"),
-    "mas_ins_minus_del": ("mas_insertion", "mas_deletion"),
-}
+
+class Cost(NamedTuple):
+    """Forward passes that a protocol takes.
+
+    Attributes:
+        shared: per image that takes part, for all its maps together: the image, its references and the blurs tried.
+        per_map: per map, of perturbed images.
+    """
+
+    shared: float
+    per_map: int
 
 
 @dataclass(frozen=True)
@@ -47,7 +36,7 @@ class Protocol:
         points: S ≥ 2 evenly spaced fractions of the pixels, both ends of ``span`` included; None takes one row of
             pixels per step, H + 1 points.
         references: names out of `aha.references.MEASURED`; scores are averaged over them.
-        metrics: what is reported, names out of `DIRECTIONS`.
+        metrics: what is reported, keys of `aha.metrics.catalog`.
         deletion, insertion: those of the references that serve as the replacement while deleting, and as the start
             while inserting; None is all of them.
         span: first and last fraction of the pixels. Areas are divided by its length: a mean height, whatever the span.
@@ -56,13 +45,16 @@ class Protocol:
         scored: the class that confidence and accuracy speak of: the explained "target", or the ground-truth "label".
         confidence: only images that are classified right with at least this top-1 probability take part; None: all.
         per_class: the cap of `select`.
+        preprocessing: how images of a folder are resized and cropped; whoever makes the data set obeys it.
         about: paper, steps, references, directions and what the figures compare with.
     """
 
     name: str
     points: int | None = 21
     references: tuple[str, ...] = REFERENCES
-    metrics: tuple[str, ...] = (*CURVES, *CHANGE)
+    metrics: tuple[str, ...] = tuple(
+        name for family in ("curves", "accuracy", "confidence") for name in catalog.names(family)
+    )
     deletion: tuple[str, ...] | None = None
     insertion: tuple[str, ...] | None = None
     span: tuple[float, float] = (0.0, 1.0)
@@ -70,15 +62,16 @@ class Protocol:
     scored: str = "target"
     confidence: float | None = None
     per_class: int | None = None
+    preprocessing: Preprocessing = field(default_factory=Preprocessing)
     about: str = field(default="", compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.points is not None and self.points < 2:
             raise ValueError(f"points={self.points}: give at least 2, the two ends of the curve")
-        known = set(DIRECTIONS)
-        if not self.metrics or not known.issuperset(self.metrics):
-            raise ValueError(f"metrics={self.metrics}: give one or more of {', '.join(DIRECTIONS)}")
-        perturbed = not set(LOCALISATION).issuperset(self.metrics)
+        known = [key for key, metric in catalog.METRICS.items() if metric.measure or metric.difference]
+        if not self.metrics or not set(known).issuperset(self.metrics):
+            raise ValueError(f"metrics={self.metrics}: give one or more of {', '.join(known)}")
+        perturbed = not self.reads.isdisjoint(("deleted", "inserted", "shown"))
         if not set(MEASURED).issuperset(self.references) or (perturbed and not self.references):
             raise ValueError(f"references={self.references}: give one or more of {', '.join(MEASURED)}")
         for side in ("deletion", "insertion"):
@@ -87,28 +80,45 @@ class Protocol:
         low, high = self.span
         if not 0 <= low < high <= 1:
             raise ValueError(f"span={self.span}: give two fractions in [0, 1], the smaller one first")
-        aligned = not set(ALIGNMENT).isdisjoint(self.metrics)
-        if (self.monotone or aligned) and self.span != (0, 1):
+        if (self.monotone or "ends" in self.reads) and self.span != (0, 1):
             raise ValueError(f"span={self.span}: scaled curves need both ends, give (0, 1)")
         if self.scored not in ("target", "label"):
             raise ValueError(f"scored={self.scored!r}: choose target or label")
 
     @property
+    def rows(self) -> tuple[Metric, ...]:
+        """What is measured, in the order of the catalogue: the metrics, and both sides of differences."""
+        wanted = {part for name in self.metrics for part in catalog.METRICS[name].difference or (name,)}
+        return tuple(metric for key, metric in catalog.METRICS.items() if key in wanted)
+
+    @property
+    def reads(self) -> frozenset[str]:
+        """What the metrics take of a `Probe`, see `aha.metrics.catalog.Metric`."""
+        return frozenset(name for metric in self.rows for name in metric.reads)
+
+    def references_of(self, metric: Metric) -> tuple[str, ...]:
+        """References that a metric has a value for, () where it needs none."""
+        if "deleted" in metric.reads:
+            return self.deleting
+        if "inserted" in metric.reads:
+            return self.inserting
+        return self.references if "shown" in metric.reads else ()
+
+    @property
     def deleting(self) -> tuple[str, ...]:
-        """References that pixels are replaced by while deleting."""
-        return self.references if self.deletion is None else self.deletion
+        """References that pixels are replaced by while deleting, in the order of ``references``."""
+        return _among(self.references, self.deletion)
 
     @property
     def inserting(self) -> tuple[str, ...]:
-        """References that insertion starts from."""
-        return self.references if self.insertion is None else self.insertion
+        """References that insertion starts from, in the order of ``references``."""
+        return _among(self.references, self.insertion)
 
     @property
     def needs(self) -> frozenset[str]:
         """What must come with the images: "label", "mask", both or none."""
         label = self.scored == "label" or self.confidence is not None
-        mask = not set(LOCALISATION).isdisjoint(self.metrics)
-        return frozenset(name for name, needed in (("label", label), ("mask", mask)) if needed)
+        return frozenset(name for name, needed in (("label", label), ("mask", "masks" in self.reads)) if needed)
 
     @property
     def selective(self) -> bool:
@@ -118,6 +128,23 @@ class Protocol:
     def counts(self, height: int, width: int) -> list[int]:
         """Numbers of pixels at the S points of the curves of an image."""
         return pixel_counts(height * width, height + 1 if self.points is None else self.points, self.span)
+
+    def passes(self, size: int | tuple[int, int], blurs: float = 1) -> Cost:
+        """Forward passes for images of ``size``, as `aha.attributors.count_passes` counts those of `Suite`.
+
+        Args:
+            size: (H, W) in pixels, or one number for both.
+            blurs: that "adaptive_blur" tries, 1 to 36; a mean over images where it differs.
+        """
+        height, width = check_size("size", size)
+        shared = 1 + (len(self.references) if self.span[1] == 1 else 0)
+        inner = len({count for count in self.counts(height, width) if 0 < count < height * width})
+        served = {"deleted": self.deleting, "inserted": self.inserting}
+        curves = sum(len(references) for side, references in served.items() if side in self.reads)
+        return Cost(
+            shared + (blurs if "adaptive_blur" in self.references else 0),
+            inner * curves + (len(self.references) if "shown" in self.reads else 0),
+        )
 
     def takes_part(self, labels: Tensor, predicted: Tensor, confidence: Tensor) -> Tensor:
         """Which images the protocol measures, each judged by itself: (N,) bool.
@@ -161,8 +188,9 @@ _RISE = Protocol(
     deletion=("zero",),
     insertion=("blur11",),
     about="RISE (Petsiuk et al., BMVC 2018): one row of pixels per step (224 at 224 px: 225 points), both ends; "
-    "deletion ↓ to zeros after normalisation, insertion ↑ from a blur (kernel 11, σ 5; reflected at the border, "
-    "decided here), softmax, trapezoid. Compares with RISE and papers that follow its evaluation.",
+    "deletion ↓ to zeros after normalisation, insertion ↑ from a blur of normalised pixels (11×11, the response of a "
+    "Gaussian filter of σ 5 to an impulse; zeros beyond the border), softmax, trapezoid. Compares with RISE and papers "
+    "that follow its evaluation.",
 )
 _CHEFER = Protocol(
     "chefer",
@@ -186,9 +214,11 @@ _MDA = Protocol(
     monotone=True,
     confidence=0.6,
     per_class=5,
-    about="MDA (Walker et al., ICLR 2025): images classified right with p ≥ 0.6, at most 5 of a class (`select`); 225 "
-    "points; deletion ↓ to zeros after normalisation, insertion ↑ from a blur per image, kernel = σ = 31 growing "
-    "by 2 until p ≤ 1 %, dropped past 101. Curves are scaled, clipped and made monotone before the area: they "
+    preprocessing=Preprocessing(crop_pct=1.0, interpolation="bilinear"),
+    about="MDA (Walker et al., ICLR 2025): shorter side of images to the input size, bilinear, then the centre; those "
+    "classified right with p ≥ 0.6, at most 5 of a class (`select`); 225 points; deletion ↓ to zeros after "
+    "normalisation, insertion ↑ from a blur per image, as RISE's with kernel = σ = 31 growing by 2 until p ≤ 1 %, "
+    "dropped past 101. Curves are scaled, clipped and made monotone before the area: they "
     "compare with the paper's own table and with no other protocol. Decided here: scaled by f(I) and f(I0); where "
     "f(I) ≤ f(I0) the value is NaN.",
 )
@@ -202,7 +232,7 @@ PROTOCOLS = {
         replace(
             _MDA,
             name="mas",
-            metrics=(*ALIGNMENT, *_MDA.metrics),
+            metrics=(*catalog.names("alignment"), *_MDA.metrics),
             about="MAS (Walker et al., 2024), on the images, steps and references of the preset mda as in the MDA "
             "paper: the monotone response MR punished by |MR − DR|, DR the share of |A| spent so far; deletion ↓, "
             "insertion ↑. The areas of mda come along from the same perturbed images. Compares with that paper's "
@@ -218,7 +248,7 @@ PROTOCOLS = {
         Protocol(
             "localisation",
             references=(),
-            metrics=tuple(LOCALISATION),
+            metrics=catalog.names("localisation"),
             about="Agreement with a mask, all ↑: pointing game (15 px at 224), average precision, IoU and F1 at the "
             "map's mean. *_oracle take the best threshold of every image from its mask: upper bounds, not "
             "comparable with the others. No perturbation. Compares where masks and tolerance are the same.",
@@ -240,3 +270,7 @@ def pixel_counts(pixels: int, points: int, span: tuple[float, float] = (0.0, 1.0
     """Numbers of pixels at ``points`` evenly spaced fractions of ``span``, rounded to whole pixels."""
     low, high = span
     return [round(low * pixels + i * pixels * (high - low) / (points - 1)) for i in range(points)]
+
+
+def _among(references: tuple[str, ...], some: tuple[str, ...] | None) -> tuple[str, ...]:
+    return references if some is None else tuple(name for name in references if name in some)

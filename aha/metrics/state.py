@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -23,20 +22,17 @@ class PerImage(Metric):
     sampler pads by repetition) and rows are read in the order of the index. Means are exactly rounded sums in float64:
     they do not depend on the order of the images, nor on how these were spread over processes.
 
-    Attributes:
-        directions: name of every score → whether higher is better.
     """
 
     full_state_update = False
     is_differentiable = False
-    directions: ClassVar[dict[str, bool]] = {}
     rows: list[Tensor] | Tensor
 
     def __init__(self, **options: object):
         super().__init__(**options)
         self.add_state("rows", default=[], dist_reduce_fx="cat")
 
-    def _keep(self, rows: Tensor, index: Tensor | Sequence[int] | None) -> None:
+    def keep(self, rows: Tensor, index: Tensor | Sequence[int] | None) -> None:
         """Append ``rows`` (B, …) of the images at ``index`` (B,), None where unknown."""
         rows = rows.flatten(1).float()
         batch, width = rows.shape
@@ -48,7 +44,7 @@ class PerImage(Metric):
         head = torch.stack([torch.full_like(place, width), place.div(_LOW, rounding_mode="floor"), place % _LOW], dim=1)
         self.rows.append(torch.cat([head.float(), rows], dim=1).flatten())
 
-    def _seen(self) -> Tensor:
+    def seen(self) -> Tensor:
         """(N, width) rows of the images seen so far, by index where they have one; RuntimeError if there are none."""
         flat = dim_zero_cat(self.rows) if len(self.rows) else None
         if flat is None or not flat.numel():

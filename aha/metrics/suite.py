@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,17 +11,13 @@ from torch import Tensor
 from ..checks import check_integer, check_maps
 from ..classifier import Classifier, check_classifier
 from ..protection import protected
-from . import protocols
-from .by_reference import ByReference, Named, arranged
-from .confidence import ConfidenceChange
-from .curves import DeletionInsertion
-from .localization import Localization, check_masks
-from .mas import MagnitudeAlignment
-from .monotonicity import Monotonicity
+from . import catalog, protocols
+from .catalog import Metric
+from .localization import Located, check_masks
 from .perturbed import INTERNAL_BATCH_SIZE, Endpoints, Probe, endpoints
-from .protocols import DIRECTIONS, LOCALISATION, Protocol
+from .protocols import Protocol
 
-KINDS: tuple[type[ByReference], ...] = (DeletionInsertion, ConfidenceChange, MagnitudeAlignment, Monotonicity)
+Named = dict[str, dict[str, Tensor]]  # two levels of names, then one value per image
 
 
 @dataclass(frozen=True)
@@ -79,7 +75,7 @@ class Scores:
 class Suite:
     """All metrics of one protocol, without a state: scores of every image as they are measured.
 
-    The same functions as the torchmetrics classes of this package, from one set of perturbed images per map.
+    The rows of `aha.metrics.catalog` that the protocol names, from one set of perturbed images per map.
 
     >>> suite = Suite(clf, "aha")
     >>> batch = suite.begin(images)
@@ -92,7 +88,6 @@ class Suite:
 
     Attributes:
         protocol: what is measured.
-        directions: metric → whether higher is better, in the order of the protocol.
         references: names of the reference images, () where there are none.
         needs: what `begin` must be given besides the images: "label", "mask", both or none.
     """
@@ -104,15 +99,13 @@ class Suite:
         check_classifier(clf)
         self.clf, self.internal_batch_size = clf, internal_batch_size
         self.protocol = protocols.get(protocol)
-        self.directions = {name: DIRECTIONS[name] for name in self.protocol.metrics}
         self.references = self.protocol.references
         self.needs = self.protocol.needs
-        self._metrics = [
-            kind(clf, self.protocol, internal_batch_size)
-            for kind in KINDS
-            if not set(kind.directions).isdisjoint(self.directions)
-        ]
-        self._localization = Localization() if "mask" in self.needs else None
+
+    @property
+    def directions(self) -> dict[str, bool]:
+        """Metric → whether higher is better, in the order of the protocol."""
+        return {name: catalog.get(name).higher_is_better for name in self.protocol.metrics}
 
     def begin(
         self,
@@ -151,15 +144,43 @@ class Suite:
     def _measured(self, batch: Batch, maps: Tensor) -> Scores:
         maps = check_maps(maps, batch.images)
         probe = Probe(self.clf, self.protocol, batch.images, maps, batch.ends, self.internal_batch_size, batch.masks)
-        found: Named = {}
+        rows = self.protocol.rows
+        found = {row.key: {name: probe.spread(value) for name, value in scored(row, probe).items()} for row in rows}
         curves: Named = {}
-        for metric in self._metrics:
-            rows = metric._measure(probe).flatten(1)
-            found.update(metric._scores(rows))
-            for reference, named in metric._named_curves(rows).items():
-                curves.setdefault(reference, {}).update(named)
-        values, by_reference = arranged(found, [name for name in self.directions if name not in LOCALISATION])
-        if self._localization is not None and probe.masks is not None:
-            rows = probe.spread(self._localization._measure(probe.maps, probe.masks))
-            values.update(self._localization._named(rows))
-        return Scores({name: values[name] for name in self.directions}, by_reference, curves)
+        for row in rows:
+            for name, draw in row.curves.items():
+                for reference, curve in draw(probe).items():
+                    curves.setdefault(reference, {})[name] = probe.spread(curve)
+        return Scores(*arranged(found, self.protocol.metrics), curves)
+
+
+def scored(metric: Metric, probe: Located) -> dict[str, Tensor]:
+    """Reference → (B,) float32 of a row of the catalogue; the reference is "" where it needs none."""
+    assert metric.measure is not None  # costs are not among a protocol's metrics, differences follow from `arranged`
+    value = metric.measure(probe)
+    values = {"": value} if isinstance(value, Tensor) else value
+    expected = (len(probe.maps),)
+    if not isinstance(values, Mapping) or not values or any(tuple(v.shape) != expected for v in values.values()):
+        shapes = {name: tuple(v.shape) for name, v in values.items()} if isinstance(values, Mapping) else type(value)
+        raise ValueError(f"metric {metric.key!r} measured {shapes}: return {expected}, or that by reference")
+    return {name: value.float() for name, value in values.items()}
+
+
+def arranged(scores: Named, names: Sequence[str]) -> tuple[dict[str, Tensor], Named]:
+    """Metric → reference → (N,) as: metric → mean over its references, and reference → metric → (N,).
+
+    Both with the differences, by reference where it has both sides; only what is among ``names``.
+    """
+    scores = dict(scores)
+    means = {name: torch.stack(list(found.values())).double().mean(dim=0) for name, found in scores.items()}
+    for name in names:
+        if difference := catalog.get(name).difference:
+            a, b = (scores[side] for side in difference)
+            scores[name] = {reference: a[reference] - b[reference] for reference in a if reference in b}
+            means[name] = means[difference[0]] - means[difference[1]]
+    by_reference: Named = {}
+    for name in names:
+        for reference, values in scores[name].items():
+            if reference:
+                by_reference.setdefault(reference, {})[name] = values
+    return {name: means[name].float() for name in names}, by_reference
