@@ -42,7 +42,7 @@ class Chefer(AttentionAttributor):
         "is the patches' mean; beyond the paper: gates and rotary positions follow the rules of products and sums, a "
         "mean goes to the tokens of its sign, constants get none; residuals that nearly cancel make relevances "
         "sensitive to rounding",
-        fidelity=f'{MEASURED}; relevance="gradient" is the variant that the authors call simpler',
+        fidelity=f'{MEASURED}; relevance="gradient" takes the attention itself, without propagation',
     )
 
     def __init__(self, clf: Classifier, relevance: str = "propagation", **options: Any):

@@ -70,7 +70,7 @@ class IntegratedGradients(Attributor):
         cost="50F 50B",
         architectures="any",
         licence="captum, BSD-3-Clause, used as a dependency",
-        fidelity="captum's own code from a black image",
+        fidelity="captum's own code, which is not the authors'; the path starts at black",
     )
 
     def __init__(self, clf: Classifier, n_steps: int = 50, **options: Any):
