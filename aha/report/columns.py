@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 import numpy as np
@@ -28,12 +29,17 @@ def split(metric: str) -> tuple[str, str]:
     return protocol, name
 
 
-def row(metric: str) -> Metric | None:
-    """The metric's row of the catalogue; None for one that it does not know."""
+def catalogue() -> ModuleType:
+    """Where the properties of metrics stand."""
     # torchmetrics, and with it matplotlib, are not needed to write an overlay
     from ..metrics import catalog
 
-    return catalog.get(metric) if catalog.known(metric) else None
+    return catalog
+
+
+def row(metric: str) -> Metric | None:
+    """The metric's row of the catalogue; None for one that it does not know."""
+    return catalogue().METRICS.get(split(metric)[1])
 
 
 def direction(metric: str) -> bool | None:
@@ -63,26 +69,16 @@ def heading(metric: str) -> str:
     return f"{protocol_label(split(metric)[0])} {label(metric)}".strip()
 
 
-def family(metric: str) -> tuple[str, str]:
-    """Metrics with the same stand together."""
-    found = row(metric)
-    return split(metric)[0], found.family if found else ""
-
-
 def costs() -> tuple[str, ...]:
     """What a map takes: time, passes, memory."""
-    from ..metrics import catalog
-
-    return catalog.names(catalog.COSTS)
+    return catalogue().names(catalogue().COSTS)
 
 
 def ordered(metrics: Iterable[str]) -> list[str]:
     """Metrics in the catalogue's order: protocols in order of appearance, costs last."""
-    from ..metrics import catalog
-
     found = dict.fromkeys(metrics)
     protocols = list(dict.fromkeys(["", *(split(metric)[0] for metric in found)]))
-    rank = {key: place for place, key in enumerate(catalog.names())}
+    rank = {key: place for place, key in enumerate(catalogue().names())}
 
     def place(metric: str) -> tuple[bool, int, int]:
         protocol, name = split(metric)
@@ -169,12 +165,6 @@ def inseparable(found: Mapping[str, Any] | None) -> bool:
     chance: its corrected p is at least `LEVEL`."""
     p = (found or {}).get("p")
     return is_number(p) and p >= LEVEL
-
-
-def passes(of: Mapping[str, Any]) -> float | None:
-    """Forward plus backward passes per image; None where neither was counted."""
-    counted = [of[name] for name in ("forward_per_image", "backward_per_image") if is_number(of.get(name))]
-    return float(sum(counted)) if counted else None
 
 
 def is_ours(method: str) -> bool:

@@ -75,12 +75,11 @@ def _beside(measured: Mapping[str, Any], published: Mapping[str, Mapping[str, fl
 
 
 def _draw(result: Evaluation, engine: Engine, summary: Mapping[str, Any], folder: Path) -> None:
-    sides = {"deletion", "insertion"}
-    known = [{*named} for of in result.curves.values() for named in of.values()]
-    if known and sides <= set.union(*known):
+    known = [{"deletion", "insertion"} & {*named} for of in result.curves.values() for named in of.values()]
+    if len(set().union(*known)) == 2:
         figures.curves(result.curves, folder / "curves.png", summary=summary)
         # RISE deletes to one reference and inserts from another
-        if all(sides <= named for named in known):
+        if all(len(sides) == 2 for sides in known):
             figures.curves_by_reference(result.curves, folder / "curves_by_reference.png")
     figures.bars(summary, result.headline, folder / f"{slug(result.headline)}.png")
     _draw_maps(result, engine, folder / "maps.png")

@@ -90,13 +90,14 @@ def tradeoff(rows: Rows, path: str | Path, metric: str = HEADLINE, cost: str = "
 
 
 def _points(rows: Rows, metric: str, cost: str) -> dict[str, tuple[float, float]]:
-    scale = getattr(names.row(cost), "scale", 1.0)
-    found = {}
+    parts = ("forward_per_image", "backward_per_image") if cost == PASSES else (cost,)
+    scales = {part: found.scale for part in parts if (found := names.row(part))}
+    points = {}
     for name, row in rows.items():
-        x, y = names.passes(row) if cost == PASSES else row.get(cost), row.get(metric)
-        if is_number(x) and is_number(y) and x >= 0:
-            found[name] = x * scale, float(y)
-    return found
+        counted = [row[part] * scale for part, scale in scales.items() if is_number(row.get(part))]
+        if counted and is_number(row.get(metric)):
+            points[name] = float(sum(counted)), float(row[metric])
+    return points
 
 
 def _front(points: Mapping[str, tuple[float, float]], better: bool) -> list[tuple[float, float]]:
@@ -109,12 +110,12 @@ def _front(points: Mapping[str, tuple[float, float]], better: bool) -> list[tupl
     return front
 
 
-def significance_matrix(summary: Mapping[str, Any], path: str | Path, metrics: Sequence[str] | None = None) -> Path:
+def significance_matrix(summary: Mapping[str, Any], path: str | Path) -> Path:
     """Rows are methods, columns metrics: the difference to the best of the column, and whether it may be chance.
 
     Args and errors as in `tables.differences`.
     """
-    table = tables.differences(summary, metrics)
+    table = tables.differences(summary)
     columns = zip(*(row.cells for row in table.rows), strict=True)
     widest = [max((abs(cell.value or 0) for cell in column), default=0) or 1 for column in columns]
 
@@ -257,22 +258,18 @@ def ablation(
     return Path(path)
 
 
-def draw(summary: Mapping[str, Any], folder: str | Path) -> list[Path]:
-    """Draw the figures that follow from a summary alone into ``folder``: tradeoff, tradeoff_passes, significance.
-    What the summary does not hold is left out. Returns the paths."""
+def draw(results: Mapping[tuple[str, str], Mapping[str, Any]], folder: str | Path) -> None:
+    """Draw the figures that follow from summaries alone into ``folder``, as far as they hold what is needed: of one
+    tradeoff, tradeoff_passes and significance, of several models."""
     folder = Path(folder)
-    rows = summary.get("methods") or {}
-    made = []
+    rows = [row for summary in results.values() for row in summary["methods"].values()]
+    if len(results) > 1:
+        if HEADLINE in names.measured(rows):
+            models(results, folder / "models.png")
+        return
+    (summary,) = results.values()
     for cost, stem in (("seconds_per_image", "tradeoff"), (PASSES, "tradeoff_passes")):
-        if len(_points(rows, HEADLINE, cost)) > 1:
-            made.append(tradeoff(rows, folder / f"{stem}.png", cost=cost))
+        if len(_points(summary["methods"], HEADLINE, cost)) > 1:
+            tradeoff(summary["methods"], folder / f"{stem}.png", cost=cost)
     if any((summary.get("significance") or {}).values()):
-        made.append(significance_matrix(summary, folder / "significance.png"))
-    return made
-
-
-def draw_results(results: Mapping[tuple[str, str], Mapping[str, Any]], folder: str | Path) -> list[Path]:
-    """Draw what follows from several summaries together into ``folder``: models. Returns the paths."""
-    if any(is_number(row.get(HEADLINE)) for s in results.values() for row in s["methods"].values()):
-        return [models(results, Path(folder) / "models.png")]
-    return []
+        significance_matrix(summary, folder / "significance.png")

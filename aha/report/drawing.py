@@ -11,15 +11,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageFilter
 
+from ..files import write_atomically
 from .columns import is_ours, plain
-from .overlays import enlarge, enlargement, to_numpy
+from .overlays import enlarge, to_numpy
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 BUDGET = 400_000  # bytes per figure: a report inlines them all, and a README loads them
+GRID_BUDGET = 2_500_000  # of a grid of photographs: its panels are the figure
 DPI = 200
 PAGE = 1900  # width of an image grid in pixels, about: more columns make smaller panels
 
@@ -75,11 +77,10 @@ def batch(name: str, value: Any, count: int | None = None) -> np.ndarray:
 
 def outlined(pixels: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
     """The enlarged image, with a two-tone line just outside the mask: visible on bright and on dark."""
-    scale = enlargement(pixels.shape[:2])
-    large = enlarge(pixels, scale)
+    large = enlarge(pixels)
     if mask is None:
         return large
-    inside = (mask[0] > 0.5).repeat(scale, axis=0).repeat(scale, axis=1)
+    inside = enlarge(mask[0] > 0.5)
     width = max(1, min(large.shape[:2]) // 160)
     near = _dilated(inside, width)
     large[_dilated(near, width) & ~near] = 0
@@ -88,36 +89,21 @@ def outlined(pixels: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
 
 
 def _dilated(mask: np.ndarray, steps: int) -> np.ndarray:
-    for _ in range(steps):
-        wider = mask.copy()
-        wider[1:] |= mask[:-1]
-        wider[:-1] |= mask[1:]
-        wider[:, 1:] |= mask[:, :-1]
-        wider[:, :-1] |= mask[:, 1:]
-        mask = wider
-    return mask
+    return np.asarray(Image.fromarray(mask.astype(np.uint8)).filter(ImageFilter.MaxFilter(2 * steps + 1))) > 0
 
 
 @dataclass
 class Band:
-    """Rows of panels under one line of names.
+    """Rows of panels under one line of names."""
 
-    Attributes:
-        names: of the columns.
-        panels: rows of (H, W, 3) uint8, all of one size.
-        notes: per row what stands below its panels, or nothing.
-        best: per row the columns whose note is bold.
-    """
-
-    names: Sequence[str]
-    panels: list[list[np.ndarray]]
-    notes: Sequence[Sequence[str]] = ()
-    best: Sequence[Collection[int]] = ()
+    names: Sequence[str]  # of the columns
+    panels: list[list[np.ndarray]]  # rows of (H, W, 3) uint8, all of one size
+    notes: Sequence[
+        Sequence[tuple[str, bool]]
+    ]  # per row what stands below its panels and whether it is bold, or nothing
 
 
-def image_grid(
-    bands: Sequence[Band], path: str | Path, titles: Sequence[str] | None = None, budget: int = BUDGET
-) -> Path:
+def image_grid(bands: Sequence[Band], path: str | Path, titles: Sequence[str] | None = None) -> Path:
     """Panels edge to edge at whole pixels, so that repeated pixels stay square; names above, notes below.
 
     Bands stand under each other; ``titles`` stand at the left of the rows of each.
@@ -132,36 +118,34 @@ def image_grid(
     size = _size_of_names([name for band in bands for name in band.names], width)
     heads = [[_broken(name, width, size=size) for name in band.names] for band in bands]
     tops = [14 + round(30 * size / 9) * max(head.count("\n") + 1 for head in line) for line in heads]
-    notes = [[band.notes[row] if row < len(band.notes) else () for row in range(rows)] for band in bands]
     note_height = 34
+    noted = sum(bool(note) for band in bands for note in band.notes)
     total_w = left + columns * (width + gap)
-    total_h = sum(tops) + len(bands) * rows * (height + gap) + note_height * sum(bool(n) for of in notes for n in of)
-    total_h += 2 * gap * (len(bands) - 1)
-    with sheet(path, total_w / DPI, total_h / DPI, budget, layout=None) as figure:
+    total_h = sum(tops) + len(bands) * (rows * (height + gap) + 2 * gap) - 2 * gap + note_height * noted
+    with sheet(path, total_w / DPI, total_h / DPI, GRID_BUDGET, layout=None) as figure:
 
         def write_at(x: float, y: float, text: str, strong: bool = False, **style: Any) -> None:
             weight = "bold" if strong else "normal"
             figure.text(x / total_w, 1 - y / total_h, text, ha="center", weight=weight, **style)
 
         y = 0
-        for band, pictures, head, top, below in zip(bands, shrunk, heads, tops, notes, strict=True):
+        for band, pictures, head, top in zip(bands, shrunk, heads, tops, strict=True):
             y += top
             lefts = [left + column * (width + gap) for column in range(len(band.names))]
             for x, name, text in zip(lefts, band.names, head, strict=True):
                 write_at(x + width / 2, y - 13, text, is_ours(name), va="baseline", size=size, linespacing=1.1)
-            for row, line in enumerate(pictures):
-                for column, (x, pixels) in enumerate(zip(lefts, line, strict=True)):
+            for row, (line, notes) in enumerate(zip(pictures, band.notes, strict=True)):
+                for x, pixels in zip(lefts, line, strict=True):
                     axes = figure.add_axes((x / total_w, 1 - (y + height) / total_h, width / total_w, height / total_h))
                     axes.imshow(pixels, interpolation="nearest", aspect="auto")
                     axes.set_axis_off()
-                    if below[row]:
-                        best = bool(band.best) and column in band.best[row]
-                        style = {"va": "top", "size": min(8, size), "color": FAINT if column == 0 else INK}
-                        write_at(x + width / 2, y + height + 6, below[row][column], best, **style)
+                for i, (x, (text, best)) in enumerate(zip(lefts, notes, strict=False)):
+                    style = {"va": "top", "size": min(8, size), "color": INK if i else FAINT}
+                    write_at(x + width / 2, y + height + 6, text, best, **style)
                 if titles:
                     title = _broken(titles[row], height, lines=1)
                     write_at(18, y + height / 2, title, rotation=90, va="center", size=8, color=FAINT)
-                y += height + gap + (note_height if below[row] else 0)
+                y += height + gap + (note_height if notes else 0)
             y += 2 * gap
     return Path(path)
 
@@ -213,19 +197,13 @@ def _write(figure: Figure, path: Path, budget: int) -> None:
 
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
-    picture = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
-    data = _png(picture)
-    for share in (1.0, 0.85, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2):
-        if len(data) <= budget:
+    drawn = picture = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
+    for share in (None, 1.0, 0.85, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2):
+        if share is not None:
+            smaller = drawn.resize([max(1, round(side * share)) for side in drawn.size], Image.Resampling.LANCZOS)
+            picture = smaller.quantize(255, Image.Quantize.MEDIANCUT)
+        data = io.BytesIO()
+        picture.save(data, "PNG", optimize=True, dpi=(DPI * (share or 1),) * 2)
+        if data.tell() <= budget:
             break
-        size = [max(1, round(side * share)) for side in picture.size]
-        smaller = picture.resize(size, Image.Resampling.LANCZOS)
-        data = _png(smaller.quantize(255, Image.Quantize.MEDIANCUT), DPI * share)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(data)
-
-
-def _png(picture: Image.Image, dpi: float = DPI) -> bytes:
-    buffer = io.BytesIO()
-    picture.save(buffer, "PNG", optimize=True, dpi=(dpi, dpi))
-    return buffer.getvalue()
+    write_atomically(path, data.getvalue())

@@ -1,7 +1,7 @@
 """The figures of an evaluation: maps over their images, curves, intervals, and those of a training run.
 
 Shapes: N images (N, 3, H, W) RGB in [0, 1], maps (N, 1, H, W) of any finite range, S points of a curve, T
-steps of refinement. Every figure is a PNG of at most `drawing.BUDGET` bytes, a grid of maps of at most `GRID_BUDGET`;
+steps of refinement. Every figure is a PNG of at most `drawing.BUDGET` bytes, or `drawing.GRID_BUDGET` with maps;
 without matplotlib, ImportError.
 """
 
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 PER_BAND = 10  # methods beside each other in a grid; more go onto further lines
-GRID_BUDGET = 2_500_000  # bytes of a grid of photographs: its panels are the figure
 SHOWN = 10  # lines with a colour in a plot of curves
 _GREY = {"color": "#ced5dc", "linewidth": 0.8}
 
@@ -65,15 +64,15 @@ def qualitative(
     bands = []
     for start in range(0, len(layers), per_band):
         part = list(layers)[start : start + per_band]
-        panels, notes, best = [], [], []
+        panels, notes = [], []
         for n, image in enumerate(images):
             over = (overlay(image, layers[name][n], scale=1) for name in part)
             panels.append([outlined(pixels, outlines[n]) for pixels in (to_pixels(image), *over)])
             below = [texts[name][n] if name in texts else "" for name in part]
-            notes.append(["Ins − Del", *(text.replace("-", "−") for text in below)] if texts else [])
-            best.append([i for i, text in enumerate(below, 1) if text and text == peaks[n]])
-        bands.append(Band(["input", *part], panels, notes, best))
-    return image_grid(bands, path, titles, GRID_BUDGET)
+            marked = [(text.replace("-", "−"), text != "" and text == peaks[n]) for text in below]
+            notes.append([("Ins − Del", False), *marked] if texts else [])
+        bands.append(Band(["input", *part], panels, notes))
+    return image_grid(bands, path, titles)
 
 
 def refinement(images: Any, trail: Any, path: str | Path, scores: Any = None) -> Path:
@@ -107,6 +106,9 @@ def curves(curves: Curves, path: str | Path, summary: Mapping[str, Any] | None =
 
     Returns:
         The path.
+
+    Raises:
+        ValueError: if there are no curves.
     """
     if not curves:
         raise ValueError("there are no curves: give at least one method")
@@ -141,50 +143,39 @@ def curves(curves: Curves, path: str | Path, summary: Mapping[str, Any] | None =
     return Path(path)
 
 
-def curves_by_reference(curves: Curves, path: str | Path, metrics: Sequence[str] = ("deletion", "insertion")) -> Path:
-    """Response over the share of pixels, a row per metric and a column per reference. Returns the path.
+def curves_by_reference(curves: Curves, path: str | Path) -> Path:
+    """Deletion and insertion, a row each, with a column per reference. Args, errors and return as of `curves`.
 
-    With many methods, ours and the best of the others have colours, by the area between the last metric's curve and
-    the first's; the rest are grey.
-
-    Args:
-        curves: method → reference → metric → (S,), at S even steps of [0, 1].
-        path: of the PNG.
-        metrics: of the rows: "deletion", "insertion", "positive" or "negative".
-
-    Raises:
-        ValueError: if there are no curves.
+    With many methods, ours and the best of the others have colours, by the area between the two curves; the rest are
+    grey.
     """
     if not curves:
         raise ValueError("there are no curves: give at least one method")
     references = list(dict.fromkeys(reference for of in curves.values() for reference in of))
     gains = {
-        m: np.mean(_mean_curve(of, metrics[-1])) - np.mean(_mean_curve(of, metrics[0])) for m, of in curves.items()
+        m: np.mean(_mean_curve(of, "insertion")) - np.mean(_mean_curve(of, "deletion")) for m, of in curves.items()
     }
     ordered = sorted(curves, key=gains.__getitem__, reverse=True)
     others = [name for name in ordered if not is_ours(name) and name != "random"]
     named = [name for name in ordered if name not in others[SHOWN:]]
     style = looks([name for name in curves if name in named])
-    drawn: dict[str, Any] = {}
-    size = (
-        0.5 + 2.6 * len(references),
-        0.6 + 2.1 * len(metrics) + 0.17 * math.ceil((len(named) + (len(named) < len(curves))) / 5),
-    )
-    with sheet(path, *size) as figure:
-        grid = figure.subplots(len(metrics), len(references), sharex=True, sharey="row", squeeze=False)
-        for line, metric in zip(grid, metrics, strict=True):
+    shown = sorted(curves, key=lambda name: (name in named, is_ours(name)))
+    lines: dict[str, Any] = {}
+    rows = math.ceil((len(named) + (len(named) < len(curves))) / 5)
+    with sheet(path, 0.5 + 2.6 * len(references), 4.8 + 0.17 * rows) as figure:
+        grid = figure.subplots(2, len(references), sharex=True, sharey="row", squeeze=False)
+        for line, metric in zip(grid, ("deletion", "insertion"), strict=True):
             for axes, reference in zip(line, references, strict=True):
-                shown = sorted(curves, key=lambda name: (name in named, is_ours(name)))
-                found = {name: curves[name].get(reference, {}) for name in shown}
-                drawn |= _lines(axes, {name: of[metric] for name, of in found.items() if metric in of}, style)
+                found = {name: curves[name].get(reference, {}).get(metric) for name in shown}
+                lines |= _lines(axes, {name: of for name, of in found.items() if of is not None}, style)
             line[0].set_ylabel(heading(metric))
-        for top, bottom, reference in zip(grid[0], grid[-1], references, strict=True):
+        for top, bottom, reference in zip(*grid, references, strict=True):
             top.set_title(reference)
             bottom.set_xlabel("pixels removed or shown")
             bottom.set_xticks((0, 0.5, 1))
-        handles = {plain(name): drawn[name] for name in named}
+        handles = {plain(name): lines[name] for name in named}
         if len(named) < len(curves):
-            handles[f"{len(curves) - len(named)} others"] = drawn[others[-1]]
+            handles[f"{len(curves) - len(named)} others"] = lines[others[-1]]
         figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=5, handlelength=2.2)
     return Path(path)
 
@@ -213,15 +204,8 @@ def bars(summary: Mapping[str, Any], metric: str, path: str | Path) -> Path:
             if interval := names.interval(rows[name], metric):
                 axes.plot(interval, (y, y), color=color, linewidth=2, alpha=0.45)
             axes.plot(value, y, "o", color=color, markersize=5.5)
-            axes.annotate(
-                names.number(metric, value, coarser=1),
-                (1.015, y),
-                xycoords=("axes fraction", "data"),
-                va="center",
-                size=8,
-                color=INK,
-                annotation_clip=False,
-            )
+            text, at = names.number(metric, value, coarser=1), axes.get_yaxis_transform()
+            axes.text(1.015, y, text, transform=at, va="center", size=8, color=INK)
         axes.set_yticks(range(len(rows)), list(map(plain, best_on_top)))
         for name, label in zip(best_on_top, axes.get_yticklabels(), strict=True):
             label.set(color=INK, weight="bold" if is_ours(name) else "normal")

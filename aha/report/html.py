@@ -7,51 +7,38 @@ from __future__ import annotations
 
 import base64
 import contextlib
-import functools
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
+from ..files import write_atomically
 from . import columns as names
 from . import comparison_figures, tables
 from .columns import HEADLINE, is_number
 from .table import ABSENT, Block, Cell, Column, Row, Table
 
-# file stem → title and caption; other files are shown after these under their own name
+# file stem → title. Caption; other files are shown after these under their own name
 CAPTIONS = {
-    "maps": (
-        "Maps",
-        "Attribution over the image, one row per image. Warm is important. Where the evidence is known, it is "
-        "outlined; a number below a map is its own insertion minus deletion.",
-    ),
-    "refinement": (
-        "Test-time refinement",
-        "The explainer's head takes T gradient steps of the same objective on one image; T = 0 is a single forward "
-        "pass.",
-    ),
-    "curves": (
-        "Deletion and insertion",
-        "Probability of the explained class while pixels are removed or shown, the most important first; mean over "
-        "images and references.",
-    ),
-    "curves_by_reference": ("Curves by reference", "The same for every reference image on its own."),
-    "ins_minus_del": ("Faithfulness", "Insertion minus deletion with its 95 % confidence interval."),
-    "tradeoff": (
-        "Faithfulness and time",
-        "Insertion minus deletion over the time to make one map; up and to the left is better.",
-    ),
-    "tradeoff_passes": (
-        "Faithfulness and passes",
-        "The same over the passes through the classifier, which do not depend on the machine.",
-    ),
-    "significance": ("Difference to the best", "The method's mean minus the best one's, on the same images."),
-    "models": ("Classifiers", "Insertion minus deletion; the deeper the blue, the better in its column."),
-    "ablation": ("Ablation", "Band: 95 % interval."),
-    "shortcut": ("Shortcut experiment", "Refinement against a classifier that has learned a shortcut."),
-    "training": ("Training", "Faint: single values. Solid: running mean."),
+    "maps": "Maps. Attribution over the image, one row per image. Warm is important. Where the evidence is known, it "
+    "is outlined; a number below a map is its own insertion minus deletion.",
+    "refinement": "Test-time refinement. The explainer's head takes T gradient steps of the same objective on one "
+    "image; T = 0 is a single forward pass.",
+    "curves": "Deletion and insertion. Probability of the explained class while pixels are removed or shown, the most "
+    "important first; mean over images and references.",
+    "curves_by_reference": "Curves by reference. The same for every reference image on its own.",
+    "ins_minus_del": "Faithfulness. Insertion minus deletion with its 95 % confidence interval.",
+    "tradeoff": "Faithfulness and time. Insertion minus deletion over the time to make one map; up and to the left is "
+    "better.",
+    "tradeoff_passes": "Faithfulness and passes. The same over the passes through the classifier, which do not depend "
+    "on the machine.",
+    "significance": "Difference to the best. The method's mean minus the best one's, on the same images.",
+    "models": "Classifiers. Insertion minus deletion; the deeper the blue, the better in its column.",
+    "ablation": "Ablation. Band: 95 % interval.",
+    "shortcut": "Shortcut experiment. Refinement against a classifier that has learned a shortcut.",
+    "training": "Training. Faint: single values. Solid: running mean.",
 }
 
 MEAN, APART = "Mean over references.", "Values of different protocols do not compare."
@@ -72,43 +59,32 @@ def write(folder: str | Path) -> Path:
         ImportError: without jinja2.
     """
     folder = Path(folder)
-    places = [folder] if (folder / "summary.json").is_file() else _places_of_results(folder)
+    found = {path.parent for pattern in ("*", "*/*") for path in folder.glob(f"{pattern}/summary.json")}
+    places = [folder] if (folder / "summary.json").is_file() else sorted(found)
     if not places:
         raise FileNotFoundError(f"{folder} holds no summary.json: run `aha evaluate` or `aha demo` into it first")
     results: dict[Key, Mapping[str, Any]] = {}
     figures: dict[Key, dict[str, Path]] = {}
     for place in places:
-        summary = _read(place / "summary.json")
+        try:
+            summary = json.loads((place / "summary.json").read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{place / 'summary.json'} is not JSON ({error}): run the evaluation again") from error
+        _methods(summary)
         key = (summary.get("classifier") or {}).get("name", place.name), str(summary.get("target", ""))
         if key in results:  # the same classifier and class once more: told apart by the folder
             key = f"{key[0]} ({place.relative_to(folder)})", key[1]
         results[key] = summary
-        figures[key] = _drawn(place / "figures", functools.partial(comparison_figures.draw, summary))
-    overview = {}
-    if len(results) > 1:
-        overview = _drawn(folder / "figures", functools.partial(comparison_figures.draw_results, results))
+        figures[key] = _drawn(place / "figures", {key: summary})
+    overview = _drawn(folder / "figures", results) if len(results) > 1 else {}
     return render(results, figures, folder / "report.html", overview)
 
 
-def _places_of_results(folder: Path) -> list[Path]:
-    found = {path.parent for pattern in ("*", "*/*") for path in folder.glob(f"{pattern}/summary.json")}
-    return sorted(found)
-
-
-def _read(source: Path) -> Mapping[str, Any]:
-    try:
-        summary = json.loads(source.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{source} is not JSON ({error}): run the evaluation again") from error
-    _methods(summary)
-    return summary
-
-
-def _drawn(folder: Path, draw: Callable[[Path], object]) -> dict[str, Path]:
+def _drawn(folder: Path, results: Mapping[Key, Mapping[str, Any]]) -> dict[str, Path]:
     """The figures of a folder, after drawing what can be drawn: file stem → path, those with captions first."""
     # without matplotlib the page shows what is there
     with contextlib.suppress(ImportError):
-        draw(folder)
+        comparison_figures.draw(results, folder)
     rank = {stem: place for place, stem in enumerate(CAPTIONS)}
     found = sorted(folder.glob("*.png"), key=lambda path: (rank.get(path.stem, len(rank)), path.stem))
     return {path.stem: path for path in found}
@@ -141,30 +117,23 @@ def render(
         import jinja2
     except ImportError as error:
         raise ImportError("the report needs jinja2: pip install aha-attribution[report]") from error
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    loader, strict = jinja2.FileSystemLoader(Path(__file__).parent), jinja2.StrictUndefined
+    make = jinja2.Environment(loader=loader, autoescape=True, undefined=strict, trim_blocks=True, lstrip_blocks=True)
     parts = [_part(key, summary, figures.get(key, {})) for key, summary in results.items()]
     named = next((str(summary["title"]) for summary in results.values() if summary.get("title")), None)
-    beside = None
-    if len(parts) > 1 and any(is_number(row.get(HEADLINE)) for s in results.values() for row in s["methods"].values()):
-        titles = (part["name"] for part in parts)
-        beside = tables.overview(dict(zip(titles, results.values(), strict=True)))
-    page = environment.get_template("report.html.j2").render(
+    several = len(parts) > 1 and HEADLINE in names.measured(
+        of for s in results.values() for of in s["methods"].values()
+    )
+    beside = dict(zip((part["name"] for part in parts), results.values(), strict=True))
+    page = make.get_template("report.html.j2").render(
         title=named or (parts[0]["classifier"] if len(parts) == 1 else f"{len(parts)} comparisons"),
         parts=parts,
         headline=names.heading(HEADLINE),
-        overview=beside,
+        overview=tables.overview(beside) if several else None,
         overview_figures=[_figure(title, Path(path)) for title, path in (overview or {}).items()],
     )
-    out = Path(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(page, encoding="utf-8")
-    return out
+    write_atomically(Path(out), page.encode())
+    return Path(out)
 
 
 def _methods(summary: Any) -> Mapping[str, Mapping[str, Any]]:
@@ -181,6 +150,10 @@ def _part(key: Key, summary: Mapping[str, Any], figures: Mapping[str, str | Path
     significance = summary.get("significance") or {}
     metrics = names.measured(methods.values())
     own, others = ([m for m in metrics if bool(names.split(m)[0]) is other] for other in (False, True))
+
+    def pick(*keys: str) -> dict[str, Any]:
+        return {key: summary.get(key) for key in keys}
+
     return {
         "name": f"{key[0]}, {key[1]} class" if all(key) else key[0],
         "classifier": classifier.get("name", "classifier"),
@@ -200,15 +173,12 @@ def _part(key: Key, summary: Mapping[str, Any], figures: Mapping[str, str | Path
         "comparisons": tables.paired(summary["comparisons"]) if summary.get("comparisons") else None,
         "failures": _failures(summary.get("failures")),
         "run": [
-            (title, [(names.plain(name), text) for name, text in _flat(facts)])
+            (title, list(_flat(facts)))
             for title, facts in (
-                ("Protocol", {**_named("name", summary.get("protocol")), **_pick(summary, "target", "seed")}),
-                *(
-                    (f"Protocol {names.protocol_label(more.get('name', ''))}", more)
-                    for more in summary.get("protocols") or ()
-                ),
+                ("Protocol", {**(summary.get("protocol") or {}), **pick("target", "seed")}),
+                *((f"Protocol {names.protocol_label(of['name'])}", of) for of in summary.get("protocols") or ()),
                 ("Classifier", classifier),
-                ("Versions", {**_named("version", summary.get("versions")), **_pick(summary, "device")}),
+                ("Versions", {**(summary.get("versions") or {}), **pick("device")}),
             )
             if facts
         ],
@@ -234,14 +204,13 @@ def _headline(methods: Mapping[str, Mapping[str, Any]], significance: Mapping[st
 
 
 def _facts(summary: Mapping[str, Any], classifier: Mapping[str, Any]) -> list[str]:
-    facts = [f"{len(summary['methods'])} methods"]
-    if is_number(classifier.get("images")):
-        facts.append(f"{classifier['images']} images")
-    if is_number(classifier.get("accuracy")):
-        facts.append(f"classifier accuracy {100 * classifier['accuracy']:.1f} %")
-    if summary.get("target") is not None:
-        facts.append(f"explained class: {summary['target']}")
-    return facts
+    images, accuracy, target = classifier.get("images"), classifier.get("accuracy"), summary.get("target")
+    return [
+        f"{len(summary['methods'])} methods",
+        *([f"{images} images"] if is_number(images) else []),
+        *([f"classifier accuracy {100 * accuracy:.1f} %"] if is_number(accuracy) else []),
+        *([f"explained class: {target}"] if target is not None else []),
+    ]
 
 
 def _failures(values: Any) -> list[tuple[str, str]]:
@@ -259,19 +228,18 @@ def _shortcut(values: Any) -> dict[str, Any] | None:
     if not isinstance(values, Mapping) or not values:
         return None
     series = {k: v for k, v in values.items() if isinstance(v, (list, tuple)) and v and all(map(is_number, v))}
+    facts = list(_flat({k: v for k, v in values.items() if k not in series}))
     steps = range(max(map(len, series.values()), default=0))
-    rows = [
+    rows = tuple(
         Row(names.plain(name), tuple(Cell(_plain(of[t]) if t < len(of) else ABSENT) for t in steps))
         for name, of in series.items()
-    ]
-    return {
-        "facts": [(names.plain(n), t) for n, t in _flat({k: v for k, v in values.items() if k not in series})],
-        "series": Table(tuple(Column((str(t),)) for t in steps), (Block(tuple(rows)),), "T") if rows else None,
-    }
+    )
+    heads = tuple(Column((str(t),)) for t in steps)
+    return {"facts": facts, "series": Table(heads, (Block(rows),), "T") if rows else None}
 
 
 def _figure(title: str, path: Path) -> dict[str, Any]:
-    name, caption = CAPTIONS.get(title, (names.plain(title), ""))
+    name, _, caption = CAPTIONS.get(title, names.plain(title)).partition(". ")
     with Image.open(path) as picture:
         kind, dpi = Image.MIME[picture.format or "PNG"], picture.info.get("dpi", (0, 0))[0]
         # at this many dots per inch the letters of our figures are as large as the page's
@@ -280,29 +248,16 @@ def _figure(title: str, path: Path) -> dict[str, Any]:
     return {"title": name, "caption": caption, "size": size, "source": f"data:{kind};base64,{data}"}
 
 
-def _named(name: str, value: Any) -> dict[str, Any]:
-    if isinstance(value, Mapping):
-        return dict(value)
-    return {} if value is None else {name: value}
-
-
-def _pick(values: Mapping[str, Any], *names: str) -> dict[str, Any]:
-    return {name: values[name] for name in names if values.get(name) is not None}
-
-
 def _flat(values: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Nested facts as (name, text); a list of plain values is one line, one of others a line each."""
+    """Nested facts as (name, text); a list of plain values is one line, one of others a line each, None is none."""
+    many = isinstance(values, (list, tuple))
+    if many and any(isinstance(value, (Mapping, list, tuple)) for value in values):
+        values = dict(enumerate(values, 1))
     if isinstance(values, Mapping):
-        items: Any = values.items()
-    elif isinstance(values, (list, tuple)) and any(isinstance(v, (Mapping, list, tuple)) for v in values):
-        items = enumerate(values, 1)
-    else:
-        many = isinstance(values, (list, tuple))
+        for key, value in values.items():
+            yield from _flat(value, f"{prefix} · {key}" if prefix else names.plain(str(key)))
+    elif values is not None:
         yield prefix, ", ".join(map(_plain, values)) if many else _plain(values)
-        return
-    for key, value in items:
-        name = str(key) if isinstance(values, Mapping) and not prefix else f"{prefix} · {key}".strip(" ·")
-        yield from _flat(value, name)
 
 
 def _plain(value: Any) -> str:

@@ -19,7 +19,7 @@ _COLORS = np.frombuffer(
 ).reshape(-1, 3)
 
 
-def overlay(image: Any, map: Any, alpha: float = 0.55, scale: int | None = None) -> np.ndarray:
+def overlay(image: Any, map: Any, scale: int | None = None) -> np.ndarray:
     """The map as heat over the image: (H·scale, W·scale, 3) uint8.
 
     The map is stretched between its 1st and 99th percentile. Important pixels are warm and opaque; the others
@@ -28,8 +28,6 @@ def overlay(image: Any, map: Any, alpha: float = 0.55, scale: int | None = None)
     Args:
         image: (3, H, W) tensor or array in [0, 1].
         map: (1, H, W) or (H, W).
-        alpha: how far down the colour reaches, in [0, 1]: opacity grows with the square of the value at 0, in
-            proportion to it at 1.
         scale: whole enlargement ≥ 1; None enlarges images up to 96 px to at least 256, others not.
 
     Raises:
@@ -38,19 +36,12 @@ def overlay(image: Any, map: Any, alpha: float = 0.55, scale: int | None = None)
     rgb, heat = _image(image), _map(map)
     if rgb.shape[:2] != heat.shape:
         raise ValueError(f"map is {heat.shape}, the image {rgb.shape[:2]}: give one value per pixel of the image")
-    if not 0 <= alpha <= 1:
-        raise ValueError(f"alpha={alpha}: give a number in [0, 1]")
     heat = _stretch(heat)
     grey = rgb @ np.array([[0.299], [0.587], [0.114]], dtype=np.float32)
-    opacity = 0.92 * (alpha * heat + (1 - alpha) * heat**2)[..., None]
+    opacity = 0.92 * (0.55 * heat + 0.45 * heat**2)[..., None]
     faded = 0.12 + 0.8 * (0.25 * rgb + 0.75 * grey)
     mixed = faded * (1 - opacity) + _color(heat) * opacity
     return enlarge(_bytes(mixed), scale)
-
-
-def save_overlay(path: str | Path, image: Any, map: Any, alpha: float = 0.55, scale: int | None = None) -> Path:
-    """Write `overlay` as an image file (.png, .jpg …), making its folder. Returns the path."""
-    return _save(overlay(image, map, alpha, scale), path)
 
 
 def save_strip(image: Any, maps: Any, path: str | Path) -> Path:
@@ -58,20 +49,18 @@ def save_strip(image: Any, maps: Any, path: str | Path) -> Path:
     panels = [enlarge(to_pixels(image)), *(overlay(image, map) for map in maps)]
     gap = np.full((panels[0].shape[0], GAP, 3), 255, dtype=np.uint8)
     spaced = [part for panel in panels for part in (gap, panel)][1:]
-    return _save(np.concatenate(spaced, axis=1), path)
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.concatenate(spaced, axis=1)).save(path)
+    return path
 
 
 def enlarge(pixels: np.ndarray, scale: int | None = None) -> np.ndarray:
-    """(H, W, 3) → (H·scale, W·scale, 3), every pixel repeated; the default scale is that of `overlay`."""
-    scale = enlargement(pixels.shape[:2]) if scale is None else scale
-    if scale < 1:
-        raise ValueError(f"scale={scale}: give a whole number ≥ 1")
+    """(H, W, …) → (H·scale, W·scale, …), every pixel repeated; the default scale is that of `overlay`."""
+    if scale is None:
+        side = max(pixels.shape[:2])
+        scale = math.ceil(CELL / side) if side <= SMALL else 1
     return pixels.repeat(scale, axis=0).repeat(scale, axis=1)
-
-
-def enlargement(size: tuple[int, ...]) -> int:
-    """How many times the pixels of a small image are repeated; 1 for others."""
-    return math.ceil(CELL / max(size)) if max(size) <= SMALL else 1
 
 
 def to_numpy(value: Any) -> np.ndarray:
@@ -122,10 +111,3 @@ def _color(heat: np.ndarray) -> np.ndarray:
 
 def _bytes(values: np.ndarray) -> np.ndarray:
     return np.rint(np.clip(values, 0, 1) * 255).astype(np.uint8)
-
-
-def _save(pixels: np.ndarray, path: str | Path) -> Path:
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(pixels).save(path)
-    return path

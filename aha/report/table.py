@@ -20,34 +20,21 @@ ABSENT, UNMEASURED, ALIKE = "–", "not measured", "†"
 
 @dataclass(frozen=True)
 class Cell:
-    """One value as text.
+    """One value as text."""
 
-    Attributes:
-        text: the value, unescaped.
-        place: 1 is set bold, 2 underlined.
-        small: what stands small behind the value, below it in HTML: an interval, or p.
-        mark: a sign behind it that a note explains.
-        value: the number that the text says, if it says one.
-    """
-
-    text: str
-    place: int = 0
-    small: str = ""
-    mark: str = ""
-    value: float | None = None
+    text: str  # the value; like all texts of a table unescaped
+    place: int = 0  # 1 is set bold, 2 underlined
+    small: str = ""  # stands small behind the value, below it in HTML: an interval, or p
+    mark: str = ""  # a sign behind it that a note explains
+    value: float | None = None  # the number that the text says, if it says one
 
 
 @dataclass(frozen=True)
 class Column:
-    """A column of values.
+    """A column of values."""
 
-    Attributes:
-        path: headings from the widest group to the column's own; equal ones side by side become one.
-        apart: a wider gap before it.
-    """
-
-    path: tuple[str, ...]
-    apart: bool = False
+    path: tuple[str, ...]  # headings from the widest group to its own; equal ones side by side become one
+    apart: bool = False  # a wider gap before it
 
 
 @dataclass(frozen=True)
@@ -94,10 +81,8 @@ class Table:
         if len({len(column.path) for column in self.columns}) != 1 or not self.columns[0].path:
             raise ValueError("the columns' paths differ in length or are empty: give one heading per level to each")
         for row in self.rows:
-            if len(row.cells) != len(self.columns):
-                raise ValueError(
-                    f"row {row.name!r} has {len(row.cells)} cells: give one per column, {len(self.columns)}"
-                )
+            if (count := len(row.cells)) != len(self.columns):
+                raise ValueError(f"row {row.name!r} has {count} cells: give one per column, {len(self.columns)}")
         if not re.fullmatch(r"[\w:./-]*", self.label, re.ASCII):
             raise ValueError(f"label={self.label!r}: give letters, digits and : . - _ / only")
 

@@ -60,12 +60,11 @@ def comparison(
     Raises:
         ValueError: if there are no rows, or no row knows any of the metrics.
     """
-    return _build({"": {"": (rows, significance)}}, metrics, _half if intervals else None, caption, label)
+    table = _build({"": {"": (rows, significance)}}, metrics, _half if intervals else None, caption)
+    return dataclasses.replace(table, label=label)
 
 
-def references(
-    summary: Mapping[str, Any], metrics: Sequence[str] | None = None, caption: str = "", label: str = ""
-) -> Table:
+def references(summary: Mapping[str, Any], metrics: Sequence[str] | None = None, caption: str = "") -> Table:
     """The same for every reference image on its own, a block of rows each.
 
     Args and errors as in `comparison`; ``summary`` holds "references": reference → method → {metric: mean}.
@@ -73,15 +72,11 @@ def references(
     of = summary.get("references") or {}
     if not of:
         raise ValueError("the summary has no references: give one of an evaluation")
-    return _build({name: {"": (rows, None)} for name, rows in of.items()}, metrics, None, caption, label)
+    return _build({name: {"": (rows, None)} for name, rows in of.items()}, metrics, None, caption)
 
 
 def models(
-    results: Mapping[tuple[str, str], Mapping[str, Any]],
-    metrics: Sequence[str] | None = None,
-    intervals: bool = False,
-    caption: str = "",
-    label: str = "",
+    results: Mapping[tuple[str, str], Mapping[str, Any]], metrics: Sequence[str] | None = None, caption: str = ""
 ) -> Table:
     """Several classifiers side by side, a block of rows per explained class where there are two.
 
@@ -91,13 +86,9 @@ def models(
     if not results:
         raise ValueError("there are no results: give (model, target) → summary")
     targets = list(dict.fromkeys(target for _, target in results))
-    sections = {
-        f"{target} class" if len(targets) > 1 else "": {
-            model: _measured(results.get((model, target), {})) for model, _ in results
-        }
-        for target in targets
-    }
-    return _build(sections, metrics, _half if intervals else None, caption, label)
+    sections = {t: {model: _measured(results.get((model, t), {})) for model, _ in results} for t in targets}
+    titled = {f"{target} class" if len(targets) > 1 else "": of for target, of in sections.items()}
+    return _build(titled, metrics, None, caption)
 
 
 def ranked(rows: Rows, metrics: Sequence[str], significance: Significance | None = None, notes: str = "") -> Table:
@@ -118,32 +109,28 @@ def overview(results: Mapping[str, Mapping[str, Any]], metric: str = HEADLINE) -
     Raises:
         ValueError: if no result holds the metric.
     """
-    found = [summary.get("methods") or {} for summary in results.values()]
-    order = [
-        m for m in names.best_first(found, metric) if any(is_number(rows.get(m, {}).get(metric)) for rows in found)
-    ]
-    if not order:
+    found = {title: _measured(summary) for title, summary in results.items()}
+    holding = {m for rows, _ in found.values() for m, row in rows.items() if is_number(row.get(metric))}
+    if not holding:
         raise ValueError(f"no result has a value of {metric!r}: choose a metric of the summaries")
-    table = _build(
-        {"": {title: _measured(of) for title, of in results.items()}}, [metric], names.interval_text, order=order
-    )
+    order = [m for m in names.best_first([rows for rows, _ in found.values()], metric) if m in holding]
+    table = _build({"": found}, [metric], names.interval_text, order=order)
     return dataclasses.replace(table, columns=tuple(Column((title,)) for title in results))
 
 
-def differences(summary: Mapping[str, Any], metrics: Sequence[str] | None = None) -> Table:
+def differences(summary: Mapping[str, Any]) -> Table:
     """Every method minus the best of each metric, with p below, corrected for the number of methods.
 
     Args:
         summary: "methods", and "significance": metric → method → {"best", "difference", "p"}.
-        metrics: the columns; None is all that were tested.
 
     Raises:
         ValueError: if none was tested.
     """
     tested = summary.get("significance") or {}
-    chosen = [metric for metric in (names.ordered(tested) if metrics is None else metrics) if tested.get(metric)]
+    chosen = names.ordered(metric for metric in tested if tested[metric])
     if not chosen:
-        raise ValueError("the summary has no significance of these metrics: give one of a comparison")
+        raise ValueError("the summary has no significance of its metrics: give one of a comparison")
 
     def cell(method: str, metric: str) -> Cell:
         if any(found.get("best") == method for found in tested[metric].values()):
@@ -165,17 +152,12 @@ def paired(pairs: Mapping[str, Mapping[str, Any]]) -> Table:
     """Differences of Ins − Del on the same images, {"a − b": {"difference", "ci95", "p"}}."""
     rows = []
     for pair, found in pairs.items():
-        bounds, p = found.get("ci95") or [None], found.get("p")
-        known = all(map(is_number, bounds))
-        texts = (
-            names.signed(HEADLINE, found["difference"]) if is_number(found.get("difference")) else ABSENT,
-            " … ".join(names.signed(HEADLINE, bound) for bound in bounds) if known else ABSENT,
-            f"{p:.2g}" if is_number(p) else ABSENT,
-        )
+        interval = " … ".join(names.signed(HEADLINE, bound) for bound in found["ci95"])
+        texts = names.signed(HEADLINE, found["difference"]), interval, f"{found['p']:.2g}"
         rows.append(Row(pair, tuple(map(Cell, texts))))
     heads = tuple(Column((text,)) for text in ("difference", "95 % interval", "p"))
-    notes = ("Paired bootstrap over the images; p is two-sided.",)
-    return Table(heads, (Block(tuple(rows)),), "Ins − Del", notes=notes)
+    note = "Paired bootstrap over the images; p is two-sided."
+    return Table(heads, (Block(tuple(rows)),), "Ins − Del", notes=(note,))
 
 
 def of(evaluation: Evaluation) -> Table:
@@ -219,28 +201,21 @@ def _headline(metrics: Sequence[str]) -> str:
 
 
 def _build(
-    sections: Sections,
-    metrics: Sequence[str] | None,
-    small: Small | None,
-    caption: str = "",
-    label: str = "",
-    order: Sequence[str] | None = None,
+    sections: Sections, metrics: Sequence[str] | None, small: Small | None, caption: str = "", order: Sequence[str] = ()
 ) -> Table:
     """Rows in the given ``order``; without one as they come, ours last and apart."""
     everything = [row for groups in sections.values() for rows, _ in groups.values() for row in rows.values()]
     if not everything:
         raise ValueError("there are no methods: give method → {metric: value}")
     known = {key for row in everything for key in row}
-    chosen = [metric for metric in (PAPER if metrics is None else metrics) if metrics is not None or metric in known]
+    chosen = [metric for metric in PAPER if metric in known] if metrics is None else list(metrics)
     if not known.intersection(chosen):
-        wanted = ", ".join(PAPER if metrics is None else metrics)
-        raise ValueError(f"no method has a value of {wanted}: choose among {', '.join(sorted(known - {'ci95'}))}")
+        wanted, have = ", ".join(metrics or PAPER), ", ".join(sorted(known - {"ci95"}))
+        raise ValueError(f"no method has a value of {wanted}: choose among {have}")
     blocks = []
     for title, groups in sections.items():
         methods = order or list(dict.fromkeys(method for rows, _ in groups.values() for method in rows))
-        filled = [
-            cells for rows, significance in groups.values() for cells in _columns(rows, significance, chosen, small)
-        ]
+        filled = [cells for of in groups.values() for cells in _columns(*of, chosen, small)]
         lines = [Row(m, tuple(cells.get(m, Cell(ABSENT)) for cells in filled), names.is_ours(m)) for m in methods]
         parts = [lines] if order else [[line for line in lines if line.strong is ours] for ours in (False, True)]
         blocks += [Block(tuple(part), title if i == 0 else "") for i, part in enumerate(filter(None, parts))]
@@ -251,7 +226,7 @@ def _build(
     if any(cell.mark for cell in cells):
         notes.append(f"{ALIKE} the difference to the best may be chance (corrected p ≥ {names.LEVEL}).")
     headings = _headings(dict.fromkeys(group for groups in sections.values() for group in groups), chosen)
-    return Table(headings, tuple(blocks), caption=caption, label=label, notes=tuple(notes))
+    return Table(headings, tuple(blocks), caption=caption, notes=tuple(notes))
 
 
 def _headings(groups: Iterable[str], metrics: Sequence[str]) -> tuple[Column, ...]:
@@ -260,8 +235,9 @@ def _headings(groups: Iterable[str], metrics: Sequence[str]) -> tuple[Column, ..
     before: Any = None
     for group in groups:
         for metric in metrics:
-            middle = (names.protocol_label(names.split(metric)[0]),) if protocols else ()
-            family = group, names.family(metric)
+            protocol, row = names.split(metric)[0], names.row(metric)
+            middle = (names.protocol_label(protocol),) if protocols else ()
+            family = group, protocol, row and row.family
             path = (*([group] if group else []), *middle, names.label(metric))
             found.append(Column(path, apart=bool(found) and family != before))
             before = family

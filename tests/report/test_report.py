@@ -164,7 +164,7 @@ sys.meta_path.insert(0, Blocked())
 import numpy as np
 from aha.report import figures, html, overlays
 image = np.random.rand(3, 64, 64)
-overlays.save_overlay({str(tmp_path / "overlay.png")!r}, image, image[:1])
+overlays.save_strip(image, image[None, :1], {str(tmp_path / "overlay.png")!r})
 for call in (
     lambda: figures.qualitative(image[None], {{"a": image[None, :1]}}, {str(tmp_path / "grid.png")!r}),
     lambda: html.render({{("", ""): {{"methods": {{"a": {{}}}}}}}}, {{}}, {str(tmp_path / "report.html")!r}),
@@ -183,7 +183,7 @@ for call in (
 
 def test_noisy_photographs_stay_within_the_budget(tmp_path, monkeypatch):
     noise = torch.rand(2, 3, 224, 224, generator=torch.Generator().manual_seed(0))
-    monkeypatch.setattr(figures, "GRID_BUDGET", drawing.BUDGET)
+    monkeypatch.setattr(drawing, "GRID_BUDGET", drawing.BUDGET)
     opened(figures.qualitative(noise, dict.fromkeys(METHODS, noise[:, :1]), tmp_path / "noise.png"))
 
 
@@ -191,12 +191,12 @@ def test_refinement(images, maps, tmp_path, grids):
     trail = torch.stack([maps["grad_cam"]] * 4)
     path = tmp_path / "refinement.png"
     scores = torch.arange(12.0).reshape(4, 3) / 1000
-    opened(figures.refinement(images, trail, path, scores), figures.GRID_BUDGET)
+    opened(figures.refinement(images, trail, path, scores), drawing.GRID_BUDGET)
     (band,) = grids.pop()[0]
     assert list(band.names) == ["input", *(f"T = {t}" for t in range(4))]
-    assert band.notes[1] == ["Ins − Del", "0.001", "0.004", "0.007", "0.010"]
-    assert list(band.best[1]) == [4]
-    opened(figures.refinement(images, trail, path), figures.GRID_BUDGET)
+    texts = ["Ins − Del", "0.001", "0.004", "0.007", "0.010"]
+    assert band.notes[1] == [(text, text == "0.010") for text in texts]
+    opened(figures.refinement(images, trail, path), drawing.GRID_BUDGET)
     assert not any(grids.pop()[0][0].notes)
     with pytest.raises(ValueError, match="3 scores for 4 steps"):
         figures.refinement(images, trail, tmp_path / "bad.png", np.ones((3, 3)))
@@ -344,13 +344,14 @@ def test_many_methods_go_onto_further_lines(images, maps, tmp_path, grids):
     masks[:, :, 20:40, 20:40] = True
     path = tmp_path / "qualitative.png"
     figures.qualitative(images, layers, path, ["a", "b", "c"], scores, masks)
-    opened(path, figures.GRID_BUDGET)
-    bands, _, titles, _ = grids.pop()
+    opened(path, drawing.GRID_BUDGET)
+    bands, _, titles = grids.pop()
     assert titles == ["a", "b", "c"]
     assert [list(band.names) for band in bands] == [["input", *methods[:7]], ["input", *methods[7:]]]
-    assert bands[0].notes[1] == ["Ins − Del", "0.000", *(f"−0.0{i}0" for i in range(1, 7))]
-    assert bands[1].notes[0][-1] == ""  # no score, no number
-    assert [[list(best) for best in band.best] for band in bands] == [
+    texts = [[[text for text, _ in line] for line in band.notes] for band in bands]
+    assert texts[0][1] == ["Ins − Del", "0.000", *(f"−0.0{i}0" for i in range(1, 7))]
+    assert texts[1][0][-1] == ""  # no score, no number
+    assert [[[i for i, (_, best) in enumerate(line) if best] for line in band.notes] for band in bands] == [
         [[], [1], [1, 2, 3, 4, 5, 6, 7]],
         [[5], [], [1, 2, 3, 4, 5]],
     ]
