@@ -113,7 +113,7 @@ def evaluate(
         data: a folder of images, or scenes.
         split: sub-folder of the data, e.g. val.
         holdout: evaluate only the images that train --holdout kept aside.
-        output: folder for per_image.csv, summary.json and report.html.
+        output: folder for scores, images (.parquet, or .csv without pyarrow), summary.json and report.html.
         steps: refinement steps T, one row of the table each; of an explainer trained for the ranking.
         lr: learning rate of the refinement.
         methods: other attribution methods (see aha list), or all.
@@ -164,8 +164,8 @@ def compare(
     """Classifiers × methods × metrics × references × targets over a set of images, resumable.
 
     Maps and scores are kept under OUTPUT/cells; running again computes only what is missing. Several processes
-    (accelerate launch -m aha.cli compare …) share the work. Writes per_image.parquet, and for every classifier and
-    target summary.json, tables in Markdown and LaTeX, figures and report.html.
+    (accelerate launch -m aha.cli compare …) share the work. Writes scores and images (.parquet, or .csv without
+    pyarrow), and for every classifier and target summary.json, tables in Markdown and LaTeX, figures and report.html.
 
     Args:
         classifier: timm names, hf: and a transformers name or folder, random: and a timm name, or scenes.
@@ -177,7 +177,8 @@ def compare(
         methods: see aha list; name:option=value,… sets options, label@name names the row; all adds every method.
         explainer: folders written by train, one per classifier; adds AHA's rows.
         steps: refinement steps T of those rows.
-        protocols: aha, rise, chefer, mda, mas, monotonicity; the first leads.
+        protocols: aha, rise, chefer, mda, mas, monotonicity; the first leads. A folder's images are resized and
+            cropped as each was published.
         references: black, mean, blur: only these instead of the first protocol's.
         target: explain the predicted class, the true one, or both.
         output: results folder.
@@ -189,10 +190,11 @@ def compare(
     import dataclasses
 
     from . import terminal
+    from .attributors import specs
     from .evaluation import compare as run
-    from .evaluation import specs
     from .metrics import protocols as presets
     from .report import comparison as pages
+    from .report import tables
     from .source import Source
 
     chosen, everything = specs.parse(methods)
@@ -212,7 +214,9 @@ def compare(
         else chosen
         for i in range(len(sources))
     ]
-    done = run(sources, rows, output, settings, target, strict=not everything, batch_size=batch_size, seed=seed)
+    options: dict[str, Any] = {"strict": not everything, "batch_size": batch_size, "seed": seed}
+    with terminal.progress() as bar:
+        done = run(sources, rows, output, settings, target, progress=bar, **options)
     if done is None:  # another process writes
         return
     console = terminal.console()
@@ -221,7 +225,7 @@ def compare(
     except ImportError as error:  # tables and numbers are written before it needs the extra
         console.print(f"no figures and no report.html: {error}")
     for result in done.results.values():
-        console.print(result.table())
+        console.print(tables.of(result).to_rich())
     for line in done.skipped:
         console.print(f"skipped {line}")
     console.print(f"results written to {output}")
@@ -359,21 +363,21 @@ def _evaluate(
 ) -> None:
     from . import terminal
     from .evaluation import evaluate
+    from .report import figures, html, tables
 
     output.mkdir(parents=True, exist_ok=True)  # before hours of measuring
-    result = evaluate(classifier, methods, data, target=target, batch_size=batch_size, seed=seed)
+    with terminal.progress() as bar:
+        result = evaluate(classifier, methods, data, target=target, batch_size=batch_size, seed=seed, progress=bar)
     result.write(output)
     console = terminal.console()
-    console.print(result.table())
+    console.print(tables.of(result).to_rich())
     try:
-        from .report import figures, html
-    except ImportError as error:
-        console.print(f"no figures and no report.html: {error}")
-    else:
         summary = result.summary()
         figures.curves(result.curves, output / "figures" / "curves.png", summary=summary)
         figures.bars(summary, "ins_minus_del", output / "figures" / "ins_minus_del.png")
         html.write(output)
+    except ImportError as error:  # of the extra
+        console.print(f"no figures and no report.html: {error}")
     for line in skipped:
         console.print(f"skipped {line}")
     console.print(f"results written to {output}")

@@ -1,8 +1,11 @@
-"""What kept work was made with: the weights of a network. `aha.data.identity` says it of images."""
+"""What kept work was made with: settings, files, the weights of a network. `aha.data.identity` says it of images."""
 
 from __future__ import annotations
 
 import hashlib
+import json
+from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -25,3 +28,19 @@ def fingerprint(module: nn.Module) -> str:
         value = value.dequantize() if getattr(value, "is_quantized", False) else value
         digest.update(value.detach().float().cpu().contiguous().numpy().data)
     return digest.hexdigest()[:16]
+
+
+def of_settings(settings: Any) -> str:
+    """Eight characters that differ where JSON-like ``settings`` differ."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:8]
+
+
+def of_files(path: Path) -> str:
+    """A digest of a file, or of all files below a folder."""
+    digest = hashlib.sha256()
+    for file in sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]:
+        digest.update(str(file.relative_to(path)).encode())
+        with open(file, "rb") as stream:
+            while part := stream.read(2**20):
+                digest.update(part)
+    return digest.hexdigest()

@@ -77,6 +77,12 @@ class Objective:
         """What an explainer records of the objective it was trained with, in JSON types."""
         return {"objective": "ranking"}
 
+    @property
+    def passes(self) -> tuple[int, int]:
+        """Forward and backward passes of the classifier for one image and one reference."""
+        perturbed = 2 * (self.fractions - 2 if self.ends else self.fractions)
+        return perturbed + 2 * self.ends, perturbed
+
     def regions(self, height: int, width: int) -> Regions | None:
         """The grid that the objective is defined on: None, any will do."""
         return None

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .classifier import Classifier, from_name
+
+if TYPE_CHECKING:
+    from .data import Preprocessing
 
 
 @dataclass(frozen=True)
@@ -36,9 +39,20 @@ class Source:
 
         return from_name(self.classifier, self.weights).to("cuda" if torch.cuda.is_available() else "cpu")
 
-    def images(self, size: tuple[int, int], training: bool, augment: bool = False, seed: int = 0) -> Any:
-        """The images, square, of the classifier's input size: those to train on, or those to evaluate."""
+    def images(
+        self,
+        size: tuple[int, int],
+        training: bool,
+        augment: bool = False,
+        seed: int = 0,
+        preprocessing: Preprocessing | None = None,
+    ) -> Any:
+        """The images, square, of the classifier's input size: those to train on, or those to evaluate.
+
+        ``preprocessing``: of a folder's images, as a protocol asks for it; None is the data's own default.
+        """
         from .data import ImageFolder, Part, Scenes, hold_out
+        from .data.images import DEFAULT
 
         if self.limit is not None and self.limit < 1:
             raise ValueError(f"limit={self.limit}: give 1 or more images")
@@ -57,6 +71,7 @@ class Source:
             augment=augment,
             seed=seed,
             masks=masks,
+            preprocessing=preprocessing or DEFAULT,
         )
         indices = list(range(len(data)))
         if self.holdout:

@@ -15,6 +15,7 @@ from PIL import Image
 
 from aha import cli
 from aha.attributors import available
+from aha.evaluation import Records
 from aha.metrics import PROTOCOLS
 
 pytestmark = pytest.mark.usefixtures("coarse")
@@ -181,8 +182,8 @@ def test_evaluate(trained, tmp_path):
     assert done.returncode == 0, done.stderr
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert set(summary["methods"]) == {"aha T=0", "aha T=1", "random", "raw_attention"}
-    assert "Ins−Del ↑" in done.stdout
-    assert (tmp_path / "per_image.csv").is_file()
+    assert "Ins − Del ↑" in done.stdout
+    assert {key.method for key in Records.read(tmp_path)} == set(summary["methods"])
     assert (tmp_path / "report.html").is_file()
 
 
@@ -229,7 +230,7 @@ def test_compare_of_everything_at_once(trained, tmp_path):
     assert summary["significance"]["ins_minus_del"]
     for name in ("report.html", "tables/models.md", "tables/models.tex", "scenes/predicted/figures/maps.png"):
         assert (tmp_path / name).is_file(), name
-    assert "Ins−Del ↑" in done.stdout
+    assert "Ins − Del ↑" in done.stdout
     pieces = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("cells/**/000*.npz")}
     again = aha(*command)
     assert again.returncode == 0, again.stderr
@@ -242,13 +243,16 @@ def test_compare_with_an_explainer_writes_parquet(trained, tmp_path):
     parquet = pytest.importorskip("pyarrow.parquet")
     done = aha("compare", "--explainer", trained, "--methods", "random", "--limit", 3, "--output", tmp_path)
     assert done.returncode == 0, done.stderr
-    table = parquet.read_table(tmp_path / "per_image.parquet").to_pydict()
-    assert sorted(set(table["method"])) == ["aha T=0", "aha T=3", "random"]
-    assert len(table["index"]) == 9
-    assert set(table["explained"]) == {"predicted"}
+    table = parquet.read_table(tmp_path / "scores.parquet").to_pydict()
+    rows = [dict(zip(table, row, strict=True)) for row in zip(*table.values(), strict=True)]
+    assert {row["method"] for row in rows} == {"aha T=0", "aha T=3", "random"}
+    assert {row["target"] for row in rows} == {"predicted"}
     summary = json.loads((tmp_path / "summary.json").read_text())
-    values = [v for v, m in zip(table["ins_minus_del"], table["method"], strict=True) if m == "random"]
+    wanted = {"method": "random", "metric": "ins_minus_del", "reference": ""}
+    values = [row["value"] for row in rows if wanted.items() <= row.items()]
+    assert len(values) == 3
     assert summary["methods"]["random"]["ins_minus_del"] == pytest.approx(sum(values) / 3)
+    assert summary["protocol"]["preprocessing"]
 
 
 def test_localisation_on_masked_photographs(photos, tmp_path):

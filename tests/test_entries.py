@@ -18,9 +18,9 @@ from torch import Tensor
 import aha
 from aha import metrics, references
 from aha.attributors import available, create
+from aha.attributors.specs import MethodSpec
 from aha.cli import main
 from aha.evaluation import compare, evaluate
-from aha.evaluation.specs import MethodSpec
 from aha.regions import grid
 from aha.source import Source
 

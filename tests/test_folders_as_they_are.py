@@ -12,10 +12,10 @@ from PIL import Image
 
 import aha
 from aha import cli
+from aha.attributors.specs import MethodSpec
 from aha.classifier import from_name
-from aha.data import ImageFolder
+from aha.data import ImageFolder, Preprocessing
 from aha.evaluation import compare
-from aha.evaluation.specs import MethodSpec
 from aha.source import Source
 
 from .toys import TINY_DECODER
@@ -80,9 +80,9 @@ def test_explain(untidy, explainer, tmp_path):
 
 
 def test_float_images_by_their_range(untidy):
-    data = ImageFolder(untidy / "two", 64, resize=64)
+    data = ImageFolder(untidy / "two", 64, Preprocessing(1))
     assert len(data) == 2
-    image = aha.data.load_image(untidy / "float.tif", 64, resize=64)
+    image = aha.data.load_image(untidy / "float.tif", 64, Preprocessing(1))
     expected = torch.linspace(0, 1, 64 * 64).view(64, 64)
     assert (image - expected).abs().max() <= 0.5 / 255 + 1e-6
 

@@ -26,6 +26,7 @@ from .fullgrad import FullGradient, full_gradient
 from .learned import AHA, FastSHAP, ViTShapley
 from .libragrad import libra
 from .passes import Passes, count_passes
+from .specs import MethodSpec
 
 __all__ = [
     "AHA",
@@ -33,6 +34,7 @@ __all__ = [
     "FastSHAP",
     "FullGradient",
     "Metadata",
+    "MethodSpec",
     "Passes",
     "ViTShapley",
     "available",

@@ -19,7 +19,7 @@ from ..explainer import Explainer
 from ..explainer.decoder import DecoderConfig
 from ..files import write_atomically
 from ..refinement import refine
-from ..report import figures, html
+from ..report import figures, html, tables
 from ..training import TrainConfig, Trainer
 from . import shortcut
 
@@ -47,7 +47,7 @@ def main(output: Path, scenes: int = 128, steps: int | None = None, seed: int = 
     """Run the demo and return its summary, which is also written to ``output/summary.json``.
 
     Args:
-        output: folder for the explainer, summary.json, per_image.csv, figures/ and report.html.
+        output: folder for the explainer, summary.json, scores and images, figures/ and report.html.
         scenes: held-out scenes of the evaluation.
         steps: training steps; default as tuned on the validation scenes.
         seed: of training, scenes and bootstrap.
@@ -60,8 +60,8 @@ def main(output: Path, scenes: int = 128, steps: int | None = None, seed: int = 
         explainer = train(clf, output, steps, seed)
     console.rule(f"2/4 faithfulness on {scenes} held-out scenes")
     data = Scenes("test", size=scenes, seed=seed)
-    with _timed(seconds, "evaluation"):
-        result = evaluate(clf, methods(clf, explainer, seed), data, batch_size=32, seed=seed)
+    with _timed(seconds, "evaluation"), terminal.progress() as bar:
+        result = evaluate(clf, methods(clf, explainer, seed), data, batch_size=32, seed=seed, progress=bar)
     result.write(output)
     console.rule("3/4 a shortcut, planted and found")
     with _timed(seconds, "shortcut"):
@@ -73,7 +73,7 @@ def main(output: Path, scenes: int = 128, steps: int | None = None, seed: int = 
     summary["seconds"] = {name: round(value, 1) for name, value in seconds.items()}
     write_atomically(output / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
     page = html.write(output)
-    console.print(result.table())
+    console.print(tables.of(result).to_rich())
     for line in verdict(summary):
         console.print(line)
     console.print(f"report: {page}   ({sum(seconds.values()):.0f} s)")
@@ -140,7 +140,7 @@ def draw(
     shown = data.batch(range(min(SHOWN, len(data))))
     images = shown["image"].to(clf.device)
     maps = {name: method.attribute(images) for name, method in methods(clf, explainer, seed).items()}
-    figures.map_grid(images, maps, folder / "maps.png", masks=shown["mask"])
+    figures.qualitative(images, maps, folder / "maps.png", masks=shown["mask"])
     trail = refine(explainer, clf, images, steps=TRAIL, every_step=True)
     scores = [_ins_minus_del(clf, images, step) for step in trail]
     figures.refinement(images, trail, folder / "refinement.png", scores=torch.stack(scores))

@@ -3,30 +3,31 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from .. import terminal
+from .. import identity
 from .._version import __version__
+from ..attributors import MethodSpec
 from ..classifier import Classifier
-from ..data import Part, fit_labels, identity
-from ..files import write_atomically
-from ..identity import fingerprint as network_fingerprint
+from ..data import Part, Preprocessing, fit_labels
+from ..data import identity as identity_of
+from ..files import slug, write_atomically
 from ..metrics import INTERNAL_BATCH_SIZE, Protocol, Suite
 from ..metrics.protocols import get as get_protocol
 from ..source import Source
-from .engine import TARGETS, Engine, Row
-from .evaluate import choose
+from .engine import TARGETS, Engine, Progress, Row, announcing
+from .evaluate import choose, described
+from .records import Records
 from .result import Evaluation, protocol_settings
-from .specs import MethodSpec
-from .store import Folder, fingerprint, slug
+from .store import Folder
 
 CELLS = "cells"
 
@@ -37,7 +38,7 @@ class Comparison:
 
     Attributes:
         results: (classifier, target) → its evaluation.
-        engines: (classifier, target) → what measured it; its store holds the maps.
+        engines: (classifier, target) → what measured it with the first protocol; its store holds the maps.
         skipped: methods that do not accept a classifier, one line each.
     """
 
@@ -54,16 +55,22 @@ class Comparison:
             for line in result.failure_lines()
         ]
 
-    def per_image(self) -> dict[str, list]:
-        """The rows of all evaluations as columns, with the classifier and the kind of target in front."""
-        names = list(dict.fromkeys(name for result in self.results.values() for name in result.per_image))
-        table: dict[str, list] = {name: [] for name in ("classifier", "explained", *names)}
+    @functools.cached_property
+    def records(self) -> Records:
+        """All numbers in one table."""
+        table = Records()
+        for result in self.results.values():
+            table.extend(result.records)
+        return table
+
+    @property
+    def images(self) -> dict[str, list]:
+        """The facts of the images of all results as columns, with the classifier and the kind of target in front."""
+        table: dict[str, list] = {}
         for (model, target), result in self.results.items():
-            count = len(result.per_image["method"])
-            table["classifier"] += [model] * count
-            table["explained"] += [target] * count
-            for name in names:
-                table[name] += result.per_image.get(name, [float("nan")] * count)
+            count = len(result.images["index"])
+            for name, cells in {"classifier": [model] * count, "explained": [target] * count, **result.images}.items():
+                table.setdefault(name, []).extend(cells)
         return table
 
 
@@ -77,7 +84,7 @@ def compare(
     batch_size: int = 32,
     seed: int = 0,
     internal_batch_size: int = INTERNAL_BATCH_SIZE,
-    progress: bool = True,
+    progress: Progress | None = None,
 ) -> Comparison | None:
     """Measure ``methods`` on the classifiers and images of ``sources``, continuing what ``output`` holds.
 
@@ -90,12 +97,14 @@ def compare(
     Args:
         sources: one per classifier, all with the same images.
         methods: the rows of the table, for all classifiers or a list for each.
-        protocols: presets; the first one's metrics carry no prefix. Localisation is added where masks exist.
+        protocols: presets; the first one's metrics carry no prefix. Localisation is added where masks exist. Folders of
+            images are resized and cropped as each protocol asks; where two differ in that, methods explain both.
         targets: "predicted", "true" or both.
         strict: raise if a method does not accept a classifier; else it is skipped and named.
         batch_size: images at a time.
         seed: of the methods, of the choice of images (``Source.limit``) and of the bootstrap.
         internal_batch_size: perturbed images in one forward pass of the metrics.
+        progress: told of what is done, e.g. a bar of `aha.terminal.progress`.
 
     Returns:
         The comparison, on the main process; None on the others.
@@ -109,38 +118,32 @@ def compare(
     for source in sources:
         if source.limit is not None and source.limit < 1:
             raise ValueError(f"limit={source.limit}: give 1 or more images")
-    presets = [get_protocol(protocol) for protocol in (*protocols, "localisation")]
-    presets = list({preset.name: preset for preset in presets}.values())
+    presets = list({(preset := get_protocol(protocol)).name: preset for protocol in protocols}.values())
+    localisation = get_protocol("localisation")
     per_source: Any = methods if methods and not isinstance(methods[0], MethodSpec) else [methods] * len(sources)
     # asked for a device that is not there, accelerate takes every process for the only one
     state = PartialState(cpu=not torch.cuda.is_available())
     done = Comparison()
-    columns = (
-        TextColumn("{task.description}", justify="left"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, disable=not (progress and state.is_main_process), console=terminal.console()) as bar:
-        for source, specs in zip(sources, per_source, strict=True):
-            clf = source.load_classifier().to(state.device)
-            if any(model == clf.name for model, _ in done.engines):
-                raise ValueError(f"classifier {clf.name!r} is given twice: compare each once")
-            data, indices, about = _images(source, clf, seed)
-            rows = _rows(clf, specs, seed, strict, done.skipped)
-            if not rows:
-                done.skipped.append(f"{clf.name}: none of the methods accepts it")
-                continue
+    engines: dict[tuple[str, str], list[Engine]] = {}
+    for source, specs in zip(sources, per_source, strict=True):
+        clf = source.load_classifier().to(state.device)
+        if any(model == clf.name for model, _ in engines):
+            raise ValueError(f"classifier {clf.name!r} is given twice: compare each once")
+        rows = _rows(clf, specs, seed, strict, done.skipped)
+        if not rows:
+            done.skipped.append(f"{clf.name}: none of the methods accepts it")
+            continue
+        for number, (preprocessing, group) in enumerate(_by_preprocessing(presets, source).items()):
+            data, indices, about = _images(source, clf, seed, preprocessing)
+            if number == 0 and localisation not in group:
+                group = [*group, localisation]
             for target in targets:
                 where = {"classifier": _identity(clf), "target": target, "batch_size": batch_size, **about}
-                folder = output / CELLS / slug(clf.name) / f"{target}-{fingerprint([where, __version__])}"
+                folder = output / CELLS / slug(clf.name) / f"{target}-{identity.of_settings([where, __version__])}"
                 if state.is_main_process:
                     write_atomically(folder / "settings.json", (json.dumps(where, indent=2) + "\n").encode())
-                suites = {
-                    f"{preset.name}-{fingerprint(protocol_settings(preset))}": Suite(clf, preset, internal_batch_size)
-                    for preset in presets
-                }
+                named = {f"{preset.name}-{identity.of_settings(protocol_settings(preset))}": preset for preset in group}
+                suites = {name: Suite(clf, preset, internal_batch_size) for name, preset in named.items()}
                 engine = Engine(
                     clf,
                     rows,
@@ -152,23 +155,29 @@ def compare(
                     Folder(folder),
                     state.process_index,
                     state.num_processes,
-                    memory=True,
+                    memory=number == 0,
                 )
-                done.engines[clf.name, target] = engine
-                task = bar.add_task(clf.name, total=sum(map(len, engine.own_batches)) * len(rows))
-                engine.run(_announcing(bar, task))
+                engines.setdefault((clf.name, target), []).append(engine)
+                engine.run(announcing(progress if state.is_main_process else None, engine))
     state.wait_for_everyone()
     if not state.is_main_process:
         return None
-    for key, engine in done.engines.items():
-        done.results[key] = engine.result(seed)
+    for key, (first, *others) in engines.items():
+        done.engines[key] = first
+        done.results[key] = first.result(seed, described(first.data))
+        for engine in others:
+            done.results[key].extend(engine.result(seed, described(engine.data)))
     if not done.results:
         raise ValueError(f"nothing could be measured ({'; '.join(done.skipped)})")
     return done
 
 
-def _announcing(bar: Progress, task: Any) -> Callable[[str, int], None]:
-    return lambda method, images: bar.update(task, description=method, advance=images)
+def _by_preprocessing(presets: Sequence[Protocol], source: Source) -> dict[Preprocessing | None, list[Protocol]]:
+    """Protocols that see the same images; scenes are made in the classifier's size, there is nothing to crop."""
+    groups: dict[Preprocessing | None, list[Protocol]] = {}
+    for preset in presets:
+        groups.setdefault(None if source.data == "scenes" else preset.preprocessing, []).append(preset)
+    return groups
 
 
 def _rows(clf: Classifier, methods: Sequence[MethodSpec], seed: int, strict: bool, skipped: list[str]) -> list[Row]:
@@ -183,18 +192,20 @@ def _rows(clf: Classifier, methods: Sequence[MethodSpec], seed: int, strict: boo
     return rows
 
 
-def _images(source: Source, clf: Classifier, seed: int) -> tuple[Any, list[int], dict[str, Any]]:
+def _images(
+    source: Source, clf: Classifier, seed: int, preprocessing: Preprocessing | None
+) -> tuple[Any, list[int], dict[str, Any]]:
     """The data set, the indices to use, and what identifies them."""
     # a folder is sorted by class: its first images would be of one, so the limit is drawn at random
     drawn = source if source.data == "scenes" else dataclasses.replace(source, limit=None)
-    data = fit_labels(drawn.images(clf.input_size, training=False, seed=seed), clf)
+    data = fit_labels(drawn.images(clf.input_size, training=False, seed=seed, preprocessing=preprocessing), clf)
     indices = choose(len(data), source.limit, seed)
     about = {"data": source.data, "split": source.split, "size": list(clf.input_size), "seed": seed}
     # by content: a corrected label, another picture or mask of the same name and size is another evaluation
-    kept = fingerprint(identity(Part(data, indices), content=True))
+    kept = identity.of_settings(identity_of(Part(data, indices), content=True))
     return data, indices, {**about, "images": len(indices), "content": kept}
 
 
 def _identity(clf: Classifier) -> dict[str, Any]:
     """What tells two classifiers of one name apart: weights and normalisation, and the colour of the mean reference."""
-    return {"name": clf.name, "weights": network_fingerprint(clf), "mean_colour": clf.mean_colour.tolist()}
+    return {"name": clf.name, "weights": identity.fingerprint(clf), "mean_colour": clf.mean_colour.tolist()}

@@ -21,18 +21,23 @@ from ..attributors import count_passes
 from ..checks import NotFiniteError, check_images, check_integer, check_item, check_label, check_maps
 from ..classifier import Classifier, check_classifier
 from ..data import label_note
-from ..metrics import Batch, Suite
-from .memory import peak_bytes
-from .result import BACKWARD, FORWARD, SECONDS, Column, Evaluation, Failure
+from ..memory import peak_bytes
+from ..metrics import Batch, Scores, Suite
+from .records import Key, Records
+from .result import BACKWARD, FORWARD, SECONDS, Evaluation, Failure
+from .result import PEAK as PEAK_BYTES
 from .store import Arrays, Memory, Store, pack_maps, unpack_maps
 
 TARGETS = ("predicted", "true")
 MAPS, COST, IMAGES, PEAK = "maps", "cost", "images", "peak"
 FAILURES = "failures"
-VALUE, CURVE = "value", "curve"
-_SEPARATOR = " | "  # in the names of arrays: kind, reference, metric
+# the arrays of a piece of scores: columns of the values per image, and of the curves
+_SCORES = ("reference", "metric", "value")
+_CURVES = ("curve_reference", "curve", "sum", "count")
 
 Method = Callable[[Tensor, Tensor], Tensor]
+# told the classifier, how many maps it is measured with, the method at work, and how many of its maps are done more
+Progress = Callable[[str, int, str, int], None]
 
 
 @dataclass(frozen=True)
@@ -224,7 +229,7 @@ class Engine:
                 maps = unpack_maps(packed, images.device)
             per_image = {SECONDS: seconds, FORWARD: passes.forward, BACKWARD: passes.backward}
             cost = {name: np.full(len(images), value / len(images)) for name, value in per_image.items()}
-        measured = {key: _arrays(self.suites[key].measure(shared.begin(key), maps)) for key in suites}
+        measured = {key: _piece(self.suites[key].measure(shared.begin(key), maps)) for key in suites}
         # nothing is stored before everything is measured: a batch counts for all metrics or for none
         if self.store.keeps_maps and kept is None:
             self.store.put((row.key, MAPS, batch), packed)
@@ -239,8 +244,8 @@ class Engine:
         reason = line if isinstance(error, ValueError) and line else f"{type(error).__name__}: {line}".rstrip(": ")
         self._failures.setdefault((method, reason), []).extend(indices)
 
-    def result(self, seed: int) -> Evaluation:
-        """What the store holds, once all processes have run.
+    def result(self, seed: int, prepared: str | None = None) -> Evaluation:
+        """What the store holds, once all processes have run; ``prepared``: how the images were resized and cropped.
 
         Raises:
             ValueError: if no image could be measured by any method.
@@ -249,93 +254,74 @@ class Engine:
         names = [f"{number:06d}" for number in range(len(self.batches))]
         facts = {batch: piece for batch in names if (piece := self.store.get((IMAGES, batch))) is not None}
         left_out = self._left_out(facts.values())
-        columns: list[Column] = []
-        per_image: dict[str, list] = {}
+        records = Records()
         curves: dict[str, dict[str, dict[str, Tensor]]] = {}
-        peaks = {}
         for row in self.rows:
             total = _Curves()
+            of = functools.partial(Key, self.clf.name, self.target, row.name)
             for batch, about in facts.items():
+                index = about["index"]
                 scores = [self.store.get((row.key, key, batch)) for key in self.suites]
                 cost = self.store.get((row.key, COST, batch))
                 complete = [piece for piece in scores if piece is not None]
                 if cost is None or len(complete) < len(scores):
                     continue
-                columns = columns or self._columns(complete)
-                values = self._named(complete)
-                block: dict[str, list] = {"method": [row.name] * len(about["index"])}
-                block.update((name, array.tolist()) for name, array in about.items())
-                for column, out in ((column, left_out[column.protocol]) for column in columns):
-                    for name in (column.name, *(f"{r}/{column.name}" for r in column.references)):
-                        pairs = zip(about["index"], values[name], strict=True)
-                        block[name] = [math.nan if index in out else float(value) for index, value in pairs]
-                block.update((name, array.tolist()) for name, array in cost.items())
-                for name, cells in block.items():
-                    per_image.setdefault(name, []).extend(cells)
+                for suite, piece in zip(self.suites.values(), complete, strict=True):
+                    protocol = suite.protocol.name
+                    for reference, metric, values in zip(*(piece[name] for name in _SCORES), strict=True):
+                        measured = np.where(np.isin(index, left_out[protocol]), math.nan, values)
+                        records.add(of(protocol, str(reference), str(metric)), index, measured)
+                for metric, values in cost.items():
+                    records.add(of("", "", metric), index, values)
                 total.add(complete[0])
             if total.sums:
                 curves[row.name] = total.means()
-            if (peak := self.store.get((row.key, PEAK))) is not None:
-                peaks[row.name] = float(peak["bytes"])
-        if not per_image:
+            if (peak := self.store.get((row.key, PEAK))) is not None and len(
+                measured := records[of("", "", SECONDS)].images
+            ):
+                records.add(of("", "", PEAK_BYTES), measured[:1], peak["bytes"].reshape(1))
+        if not records:
             reasons = "; ".join(f"{f.method or 'images'}: {f.reason}" for f in failures) or "the data set is empty"
             raise ValueError(f"nothing could be measured ({reasons})")
-        labels, predicted = (
-            np.concatenate([piece[name] for piece in facts.values()]) for name in ("label", "predicted")
-        )
-        labelled = int((labels >= 0).sum())
+        images = {
+            name: np.concatenate([piece[name] for piece in facts.values()]) for name in next(iter(facts.values()))
+        }
+        labelled = int((images["label"] >= 0).sum())
         classifier = {
-            "accuracy": int((predicted == labels).sum()) / labelled if labelled else None,
+            "accuracy": int((images["predicted"] == images["label"]).sum()) / labelled if labelled else None,
             "name": self.clf.name,
-            "images": len(labels),
+            "images": len(images["label"]),
         }
         if (note := label_note(self.data)) is not None:
             classifier["labels"] = note
         protocols = [suite.protocol for suite in self.suites.values()]
-        device = _describe(self.clf.device)
-        return Evaluation(per_image, columns, curves, failures, classifier, protocols, self.target, seed, device, peaks)
+        return Evaluation(
+            records,
+            {name: column.tolist() for name, column in images.items()},
+            curves,
+            failures,
+            classifier,
+            protocols,
+            self.target,
+            seed,
+            _describe(self.clf.device),
+            {protocol.name: prepared for protocol in protocols if prepared},
+        )
 
-    def _left_out(self, facts: Iterable[Arrays]) -> dict[str, set[int]]:
+    def _left_out(self, facts: Iterable[Arrays]) -> dict[str, list[int]]:
         """Protocol → images beyond its number per class, which only the whole data set can tell."""
         facts = list(facts)
-        found: dict[str, set[int]] = {}
+        found: dict[str, list[int]] = {}
         for suite in self.suites.values():
             protocol = suite.protocol
-            found[protocol.name] = set()
+            found[protocol.name] = []
             if protocol.per_class is not None and facts:
                 index, *about = (
                     torch.from_numpy(np.concatenate([piece[name] for piece in facts]))
                     for name in ("index", "label", "predicted", "confidence")
                 )
-                found[protocol.name] = set(index[~protocol.select(*about)].tolist())
+                found[protocol.name] = index[~protocol.select(*about)].tolist()
         return found
-
-    def _columns(self, pieces: Sequence[Arrays]) -> list[Column]:
-        found = []
-        for prefix, suite, piece in zip(self._prefixes, self.suites.values(), pieces, strict=True):
-            keys = [key.split(_SEPARATOR) for key in piece]
-            for name, higher in suite.directions.items():
-                references = tuple(key[1] for key in keys if len(key) == 3 and key[0] == VALUE and key[2] == name)
-                found.append(Column(f"{prefix}{name}", suite.protocol.name, higher, references))
-        return found
-
-    @functools.cached_property
-    def _prefixes(self) -> list[str]:
-        # localisation has names of its own
-        return [
-            "" if i == 0 or suite.protocol.name == "localisation" else f"{suite.protocol.name}/"
-            for i, suite in enumerate(self.suites.values())
-        ]
-
-    def _named(self, pieces: Sequence[Arrays]) -> dict[str, np.ndarray]:
-        """Columns of ``per_image`` → values of one batch."""
-        named = {}
-        for prefix, piece in zip(self._prefixes, pieces, strict=True):
-            for key, array in piece.items():
-                kind, *reference, name = key.split(_SEPARATOR)
-                if kind == VALUE:
-                    named["".join(f"{r}/" for r in reference) + prefix + name] = array
-        return named
 
     def _all_failures(self) -> list[Failure]:
         found: dict[tuple[str | None, str], list[int]] = {}
@@ -391,12 +377,10 @@ class _Curves:
         self.counts: dict[tuple[str, str], float] = {}
 
     def add(self, piece: Arrays) -> None:
-        for key, array in piece.items():
-            kind, *rest = key.split(_SEPARATOR)
-            if kind == "curve":
-                reference, name = rest
-                self.sums.setdefault((reference, name), []).append(array[:-1])
-                self.counts[reference, name] = self.counts.get((reference, name), 0.0) + array[-1]
+        for reference, name, total, count in zip(*(piece[part] for part in _CURVES), strict=True):
+            key = str(reference), str(name)
+            self.sums.setdefault(key, []).append(total)
+            self.counts[key] = self.counts.get(key, 0.0) + float(count)
 
     def means(self) -> dict[str, dict[str, Tensor]]:
         found: dict[str, dict[str, Tensor]] = {}
@@ -408,27 +392,35 @@ class _Curves:
         return found
 
 
-def _arrays(scores: Any) -> dict[str, np.ndarray]:
-    """A suite's scores as one flat piece: values per image, and sums of curves with their number at the end."""
-    arrays = {_SEPARATOR.join((VALUE, name)): _float64(value) for name, value in scores.values.items()}
-    for reference, named in scores.by_reference.items():
-        for name, value in named.items():
-            arrays[_SEPARATOR.join((VALUE, reference, name))] = _float64(value)
-    for reference, named in scores.curves.items():
-        for name, curve in named.items():
-            taking_part = curve.double()[torch.isfinite(curve).all(dim=1)]
-            total = torch.cat([taking_part.sum(dim=0), taking_part.new_tensor([len(taking_part)])])
-            arrays[_SEPARATOR.join((CURVE, reference, name))] = total.numpy(force=True)
-    return arrays
+def _piece(scores: Scores) -> Arrays:
+    """A suite's scores as a piece of the store: values per image, and of curves the sum over the images and their
+    number."""
+    values = {("", name): value for name, value in scores.values.items()}
+    values |= {(reference, name): v for reference, of in scores.by_reference.items() for name, v in of.items()}
+    curves = {(reference, name): curve for reference, of in scores.curves.items() for name, curve in of.items()}
+    taking_part = [curve.double()[torch.isfinite(curve).all(dim=1)] for curve in curves.values()]
+    sums = [curve.sum(dim=0).numpy(force=True) for curve in taking_part]
+    return {
+        "reference": np.array([reference for reference, _ in values], dtype=str),
+        "metric": np.array([name for _, name in values], dtype=str),
+        "value": np.stack([value.double().numpy(force=True) for value in values.values()]),
+        "curve_reference": np.array([reference for reference, _ in curves], dtype=str),
+        "curve": np.array([name for _, name in curves], dtype=str),
+        "sum": np.stack(sums) if sums else np.empty((0, 0)),
+        "count": np.array([len(curve) for curve in taking_part], dtype=float),
+    }
+
+
+def announcing(progress: Progress | None, engine: Engine) -> Callable[[str, int], None]:
+    """What `Engine.run` tells of its work; nobody where ``progress`` is None or False."""
+    if not progress:
+        return lambda method, images: None
+    return functools.partial(progress, engine.clf.name, sum(map(len, engine.own_batches)) * len(engine.rows))
 
 
 def _printable(path: Any) -> str:
     """A path as text that any file can hold: bytes that no encoding knows are escaped."""
     return str(path).encode("utf-8", "backslashreplace").decode()
-
-
-def _float64(value: Tensor) -> np.ndarray:
-    return value.double().numpy(force=True)
 
 
 def _clock(device: torch.device) -> float:

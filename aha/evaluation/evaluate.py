@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
-from rich.progress import Progress
 
 from ..checks import check_integer, check_seed
 from ..classifier import Classifier
 from ..data import fit_labels
 from ..metrics import INTERNAL_BATCH_SIZE, Protocol, Suite
-from .engine import Engine, Method, Row
+from .engine import Engine, Method, Progress, Row, announcing
 from .result import Evaluation
 
 
@@ -24,7 +24,7 @@ def evaluate(
     batch_size: int = 32,
     limit: int | None = None,
     seed: int = 0,
-    progress: bool = True,
+    progress: Progress | None = None,
     internal_batch_size: int = INTERNAL_BATCH_SIZE,
 ) -> Evaluation:
     """Measure attribution methods on the images of a data set.
@@ -38,13 +38,14 @@ def evaluate(
         methods: name → an `Attributor` or any callable (images (B,C,H,W), target (B,)) → maps (B,1,H,W).
         data: items {"image": (C,H,W) in [0,1], "label": int, −1 if unknown, optional "mask": (1,H,W) bool,
             optional "path"}. Labels of an image folder are brought into the classifier's numbering, or refused, see
-            `aha.data.fit_labels`.
+            `aha.data.fit_labels`. Images are taken as they come: for a protocol's own crop make the folder with its
+            `Protocol.preprocessing`, or use `compare`.
         target: explain the "predicted" class, or the "true" one, the label.
         protocol: a preset's name or a `Protocol`. Localisation is measured beside it where masks exist.
         batch_size: images given to a method at once.
         limit: number of images, drawn at random with ``seed``; None is all.
         seed: of that draw and of the bootstrap. Methods have seeds of their own.
-        progress: show a progress bar.
+        progress: told of what is done, e.g. a bar of `aha.terminal.progress`.
         internal_batch_size: perturbed images in one forward pass of the metrics.
 
     Raises:
@@ -61,10 +62,8 @@ def evaluate(
     rows = [Row(name, name, method) for name, method in methods.items()]
     indices = choose(len(data), limit, seed)  # type: ignore[arg-type]
     engine = Engine(clf, rows, data, indices, target, keyed, batch_size)
-    with Progress(disable=not progress) as bar:
-        task = bar.add_task("evaluating", total=len(indices) * len(rows))
-        engine.run(lambda name, done: bar.update(task, description=f"evaluating {name}", advance=done))
-    return engine.result(seed)
+    engine.run(announcing(progress, engine))
+    return engine.result(seed, described(data))
 
 
 def choose(size: int, limit: int | None, seed: int) -> list[int]:
@@ -74,3 +73,10 @@ def choose(size: int, limit: int | None, seed: int) -> list[int]:
         return list(range(size))
     generator = torch.Generator().manual_seed(seed)
     return torch.randperm(size, generator=generator)[:limit].sort().values.tolist()
+
+
+def described(data: torch.utils.data.Dataset) -> str | None:
+    """How a data set of ours resizes and crops its images, in a line; None for others."""
+    whole: Any = getattr(data, "data", data)  # of a `Part`
+    preprocessing = getattr(whole, "preprocessing", None)
+    return None if preprocessing is None else preprocessing.describe(whole.image_size)

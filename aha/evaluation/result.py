@@ -4,46 +4,30 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
-import itertools
 import json
 import math
 import os
 import platform
 import statistics
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.table import Table
 from torch import Tensor
 
 from .._version import __version__
-from ..files import write_atomically, write_csv
-from ..metrics import Protocol
+from ..files import write_atomically, write_columns
+from ..metrics import Protocol, catalog
 from . import bootstrap
+from .records import Key, Records
 
 SECONDS = "seconds_per_image"
 FORWARD, BACKWARD = "forward_per_image", "backward_per_image"
 PEAK = "peak_bytes_per_image"
 HEADLINE = "ins_minus_del"
-_LOCALISATION_SHOWN = ("pointing_game", "iou", "map")
-_PERCENT = ("adp", "pic")
-_HEADINGS = {
-    "deletion": "Del",
-    "insertion": "Ins",
-    "ins_minus_del": "Ins−Del",
-    "positive": "Pos",
-    "negative": "Neg",
-    "neg_minus_pos": "Neg−Pos",
-    "adp": "ADP",
-    "pic": "PIC",
-    "pointing_game": "Pointing",
-    "iou": "IoU",
-    "map": "mAP",
-    SECONDS: "s/image",
-}
+IMAGES = "images"
 
 
 @dataclass(frozen=True)
@@ -66,29 +50,33 @@ class Column:
     """A metric of the table.
 
     Attributes:
-        name: as in ``Evaluation.per_image``, e.g. "deletion" or "rise/deletion".
+        name: as in summaries, e.g. "deletion" for the first protocol, "rise/deletion" for another.
+        metric: its key in `aha.metrics.catalog`.
         protocol: that measured it.
-        higher_is_better: its direction.
-        references: names of the references it is averaged over, in ``per_image`` as "<reference>/<name>".
+        references: names of the references it is averaged over.
     """
 
     name: str
+    metric: str
     protocol: str
-    higher_is_better: bool
     references: tuple[str, ...] = ()
+
+    @property
+    def higher_is_better(self) -> bool:
+        """Its direction."""
+        return catalog.get(self.metric).higher_is_better
 
 
 @dataclass
 class Evaluation:
-    """What `evaluate` measured.
+    """What `evaluate` measured of one classifier and one kind of target.
 
     Attributes:
-        per_image: one row per image and method as equally long columns: method, index (into the data), path,
-            label, predicted, target, confidence (of the target in the unperturbed image), all metrics (mean
-            over the references; those of further protocols as ``<protocol>/<metric>``), ``<reference>/<metric>``,
-            seconds_per_image, forward_per_image and backward_per_image (passes through the classifier). NaN
-            where an image does not take part, e.g. because its mask is empty or missing.
-        columns: the metrics.
+        records: the table of all numbers. Costs (seconds, forward and backward passes through the classifier, peak
+            memory of one image) are metrics without a protocol. NaN where an image does not take part, e.g. because its
+            mask is empty or missing.
+        images: one row per image that could be used, as equally long columns: index (into the data), path, label,
+            predicted, target, confidence (of the target in the unperturbed image).
         curves: method → reference → "deletion" (↓), "insertion" (↑), "positive" (↓), "negative" (↑) → (S,),
             the means over images at evenly spaced fractions of [0, 1], of the first protocol.
         failures: what could not be computed.
@@ -98,11 +86,11 @@ class Evaluation:
         target: "predicted" or "true", the class that was explained.
         seed: of the choice of images and of the bootstrap.
         device: where it ran.
-        peak_bytes: method → memory at the peak of explaining one image, where it was measured.
+        prepared: protocol → how its images were resized and cropped, where that is known.
     """
 
-    per_image: dict[str, list]
-    columns: list[Column]
+    records: Records
+    images: dict[str, list]
     curves: dict[str, dict[str, dict[str, Tensor]]]
     failures: list[Failure]
     classifier: dict[str, Any]
@@ -110,26 +98,31 @@ class Evaluation:
     target: str
     seed: int
     device: str
-    peak_bytes: dict[str, float] = field(default_factory=dict)
+    prepared: Mapping[str, str] = field(default_factory=dict)
 
     @functools.cached_property
-    def _rows(self) -> dict[str, range]:
-        """Method → its rows of ``per_image``, which are contiguous."""
-        names = self.per_image["method"]
-        firsts = [i for i, name in enumerate(names) if i == 0 or name != names[i - 1]]
-        return {names[i]: range(i, j) for i, j in itertools.pairwise([*firsts, len(names)])}
-
-    @property
     def methods(self) -> list[str]:
         """Names of the methods that were measured on at least one image."""
-        return list(self._rows)
+        return list(dict.fromkeys(key.method for key in self.records))
+
+    @functools.cached_property
+    def columns(self) -> list[Column]:
+        """The metrics of all protocols, in their order; localisation has names of its own and needs no prefix."""
+        keys = dict.fromkeys((key.protocol, key.metric, key.reference) for key in self.records)
+        found = []
+        for i, protocol in enumerate(self.protocols):
+            prefix = "" if i == 0 or protocol.name == "localisation" else f"{protocol.name}/"
+            for metric in protocol.metrics:
+                references = tuple(r for of, name, r in keys if r and (of, name) == (protocol.name, metric))
+                found.append(Column(f"{prefix}{metric}", metric, protocol.name, references))
+        return found
 
     @functools.cached_property
     def _columns(self) -> dict[str, Column]:
         return {
             column.name: column
             for column in self.columns
-            if any(math.isfinite(value) for value in self.per_image[column.name])
+            if any(self.records[self._key(method, column)].known() for method in self.methods)
         }
 
     @property
@@ -142,20 +135,46 @@ class Evaluation:
         """The metric that methods are ordered by: insertion − deletion, or the first of the first protocol."""
         return HEADLINE if HEADLINE in self._columns else self.metrics[0]
 
-    def values(self, method: str, column: str) -> dict[int, float]:
-        """Image index → value of a numeric column of ``per_image``, finite values only."""
-        if method not in self._rows:
+    def _key(self, method: str, column: Column, reference: str = "") -> Key:
+        return Key(self.classifier["name"], self.target, method, column.protocol, reference, column.metric)
+
+    def values(self, method: str, metric: str, reference: str = "") -> dict[int, float]:
+        """Image index → value of a metric or cost, finite values only; by one ``reference``, or the mean of them."""
+        if method not in self.methods:
             raise ValueError(f"method {method!r} was not measured: choose one of {', '.join(self.methods)}")
-        if column not in self.per_image:
-            raise ValueError(f"metric {column!r} is not known: choose one of {', '.join(self.metrics)}")
-        index, values = self.per_image["index"], self.per_image[column]
-        return {index[row]: values[row] for row in self._rows[method] if math.isfinite(values[row])}
+        costs = {key.metric: Column(key.metric, key.metric, "") for key in self.records if not key.protocol}
+        column = {column.name: column for column in self.columns}.get(metric, costs.get(metric))
+        if column is None:
+            raise ValueError(f"metric {metric!r} is not known: choose one of {', '.join(self.metrics)}")
+        return self.records[self._key(method, column, reference)].known()
+
+    @property
+    def per_image(self) -> dict[str, list]:
+        """One row per method and image as equally long columns: the facts of `images`, every metric, for every
+        reference as "<reference>/<metric>", and the costs."""
+        facts = {index: row for row, index in enumerate(self.images["index"])}
+        wide: dict[str, list] = {name: [] for name in ("method", *self.images)}
+        for method in self.methods:
+            series = self.records[self._key(method, Column(SECONDS, SECONDS, ""))].images.tolist()
+            wide["method"] += [method] * len(series)
+            for name, cells in self.images.items():
+                wide[name] += [cells[facts[index]] for index in series]
+            names = [(column, reference) for column in self.columns for reference in ("", *column.references)]
+            names += [(Column(name, name, ""), "") for name in (SECONDS, FORWARD, BACKWARD)]
+            for column, reference in names:
+                known = self.records[self._key(method, column, reference)].known()
+                cells = wide.setdefault(f"{reference}/{column.name}" if reference else column.name, [])
+                cells += [known.get(index, math.nan) for index in series]
+        return wide
 
     def _means(self, method: str) -> dict[str, float | None]:
         means = {metric: _mean(self.values(method, metric).values()) for metric in self.metrics}
-        passes = {name: _mean(self.values(method, name).values()) for name in (FORWARD, BACKWARD)}
-        peak = {PEAK: self.peak_bytes[method]} if math.isfinite(self.peak_bytes.get(method, math.nan)) else {}
-        return {**means, SECONDS: statistics.median(self.values(method, SECONDS).values()), **passes, **peak}
+        means[SECONDS] = statistics.median(self.values(method, SECONDS).values())
+        costs = {key.metric for key in self.records if key.method == method and not key.protocol}
+        for name in (FORWARD, BACKWARD, PEAK):
+            if name in costs and (known := self.values(method, name)):
+                means[name] = _mean(known.values())
+        return means
 
     def summary(self) -> dict[str, Any]:
         """Means over images with 95 % bootstrap intervals, and everything needed to repeat them; JSON-ready.
@@ -168,9 +187,11 @@ class Evaluation:
         for column in self._columns.values():
             for reference in column.references:
                 for method in self.methods:
-                    mean = _mean(self.values(method, f"{reference}/{column.name}").values())
+                    mean = _mean(self.values(method, column.name, reference).values())
                     references.setdefault(reference, {}).setdefault(method, {})[column.name] = mean
         settings = [protocol_settings(protocol) for protocol in self.protocols]
+        for setting in settings:
+            setting["preprocessing"] = self.prepared.get(setting["name"], "as the data set gives the images")
         return {
             "classifier": self.classifier,
             "methods": entries,
@@ -186,17 +207,38 @@ class Evaluation:
         }
 
     def _intervals(self, method: str) -> dict[str, list[float] | None]:
-        found: dict[str, list[float] | None] = dict.fromkeys(self.metrics)
-        # metrics that the same images have are drawn together
-        groups: dict[tuple[int, ...], dict[str, list[float]]] = {}
-        for metric in self.metrics:
-            values = self.values(method, metric)
-            if values:
-                groups.setdefault(tuple(values), {})[metric] = list(values.values())
-        for columns in groups.values():
-            table = torch.tensor(list(columns.values()), dtype=torch.float64).T
-            found.update(zip(columns, bootstrap.percentiles(bootstrap.resampled(table, self.seed)), strict=True))
+        drawn = self._drawn({metric: self.values(method, metric) for metric in self.metrics})
+        return {
+            metric: bootstrap.percentiles(means)[0] if means is not None else None for metric, means in drawn.items()
+        }
+
+    def _drawn(self, columns: Mapping[str, Mapping[int, float]]) -> dict[str, Tensor | None]:
+        """Name → (R, 1) bootstrap means of its values, None without any; those of the same images come together."""
+        groups: dict[tuple[int, ...], list[str]] = {}
+        for name, values in columns.items():
+            groups.setdefault(tuple(values), []).append(name)
+        found: dict[str, Tensor | None] = dict.fromkeys(columns)
+        for images, names in groups.items():
+            if images:
+                table = torch.tensor([list(columns[name].values()) for name in names], dtype=torch.float64).T
+                found.update(zip(names, bootstrap.resampled(table, self.seed).split(1, dim=1), strict=True))
         return found
+
+    def _differences(self, pairs: Mapping[str, tuple[Mapping[int, float], Mapping[int, float]]]) -> dict[str, dict]:
+        """Name → paired bootstrap of first − second over the images that both have; names without any are left out."""
+        columns = {
+            name: {index: first[index] - second[index] for index in sorted(first.keys() & second.keys())}
+            for name, (first, second) in pairs.items()
+        }
+        return {
+            name: {
+                "difference": _mean(columns[name].values()),
+                "ci95": bootstrap.percentiles(means)[0],
+                "p": bootstrap.two_sided(means[:, 0]),
+            }
+            for name, means in self._drawn(columns).items()
+            if means is not None
+        }
 
     def compare(self, a: str, b: str, metric: str) -> dict[str, Any]:
         """Paired bootstrap over the images that both methods were measured on.
@@ -205,17 +247,10 @@ class Evaluation:
             "difference": mean of ``a`` − ``b``; "ci95": its 95 % percentile interval; "p": two-sided, twice
             the share of resamples on the other side of zero (at least 2/(resamples + 1)).
         """
-        first, second = self.values(a, metric), self.values(b, metric)
-        both = sorted(first.keys() & second.keys())
-        if not both:
+        found = self._differences({"": (self.values(a, metric), self.values(b, metric))})
+        if not found:
             raise ValueError(f"{a} and {b} have no image with {metric} in common")
-        differences = torch.tensor([[first[i] - second[i]] for i in both], dtype=torch.float64)
-        means = bootstrap.resampled(differences, self.seed)
-        return {
-            "difference": differences.mean().item(),
-            "ci95": bootstrap.percentiles(means)[0],
-            "p": bootstrap.two_sided(means),
-        }
+        return found[""]
 
     def best(self, metric: str) -> str | None:
         """The method with the best mean of ``metric``; None where no method has it."""
@@ -229,73 +264,41 @@ class Evaluation:
         best = self.best(metric)
         if best is None:
             return {}
-        groups: dict[tuple[int, ...], dict[str, list[float]]] = {}
         of_best = self.values(best, metric)
-        for method in self.methods:
-            values = self.values(method, metric)
-            both = tuple(index for index in values if index in of_best)
-            if method != best and both:
-                groups.setdefault(both, {})[method] = [values[index] - of_best[index] for index in both]
-        found: dict[str, dict[str, Any]] = {}
-        # methods that were measured on the same images are drawn together
-        for columns in groups.values():
-            table = torch.tensor(list(columns.values()), dtype=torch.float64).T
-            means = bootstrap.resampled(table, self.seed)
-            intervals = bootstrap.percentiles(means)
-            for j, method in enumerate(columns):
-                found[method] = {
-                    "best": best,
-                    "difference": table[:, j].mean().item(),
-                    "ci95": intervals[j],
-                    "p": bootstrap.two_sided(means[:, j]),
-                }
-        for method, p in bootstrap.holm({method: outcome["p"] for method, outcome in found.items()}).items():
-            found[method]["p"] = p
-        return found
+        found = self._differences({m: (self.values(m, metric), of_best) for m in self.methods if m != best})
+        corrected = bootstrap.holm({method: outcome["p"] for method, outcome in found.items()})
+        return {method: {"best": best, **outcome, "p": corrected[method]} for method, outcome in found.items()}
 
     def write(self, folder: str | os.PathLike) -> None:
-        """Write ``per_image.csv`` and ``summary.json`` into ``folder``, each completely or not at all."""
+        """Write scores and images (.parquet, or .csv without pyarrow) and summary.json into ``folder``, each completely
+        or not at all."""
         folder = Path(folder)
-        write_csv(self.per_image, folder / "per_image.csv")
-        summary = json.dumps(self.summary(), indent=2, ensure_ascii=False, allow_nan=False)
-        write_atomically(folder / "summary.json", f"{summary}\n".encode())
+        self.records.write(folder)
+        write_columns(self.images, folder / IMAGES)
+        write_summary(self.summary(), folder)
 
-    def table(self) -> Table:
-        """One row per method, one column per metric of the first protocol and localisation, with ↑ or ↓ for the
-        better direction; the best is bold with a *."""
-        info = self.classifier
-        accuracy = "" if info["accuracy"] is None else f", accuracy {info['accuracy']:.3f} ↑"
-        table = Table(
-            title=f"{info['name']}: {info['images']} images, {self.target} class{accuracy}",
-            caption="\n".join(self.failure_lines()) or None,
-        )
-        table.add_column("method")
-        entries = {method: self._means(method) for method in self.methods}
-        shown = {
-            name: column.higher_is_better
-            for name, column in self._columns.items()
-            if column.protocol == self.protocols[0].name or name in _LOCALISATION_SHOWN
-        }
-        shown[SECONDS] = False
-        best = {}
-        for name, higher in shown.items():
-            table.add_column(f"{_HEADINGS.get(name, name)} {'↑' if higher else '↓'}", justify="right")
-            known = [value for entry in entries.values() if (value := entry[name]) is not None]
-            best[name] = (max if higher else min)(known, default=None)
-        for method, entry in entries.items():
-            cells = []
-            for name in shown:
-                value = entry[name]
-                text = "–" if value is None else f"{value:.{_digits(name)}f}"
-                cells.append(f"[bold]{text}*[/bold]" if value is not None and value == best[name] else text)
-            table.add_row(method, *cells)
-        return table
+    def extend(self, other: Evaluation) -> None:
+        """Join what was measured of the same classifier and target with other protocols on otherwise cropped images;
+        the costs, curves and facts stay those of the first."""
+        for key, series in other.records.items():
+            if key.protocol:
+                self.records.add(key, *series)
+        self.protocols += other.protocols
+        self.failures += [failure for failure in other.failures if failure not in self.failures]
+        self.prepared = {**self.prepared, **other.prepared}
 
     def failure_lines(self) -> Iterator[str]:
         """What could not be computed, one line each."""
         for failure in self.failures:
             what = "not used" if failure.method is None else f"{failure.method} failed on"
             yield f"{what} {len(failure.images)} image{'s' * (len(failure.images) != 1)}: {failure.reason}"
+
+
+def write_summary(summary: Mapping[str, Any], folder: Path) -> Path:
+    """Write ``folder``/summary.json, completely or not at all."""
+    text = json.dumps(summary, indent=2, ensure_ascii=False, allow_nan=False)
+    write_atomically(folder / "summary.json", f"{text}\n".encode())
+    return folder / "summary.json"
 
 
 def protocol_settings(protocol: Protocol) -> dict[str, Any]:
@@ -314,10 +317,6 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return found
-
-
-def _digits(column: str) -> int:
-    return 2 if column in _PERCENT else 4
 
 
 def _mean(values: Collection[float]) -> float | None:

@@ -7,14 +7,11 @@ share a folder never meet in one file.
 
 from __future__ import annotations
 
-import hashlib
 import io
-import json
-import re
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -98,24 +95,3 @@ def unpack_maps(arrays: Arrays, device: torch.device | str = "cpu") -> Tensor:
     """What `pack_maps` packed, rounded: (B, 1, H, W) float32."""
     maps, scale = torch.from_numpy(arrays["maps"]).to(device), torch.from_numpy(arrays["scale"]).to(device)
     return maps.float() * scale[:, None, None, None]
-
-
-def fingerprint(settings: Any) -> str:
-    """Eight characters that differ where JSON-like ``settings`` differ."""
-    return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:8]
-
-
-def content_of(path: Path) -> str:
-    """A digest of a file, or of all files below a folder."""
-    digest = hashlib.sha256()
-    for file in sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]:
-        digest.update(str(file.relative_to(path)).encode())
-        with open(file, "rb") as stream:
-            while part := stream.read(2**20):
-                digest.update(part)
-    return digest.hexdigest()
-
-
-def slug(name: str) -> str:
-    """``name`` as a folder's name."""
-    return re.sub(r"[^A-Za-z0-9._=+-]+", "_", name).strip("_") or "unnamed"

@@ -43,7 +43,7 @@ CNN_METHODS = (
     "RISE@rise:n_masks=4000",
 )
 MDA_METHODS = (
-    "Grad-CAM@gradcam_vit",
+    "Grad-CAM@gradcam_vit:weights=element",
     "IG@attention_ig",
     "Trans-Att.@transition_attention",
     "Bi-Att.@bi_attention",

@@ -1,8 +1,10 @@
-"""What an experiment takes, before it is begun: classifiers, passes, hours, disk."""
+"""What an experiment takes, before it is begun: classifiers, passes, hours, disk.
+
+Costs are those that methods (`Attributor.passes`), protocols (`Protocol.passes`), the objective and the training tell.
+"""
 
 from __future__ import annotations
 
-import math
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -11,15 +13,20 @@ import torch
 from rich.table import Table
 
 from .. import terminal
-from ..attributors import Passes
+from ..attributors import Passes, count_passes
 from ..classifier import RANDOM, Classifier, from_name
-from ..evaluation import MethodSpec
-from ..metrics import protocols
+from ..explainer import Explainer
+from ..metrics import Suite
+from ..objective import Objective
+from ..training.trainer import TrainConfig, make_objective
 from . import catalog
-from .run import Setting, specs
+from .catalog import Experiment
+from .run import Setting, decoder, encoder, specs
 
 BACKWARD = 2.0  # a backward pass costs about two forward passes
 TRAINING_IMAGES, VALIDATION_IMAGES = 1_281_167, 50_000  # ImageNet
+# blurs that "adaptive_blur" tries per photograph: bench/results/photographs_cpu.json
+BLURS = 2.0
 
 
 @dataclass(frozen=True)
@@ -42,103 +49,77 @@ class Work:
     bytes: float
 
 
-def of_method(spec: MethodSpec, patches: int = 196, channels: int = 768, blocks: int = 12) -> Passes:
-    """Passes that a method takes for one image, parts of a pass counted by their share of the blocks."""
-    options = spec.options
-
-    def option(name: str, default: int) -> int:
-        return int(options.get(name, default))
-
-    last = 1 / blocks
-    path = option("n_steps", 20)
-    window = option("window", round(min(2 * math.sqrt(patches), 28)))
-    mda = patches * (window + 1) - window * (window - 1) / 2 + 18
-    steps = option("steps", 0)
-    table: dict[str, tuple[float, float]] = {
-        "random": (0, 0),
-        "rollout": (1, 0),
-        "raw_attention": (1, 0),
-        "input_x_gradient": (1, 1),
-        "integrated_gradients": (option("n_steps", 50), option("n_steps", 50)),
-        "gradcam_vit": (1, last),
-        "gradcam": (1, last),
-        "gradcam_pp": (1, last),
-        "hirescam": (1, last),
-        "scorecam": (channels + 1, 0),
-        "ablationcam": (1 + channels * last, 0),
-        "attention_ig": (path, path * last),
-        "transition_attention": (1 + path, path * last),
-        "bi_attention": (1 + path, 1 + path * last),
-        "chefer": (1, 2),
-        "legrad": (1, 1),
-        "tis": (1 + option("n_masks", 1024) / 2, 0),
-        "vit_cx": (2 * channels / 4 + 1, 0),  # K, the number of clusters, is known only per image
-        "rise": (option("n_masks", 500), 0),
-        "lime": (option("n_samples", 1000), 0),
-        "kernel_shap": (option("n_samples", 1000), 0),
-        "mda": (21 + min(mda, options.get("max_passes") or mda), 1 + 20 * last),
-        "caap": (2 + patches * 2 / 3, 0),
-        "libragrad": (1, 1),
-        "attcam": (1, 1),
-        "fullgrad_plus": (1, 1),
-        "fastshap": (1, 0),
-        "vit_shapley": (1, 0),
-        # each step of the refinement sees 2·14 perturbed images and the two ends for three references
-        "aha": (1 + steps * 3 * 30, steps * 3 * 28),
-    }
-    forward, backward = table.get(spec.name, (math.nan, math.nan))
-    return Passes(math.ceil(forward) if forward == forward else 0, math.ceil(backward) if backward == backward else 0)
-
-
-def of_metrics(names: tuple[str, ...]) -> float:
-    """Forward passes per map of some protocols."""
-    total = 0.0
-    for name in names:
-        protocol = protocols.get(name)
-        points = getattr(protocol, "points", None) or 224
-        if name != "localisation":
-            total += 2 * (points - 2) * max(1, len(protocol.references)) + len(protocol.references)
-    return total
-
-
 def estimate(name: str, setting: Setting) -> list[Work]:
     """The parts of an experiment; each classifier is built with random weights and timed on this machine."""
     experiment = catalog.get(name)
     work = []
-    for classifier in experiment.classifiers:
-        source = setting.source(classifier, experiment)
+    for source in setting.sources(experiment):
         clf = _with_random_weights(source.classifier)
+        sample = _sample(clf, source, setting)
         speed = throughput(clf)
-        images = source.limit or VALIDATION_IMAGES
         weights = sum(p.numel() * p.element_size() for p in clf.parameters())
-        height, width = clf.input_size
-        patches, channels, blocks = _shape(clf)
 
-        def add(
-            what: str,
-            count: int,
-            forward: float,
-            backward: float,
-            size: float,
-            clf: Classifier = clf,
-            speed: float = speed,
-        ) -> None:
-            hours = count * (forward + BACKWARD * backward) / speed / 3600
-            work.append(Work(f"{clf.name.removeprefix(RANDOM)}: {what}", count, forward, backward, hours, size))
+        def add(what: str, images: int, passes: Passes, size: float, clf: Any = clf, speed: float = speed) -> None:
+            hours = images * (passes.forward + BACKWARD * passes.backward) / speed / 3600
+            what = f"{clf.name.removeprefix(RANDOM)}: {what}"
+            work.append(Work(what, images, passes.forward, passes.backward, hours, size))
 
+        explainer = None
+        if experiment.explainers:
+            explainer = Explainer.build(clf, encoder(setting), pretrained=False, decoder=decoder(setting))
         for variant in experiment.explainers:
             config = setting.training(setting.output, variant.training)
-            count = TRAINING_IMAGES if not setting.small else (config.steps or 0) * config.batch_size
-            perturbed = config.targets * 2 * (config.fractions - 2)
-            add(f"training {variant.name}".strip(), count, perturbed + 4, perturbed, weights * 0.2)
-        metrics = of_metrics(experiment.protocols)
-        for spec in specs(experiment, setting, {variant.name: "" for variant in experiment.explainers}):
-            passes = of_method(spec, patches, channels, blocks)
-            count = images * len(experiment.targets)
-            # maps are kept in half precision
-            add(spec.label, count, passes.forward + metrics, passes.backward, count * height * width * 2)
+            count = (config.steps or 0) * config.batch_size if setting.small else TRAINING_IMAGES
+            add(f"training {variant.name}".strip(), count, of_training(config, clf, explainer), weights * 0.2)
+        if experiment.kind != "shortcut":
+            count = (source.limit or VALIDATION_IMAGES) * len(experiment.targets)
+            shared, per_map = of_protocols(experiment, clf, sample)
+            add("what all methods share", count, shared, 0)
+            height, width = clf.input_size
+            for spec in specs(experiment, setting, {variant.name: explainer for variant in experiment.explainers}):
+                own = spec.create(clf, setting.seed).passes(sample["image"])
+                # memory is measured on one image more; maps are kept in half precision
+                once = own * (len(experiment.targets) / count)
+                add(spec.label, count, own + once + per_map, count * height * width * 2)
         work.append(Work(f"{clf.name.removeprefix(RANDOM)}: weights", 0, 0, 0, 0, weights))
     return work
+
+
+def of_training(config: TrainConfig, clf: Classifier, explainer: Any) -> Passes:
+    """Passes that training takes for one image: its target classes, the explainer's features and the perturbed images;
+    the diagnosis of four images for every line of the log."""
+    features = Passes(1 if explainer.encoder.module is clf.module else 0)
+    objective = make_objective(config, clf)
+    assert isinstance(objective, Objective)  # the catalogue trains for the ranking alone
+    diagnosed = min(4, config.batch_size) / config.batch_size / config.log_every
+    maps = 1 if config.shared_map else config.targets
+    return (Passes(1) + features) * (1 + diagnosed) + Passes(*objective.passes) * maps
+
+
+def of_protocols(experiment: Experiment, clf: Classifier, sample: dict[str, Any]) -> tuple[Passes, Passes]:
+    """Forward passes that the protocols of an experiment take: per image for all methods together, and per map."""
+    shared = per_map = 0.0
+    for name in dict.fromkeys((*experiment.protocols, "localisation")):
+        suite = Suite(clf, name)
+        blurs, share = BLURS, 1.0
+        if "label" in sample:
+            with count_passes(clf) as counted:
+                batch = suite.begin(sample["image"], None, sample["label"], sample["mask"])
+            fewest = suite.protocol.passes(clf.input_size, blurs=0).shared
+            blurs = counted.forward / len(sample["image"]) - fewest
+            share = float(batch.takes_part.float().mean())
+        cost = suite.protocol.passes(clf.input_size, blurs=blurs)
+        shared, per_map = shared + cost.shared, per_map + share * cost.per_map
+    return Passes(shared), Passes(per_map)
+
+
+def _sample(clf: Classifier, source: Any, setting: Setting) -> dict[str, Any]:
+    """Images that tell what depends on them: at small scale those of the experiment, else one of noise."""
+    if not setting.small:
+        generator = torch.Generator().manual_seed(0)
+        return {"image": torch.rand(1, 3, *clf.input_size, generator=generator).to(clf.device)}
+    data = source.images(clf.input_size, training=False, seed=setting.seed)
+    return torch.utils.data.default_collate([data[index] for index in range(len(data))])
 
 
 def main(name: str, setting: Setting) -> None:
@@ -150,14 +131,8 @@ def main(name: str, setting: Setting) -> None:
     for heading in ("images", "forward / image", "backward / image", "hours here", "disk GB"):
         table.add_column(heading, justify="right")
     for part in work:
-        table.add_row(
-            part.what,
-            f"{part.images:,}" if part.images else "",
-            f"{part.forward:,.0f}" if part.images else "",
-            f"{part.backward:,.0f}" if part.images else "",
-            f"{part.hours:,.2f}" if part.images else "",
-            f"{part.bytes / 1e9:,.2f}",
-        )
+        known = (f"{part.images:,}", f"{part.forward:,.1f}", f"{part.backward:,.1f}", f"{part.hours:,.2f}")
+        table.add_row(part.what, *(known if part.images else [""] * 4), f"{part.bytes / 1e9:,.2f}")
     hours, disk = sum(part.hours for part in work), sum(part.bytes for part in work)
     table.add_section()
     table.add_row("all", "", "", "", f"{hours:,.1f}", f"{disk / 1e9:,.2f}")
@@ -165,7 +140,8 @@ def main(name: str, setting: Setting) -> None:
     console.print(table)
     console.print(
         "Hours are the passes over the throughput of one classifier pass, timed on this machine with random weights in "
-        "float32;\nthe explainer's encoder, reading of images and what is kept from earlier runs are not counted."
+        "float32;\nmasks, clusters and blurs are those of a sample; the explainer's encoder, reading of images and "
+        "what is kept from earlier runs are not counted."
     )
 
 
@@ -188,12 +164,3 @@ def throughput(clf: Classifier, batch: int = 8, seconds: float = 1.0) -> float:
 def _with_random_weights(name: str) -> Classifier:
     own = name if name == "scenes" or name.startswith((RANDOM, "hf:")) else f"{RANDOM}{name}"
     return from_name(own).to("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def _shape(clf: Classifier) -> tuple[int, int, int]:
-    """Patches, channels of the last feature map, and blocks."""
-    module: Any = clf.module
-    blocks = len(getattr(module, "blocks", ())) or 12
-    embed = getattr(module, "patch_embed", None)
-    patches = getattr(embed, "num_patches", None) or 196
-    return int(patches), int(getattr(module, "num_features", 768)), blocks

@@ -9,15 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from .. import terminal
+from ..attributors import MethodSpec
 from ..classifier import RANDOM
 from ..data import ImageFolder, Scenes
 from ..demo import run as demo
 from ..demo import shortcut as demo_shortcut
-from ..evaluation import Comparison, MethodSpec, compare
-from ..evaluation.store import slug
+from ..evaluation import Comparison, compare
 from ..explainer import Explainer
 from ..explainer.decoder import DecoderConfig
-from ..files import write_atomically
+from ..files import slug, write_atomically
 from ..report import comparison as pages
 from ..report import comparison_figures, figures, html
 from ..source import Source
@@ -79,6 +79,11 @@ class Setting:
             return Source(classifier, weights, self.data, limit=limit, masks=self.masks)
         return Source(classifier, weights, self.data, "val", limit=limit)
 
+    def sources(self, experiment: Experiment) -> list[Source]:
+        """One per classifier; at small scale several become one."""
+        found = [self.source(classifier, experiment) for classifier in experiment.classifiers]
+        return list({source.classifier: source for source in found}.values())
+
     def steps(self, experiment: Experiment) -> tuple[int, ...]:
         """Refinement steps T of the explainer's rows."""
         return experiment.steps[:2] if self.small else experiment.steps
@@ -113,9 +118,8 @@ def reproduce(name: str, setting: Setting) -> Path:
     folder = setting.output / name
     if experiment.kind == "shortcut":
         return _shortcut(experiment, setting, folder)
-    found = [setting.source(classifier, experiment) for classifier in experiment.classifiers]
-    sources = list({source.classifier: source for source in found}.values())  # at small scale several become one
-    results = [_measured(experiment, source, setting) for source in sources]
+    with terminal.progress() as progress:
+        results = [_measured(experiment, source, setting, progress) for source in setting.sources(experiment)]
     done = Comparison()
     for part in results:
         if part is None:  # not the main process
@@ -132,8 +136,8 @@ def reproduce(name: str, setting: Setting) -> Path:
     return folder
 
 
-def specs(experiment: Experiment, setting: Setting, explainers: Mapping[str, str]) -> list[MethodSpec]:
-    """The rows of an experiment; ``explainers`` is variant → folder of its explainer."""
+def specs(experiment: Experiment, setting: Setting, explainers: Mapping[str, Any]) -> list[MethodSpec]:
+    """The rows of an experiment; ``explainers`` is variant → its explainer, or the folder of it."""
     rows = [MethodSpec.parse(text) for text in experiment.methods]
     if setting.small:
         small = catalog.SMALL_OPTIONS
@@ -151,7 +155,17 @@ def row_name(variant: str, steps: int) -> str:
     return " ".join(filter(None, ("AHA", variant, f"T={steps}")))
 
 
-def _measured(experiment: Experiment, source: Source, setting: Setting) -> Comparison | None:
+def encoder(setting: Setting) -> str | None:
+    """Of the explainers; None is the classifier itself."""
+    return None if setting.small else catalog.ENCODER
+
+
+def decoder(setting: Setting) -> DecoderConfig:
+    """Of the explainers."""
+    return demo.DECODER if setting.small else DecoderConfig()
+
+
+def _measured(experiment: Experiment, source: Source, setting: Setting, progress: Any) -> Comparison | None:
     """One classifier's rows."""
     explainers = {variant.name: str(train(source, setting, variant)) for variant in experiment.explainers}
     return compare(
@@ -163,6 +177,7 @@ def _measured(experiment: Experiment, source: Source, setting: Setting) -> Compa
         strict=False,
         batch_size=setting.batch_size,
         seed=setting.seed,
+        progress=progress,
     )
 
 
@@ -172,9 +187,7 @@ def train(source: Source, setting: Setting, variant: catalog.Variant) -> Path:
     folder = setting.output / "explainers" / slug(label)
     if not (folder / "explainer").is_dir():
         clf = source.load_classifier()
-        decoder = demo.DECODER if setting.small else DecoderConfig()
-        encoder = None if setting.small else catalog.ENCODER
-        explainer = Explainer.build(clf, encoder, setting.encoder_weights, decoder=decoder)
+        explainer = Explainer.build(clf, encoder(setting), setting.encoder_weights, decoder=decoder(setting))
         config = setting.training(folder, variant.training)
         Trainer(explainer, clf, setting.training_images(clf), config).fit(resume=True)
     return folder / "explainer"

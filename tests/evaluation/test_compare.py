@@ -12,11 +12,11 @@ import pytest
 import torch
 
 from aha import attributors
+from aha.attributors.specs import MethodSpec, parse
 from aha.classifier import Classifier
-from aha.evaluation import bootstrap, evaluate
+from aha.evaluation import Key, bootstrap, evaluate
 from aha.evaluation.compare import compare
 from aha.evaluation.engine import Engine, Row
-from aha.evaluation.specs import MethodSpec, parse
 from aha.evaluation.store import Folder, Memory, pack_maps, unpack_maps
 from aha.metrics import Protocol, Suite
 from aha.source import Source
@@ -56,8 +56,13 @@ def engine(clf, store, methods=("input_x_gradient", "random"), suites=("short",)
 def outcome(engine):
     """Everything but the times."""
     result = engine.result(seed=0)
-    columns = {name: values for name, values in result.per_image.items() if name != "seconds_per_image"}
-    return json.dumps(columns), {m: {r: {n: c.tolist() for n, c in named.items()} for r, named in of.items()}
+    columns = {
+        str(key): [part.tolist() for part in series]
+        for key, series in result.records.items()
+        if key.metric != "seconds_per_image"
+    }
+    whole = json.dumps([columns, result.images])
+    return whole, {m: {r: {n: c.tolist() for n, c in named.items()} for r, named in of.items()}
                                  for m, of in result.curves.items()}  # fmt: skip
 
 
@@ -279,7 +284,7 @@ def test_passes_and_memory_are_measured(clf, tmp_path):
 
 
 def test_the_peak_is_that_of_the_call():
-    from aha.evaluation.memory import CLEAR, peak_bytes
+    from aha.memory import CLEAR, peak_bytes
 
     if not os.access(CLEAR, os.W_OK):
         pytest.skip("the kernel does not reset the high-water mark")
@@ -316,50 +321,58 @@ def test_significance_against_the_best(clf):
         ].higher_is_better
 
 
+def written(records):
+    return {key: [part.tolist() for part in series] for key, series in records.items()}
+
+
 def test_compare_resumes_and_keeps_settings_apart(tmp_path):
     methods, _ = parse(["random", "input_x_gradient"])
     black = dataclasses.replace(SHORT, references=("black",))
 
     def run(**changed):
-        settings = {"protocols": (black,), "targets": ("predicted", "true"), "batch_size": 4, "progress": False}
+        settings = {"protocols": (black,), "targets": ("predicted", "true"), "batch_size": 4}
         return compare([Source(limit=6)], methods, tmp_path, **{**settings, **changed})
 
     first = run()
     assert set(first.results) == {("scenes", "predicted"), ("scenes", "true")}
-    table = first.per_image()
-    assert len(table["classifier"]) == 2 * 2 * 6
-    assert {len(column) for column in table.values()} == {24}
+    table = written(first.records)
+    assert {(key.classifier, key.target, key.method) for key in first.records} == {
+        ("scenes", target, method) for target in ("predicted", "true") for method in ("random", "input_x_gradient")
+    }
+    assert first.images["explained"] == ["predicted"] * 6 + ["true"] * 6
+    assert {len(column) for column in first.images.values()} == {12}
     files = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*/0000*.npz")}
     again = run()
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*/0000*.npz")} == files
-    assert str(again.per_image()) == str(table)  # also the times: nothing ran
+    assert written(again.records) == table  # also the times: nothing ran
     other = run(protocols=(dataclasses.replace(black, points=7),), targets=("predicted",))
-    assert other.per_image()["deletion"] != table["deletion"][:12]
-    assert str(run().per_image()) == str(table)
+    key = Key("scenes", "predicted", "random", "short", "", "deletion")
+    assert other.records[key].values.tolist() != first.records[key].values.tolist()
+    assert written(run().records) == table
 
 
 def test_compare_refusals(tmp_path):
     specs, _ = parse(["random"])
     with pytest.raises(ValueError, match="given twice"):
-        compare([Source(limit=1), Source(limit=1)], specs, tmp_path, progress=False, protocols=(SHORT,))
+        compare([Source(limit=1), Source(limit=1)], specs, tmp_path, protocols=(SHORT,))
     with pytest.raises(ValueError, match="choose one of predicted, true"):
-        compare([Source(limit=1)], specs, tmp_path, progress=False, targets=("both",))
+        compare([Source(limit=1)], specs, tmp_path, targets=("both",))
 
 
 DISTRIBUTED = """
 import sys
 from pathlib import Path
 from aha.evaluation.compare import compare
-from aha.evaluation.specs import parse
+from aha.attributors.specs import parse
 from aha.metrics import Protocol, Suite
 from aha.source import Source
 
 done = compare([Source(limit=5)], parse(["random", "rollout"])[0], Path(sys.argv[1]), (Protocol("short", points=4),),
-               batch_size=2, progress=False)
+               batch_size=2)
 if done is not None:
-    table = done.per_image()
-    table.pop("seconds_per_image")
-    Path(sys.argv[1], "table").write_text(str(table))
+    table = {key: [part.tolist() for part in series] for key, series in done.records.items()}
+    table = {key: series for key, series in table.items() if key.metric != "seconds_per_image"}
+    Path(sys.argv[1], "table").write_text(str([table, done.images]))
 """
 
 

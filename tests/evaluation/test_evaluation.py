@@ -1,17 +1,16 @@
 """Evaluation: what is recorded, what a failure costs, and the statistics."""
 
-import csv
 import json
 import math
 import statistics
 
 import pytest
 import torch
-from rich.console import Console
 
 from aha import metrics
 from aha.classifier import Classifier
-from aha.evaluation import RESAMPLES, Failure, evaluate
+from aha.evaluation import RESAMPLES, Failure, Key, evaluate
+from aha.files import read_columns
 from aha.metrics import ConfidenceChange, DeletionInsertion, Localization, Protocol
 
 from ..toys import SmallNet
@@ -55,7 +54,7 @@ def dark(images, target):
 
 
 def run(clf, methods, data, **options):
-    return evaluate(clf, methods, data, **{"protocol": SHORT, "progress": False, "batch_size": 3, **options})
+    return evaluate(clf, methods, data, **{"protocol": SHORT, "batch_size": 3, **options})
 
 
 def test_values_are_those_of_the_metrics(clf):
@@ -163,7 +162,6 @@ def test_every_protocol_can_be_evaluated(clf, name):
     for metric, values in expected.items():
         assert result.per_image[metric][:7] == pytest.approx(values.tolist(), abs=1e-4, nan_ok=True), metric
     json.dumps(result.summary(), allow_nan=False)
-    result.table()
 
 
 def test_limit_draws_images_with_the_seed(clf):
@@ -258,8 +256,10 @@ def test_compare_is_paired(clf):
     assert turned["difference"] == pytest.approx(-outcome["difference"])
     assert turned["p"] == outcome["p"]
     # an order that is always better by the same amount is as sure as the resamples allow
-    evaluation.per_image["pic"] = [1.0] * 20 + [0.0] * 40
-    assert evaluation.compare("bright", "dark", "pic")["p"] == pytest.approx(2 / (RESAMPLES + 1))
+    better = evaluate(clf, {"bright": bright}, Images(size=20), protocol=SHORT)
+    key = Key(clf.name, "predicted", "always", "short", "", "pic")
+    better.records.add(key, range(20), better.records[key._replace(method="bright")].values + 1)
+    assert better.compare("always", "bright", "pic")["p"] == pytest.approx(2 / (RESAMPLES + 1))
     with pytest.raises(ValueError, match="choose one of bright, dark, same"):
         evaluation.compare("bright", "grad", "pic")
     with pytest.raises(ValueError, match="metric 'auc' is not known"):
@@ -272,13 +272,9 @@ def test_written_files(clf, tmp_path, monkeypatch):
     evaluation = run(clf, {"bright": bright, "dark": dark}, data)
     folder = tmp_path / "deep" / "results"
     evaluation.write(folder)
-    assert sorted(path.name for path in folder.iterdir()) == ["per_image.csv", "summary.json"]
-    with open(folder / "per_image.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert len(rows) == 14
-    assert rows[0]["iou"] == ""
-    assert float(rows[3]["insertion"]) == evaluation.per_image["insertion"][3]
-    assert "blur/deletion" in rows[0]
+    names = sorted(path.name for path in folder.iterdir())
+    assert names in (["images.parquet", "scores.parquet", "summary.json"], ["images.csv", "scores.csv", "summary.json"])
+    assert read_columns(folder / "images")["path"] == evaluation.images["path"]
     assert json.loads((folder / "summary.json").read_text()) == json.loads(json.dumps(evaluation.summary()))
     # an interrupted write leaves what was there
     before = (folder / "summary.json").read_text()
@@ -286,34 +282,7 @@ def test_written_files(clf, tmp_path, monkeypatch):
     with pytest.raises(ZeroDivisionError):
         evaluation.write(folder)
     assert (folder / "summary.json").read_text() == before
-    assert sorted(path.name for path in folder.iterdir()) == ["per_image.csv", "summary.json"]
-
-
-def test_table_shows_directions_the_best_and_failures(clf):
-    def broken(images, target):
-        raise RuntimeError("no such layer")
-
-    evaluation = run(clf, {"bright": bright, "dark": dark, "broken": broken}, Images())
-    console = Console(width=200, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    console.print(evaluation.table())
-    text = console.export_text()
-    for heading in (
-        "Del ↓",
-        "Ins ↑",
-        "Ins−Del ↑",
-        "Pos ↓",
-        "Neg ↑",
-        "ADP ↓",
-        "PIC ↑",
-        "IoU ↑",
-        "mAP ↑",
-        "s/image ↓",
-    ):
-        assert heading in text, heading
-    best = max(("bright", "dark"), key=lambda name: statistics.mean(evaluation.values(name, "insertion").values()))
-    line = next(line for line in text.splitlines() if f" {best} " in line)
-    assert f"{statistics.mean(evaluation.values(best, 'insertion').values()):.4f}*" in line
-    assert "broken failed on 7 images: RuntimeError: no such layer" in text
+    assert sorted(path.name for path in folder.iterdir()) == names
 
 
 def test_refusals(clf):

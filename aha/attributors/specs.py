@@ -10,10 +10,10 @@ from typing import Any
 
 from torch import nn
 
-from .. import attributors
+from .. import identity
 from ..classifier import Classifier
-from ..identity import fingerprint as network_fingerprint
-from .store import content_of, fingerprint, slug
+from ..files import slug
+from .base import Attributor, available, create, find
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class MethodSpec:
     label: str = ""
 
     def __post_init__(self) -> None:
-        attributors.find(self.name)
+        find(self.name)
         if not self.label:
             written = ",".join(f"{key}={value}" for key, value in self.options.items())
             object.__setattr__(self, "label", f"{self.name}:{written}" if written else self.name)
@@ -55,23 +55,23 @@ class MethodSpec:
             options[key.strip()] = _literal(value.strip())
         return cls(name, options, label)
 
-    def create(self, clf: Classifier, seed: int) -> attributors.Attributor:
+    def create(self, clf: Classifier, seed: int) -> Attributor:
         """The method for ``clf``; an option that it does not know is a ValueError."""
-        return attributors.create(self.name, clf, **{"seed": seed, **self.options})
+        return create(self.name, clf, **{"seed": seed, **self.options})
 
     def key(self, seed: int) -> str:
         """A folder's name that differs where the maps may differ."""
         # a file or folder named by an option counts with its content
         options = {key: _content(value) for key, value in self.options.items()}
-        return f"{slug(self.label)}-{fingerprint([self.name, options, seed])}"
+        return f"{slug(self.label)}-{identity.of_settings([self.name, options, seed])}"
 
 
 def _content(value: Any) -> str:
     """What tells two values of an option apart: the content of files and networks, else what is written."""
     if isinstance(value, (str, Path)) and Path(value).exists():
-        return content_of(Path(value))
+        return identity.of_files(Path(value))
     if isinstance(value, nn.Module):
-        return f"{type(value).__name__} {network_fingerprint(value)} {getattr(value, 'settings', '')}"
+        return f"{type(value).__name__} {identity.fingerprint(value)} {getattr(value, 'settings', '')}"
     return repr(value)
 
 
@@ -85,7 +85,7 @@ def parse(texts: Sequence[str]) -> tuple[list[MethodSpec], bool]:
     specs = [MethodSpec.parse(text) for text in texts if text != "all"]
     if everything:
         named = {spec.label for spec in specs}
-        specs += [MethodSpec(name) for name in attributors.available() if name not in named]
+        specs += [MethodSpec(name) for name in available() if name not in named]
     labels = [spec.label for spec in specs]
     twice = sorted({label for label in labels if labels.count(label) > 1})
     if twice:
