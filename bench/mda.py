@@ -80,7 +80,7 @@ def measure(
     prior = torch.rand(images, regions.count, generator=torch.Generator().manual_seed(1)).to(device)
     scene = method.scene(pixels, clf.resolve_target(pixels), regions)
     scene = scene._replace(original=torch.full_like(scene.original, 2.0))
-    used = method.window_for(regions.count, 0)
+    used = method.window_for(regions.count, pixels.shape[-2], 0)
     found: dict[str, Tensor] = {}
     passes: dict[str, int] = {}
 
@@ -110,7 +110,7 @@ def measure(
         "internal_batch_size": method.internal_batch_size,
         "ms": {name: times._asdict() for name, times in taken.items()},
         "passes": passes["batched"],
-        "passes_of_a_map": mda.passes(regions.count, used),
+        "passes_of_a_map": mda.fixed_passes(regions.count, used, pixels.shape[-2]),
         "ratio": medians["batched"] / medians["one by one"],
         "ratio_bar": RATIO_BAR,
     }

@@ -17,11 +17,11 @@ from torch import Tensor
 from ..checks import check_maps
 from ..classifier import Classifier
 from ..precision import autocast, uses_bf16
-from ..protection import locked
-from ..references import adaptive_blur, black
+from ..protection import locked, protected
+from ..references import adaptive_blur
 from ..regions import Regions, grid
 from .base import _REGISTRY, Attributor, Metadata, create, register
-from .passes import count_passes
+from .passes import Passes, count_passes
 
 # tried in turn: the first that is there and accepts the classifier
 PRIORS = ("bi_attention", "gradcam", "input_x_gradient")
@@ -29,8 +29,8 @@ WINDOW = 28
 # the protocol's kernels of the insertion reference
 BLUR_START, BLUR_LARGEST, BLUR_STEP = 31, 101, 2
 BLURS = len(range(BLUR_START, BLUR_LARGEST + 1, BLUR_STEP))
-# candidates whose log p differ by less are tied: rounding depends on what else is in the pass
-TIE = 1e-5
+# candidates whose log odds differ by less are tied: rounding depends on what else is in the pass
+TIE = 2e-6
 # step of the value that keeps the order where the curve is flat, per P ranks
 FLAT = 1e-6
 
@@ -39,24 +39,21 @@ class Scene(NamedTuple):
     """What the search and the curves of a batch share; pixels are normalised.
 
     Attributes:
-        pixels, blurred, black: (B, C, H, W) the images and the references of insertion and deletion.
+        pixels, blurred: (B, C, H, W) the images and the references of insertion; that of deletion is zero.
         target: (B,) int64.
+        regions: the patches.
         cell: (H, W) int64, the patch of every pixel.
-        patches: P.
-        original, from_blur, from_black: (B,) p of the three.
-        blurs: (B,) int64 b, how many blurs were tried.
+        original, from_blur, from_zero: (B,) p of the three.
     """
 
     pixels: Tensor
     blurred: Tensor
-    black: Tensor
     target: Tensor
+    regions: Regions
     cell: Tensor
-    patches: int
     original: Tensor
     from_blur: Tensor
-    from_black: Tensor
-    blurs: Tensor
+    from_zero: Tensor
 
 
 class Search(NamedTuple):
@@ -65,12 +62,10 @@ class Search(NamedTuple):
 
     Attributes:
         patches: (B, steps) int64, the patch shown in every step.
-        confidence: (B, steps) p afterwards.
         inserted: (B,) int64 K, steps that belong to insertion.
     """
 
     patches: Tensor
-    confidence: Tensor
     inserted: Tensor
 
     def order(self) -> Tensor:
@@ -88,48 +83,49 @@ class MDA(Attributor):
     1. A prior map, averaged per patch, ranks the patches.
     2. Insertion starts from the blurred image and shows, step by step, that one of the W best patches left which
        gives the highest p, until p − p_blur ≥ τ·|p_image − p_blur|. These patches come first.
-    3. Deletion starts from black and shows, step by step, that one of the W worst patches left which gives the
-       lowest p; insertion's patches are locked. Backwards, this is the rest of the order.
-    4. c = (insertion + 1 − deletion)/2 along the order; x is the nearest concave non-decreasing curve with c's ends
-       (`concave_increments`). Rank i = 1…P gets Δx_i·(1 + (P − i)/P), strictly decreasing.
-    5. Dense variant: (P − i)/P where that value is ≥ κ, else 0. The patches' values (1 − γ)·sparse + γ·dense are
-       enlarged bilinearly.
+    3. Deletion starts from zero in normalised space, the mean colour, and shows, step by step, that one of the W worst
+       patches left which gives the lowest p; insertion's patches are locked. Backwards, this is the rest of the order.
+    4. The ranks, enlarged bilinearly, are a map whose curves are measured as the protocol does: one row of pixels per
+       step, H + 1 points (225 at 224 px); `response` scales them and makes them monotone.
+    5. c = (insertion + 1 − deletion)/2, read off by linear interpolation at the pixels of 0…P patches; x is the nearest
+       concave non-decreasing curve with c's ends (`concave_increments`). Rank i = 1…P gets
+       Δx_i·(1/m + (P − i)/P), m the pixels of a patch.
+    6. Dense variant: (P − i)/P where that value is ≥ κ, the value itself below, all scaled to the sparse maximum. The
+       patches' values (1 − γ)·sparse + γ·dense are enlarged bilinearly.
 
     Insertion's and deletion's steps always sum to P, so all images of a batch take each step together, whatever
-    part they are in, and most points of the curves are known from the search. Forward passes per image, exactly:
-    P·(W + 1) − W·(W − 1)/2 + b and those of the prior, and 1 more if the target is to be found; 1 ≤ b ≤ 36 is the
-    number of blurs tried.
+    part they are in. Forward passes per image, exactly: P·W − W·(W − 1)/2 + 2·H + b and those of the prior, and 1
+    more if the target is to be found; 1 ≤ b ≤ 36 is the number of blurs tried.
 
     The blur is `references.adaptive_blur` at p ≤ 1 %; where its largest kernel, 101, is not enough, insertion
-    starts from that. Candidates tie if their log p differ by less than 1e-5; then the prior decides.
+    starts from that. Candidates tie if their log odds differ by less than 2e-6; then the prior decides.
 
     Args:
         prior: name of a registered method, an `Attributor`, a function of images (B, C, H, W) and target (B,), or
             maps (B, 1, H, W) of the images that `attribute` will be given. None is the first of bi_attention,
             gradcam and input_x_gradient that accepts the classifier.
         window: W ≥ 1; None is min(2√P, 28). More than P is P.
-        gamma: γ in [0, 1], from sparse to dense maps. Below 1 the order of the patches is the same.
+        gamma: γ in [0, 1], from sparse to dense maps. The order of the patches is the same.
         kappa: κ ≥ 0.
         tau: τ in (0, 1].
-        max_passes: forward passes per image, the prior's included; W shrinks until the largest possible number
-            fits.
+        max_passes: forward passes per image, those of the prior and of finding the target included; W shrinks until
+            the largest possible number fits.
         cells: rows, or (rows, columns) of a grid; None is the patches of a timm vision transformer, and 14 along the
             shorter side for others.
         precision: "fp32", "bf16" or "auto", of the classifier's passes, not the prior's.
         internal_batch_size: perturbed images in one pass; None is 8 on a CPU, where more are no faster, else 128.
-
-    Attributes:
-        passes: (B,) int64 on the CPU, forward passes that each image of the last call took.
     """
 
     needs_gradients = False
     metadata = Metadata(
         paper="Walker et al., ICLR 2025",
-        cost="P·(W + 1) − W·(W − 1)/2 + b F and the prior's; 5,306 + b at 14×14, b ≤ 36",
+        cost="P·W − W·(W − 1)/2 + 2·H + b F and the prior's; 5,558 + b at 14×14 of 224 px, b ≤ 36",
         architectures="any",
         licence="own implementation from the paper's description",
-        notes="deletion from black, not from zeros in normalised space; raw probabilities in c; where the blur does "
-        "not hide the class, from the largest; near ties go to the prior; a flat curve is ordered by steps of 1e-6/P",
+        notes="the prior is averaged per patch; magnitudes from the curves of the enlarged ranks; where no blur hides "
+        "the class, from the largest blur; near ties go to the prior; a flat curve is ordered by steps of 1e-6/P",
+        fidelity="the order is that of the authors' code, given the same blur, reference and prior; magnitudes by the "
+        "paper's formulas, equal to a computation by hand",
     )
 
     def __init__(
@@ -161,8 +157,7 @@ class MDA(Attributor):
         self.window, self.gamma, self.kappa, self.tau = window, gamma, kappa, tau
         self.max_passes, self.cells, self.precision = max_passes, cells, precision
         self.prior = self._made(prior)
-        self.passes = torch.zeros(0, dtype=torch.int64)
-        self._find_target = False
+        self._done = 0
 
     def _made(self, prior: Any) -> Tensor | Callable[[Tensor, Tensor], Tensor]:
         options = {"internal_batch_size": self.internal_batch_size, "seed": self.seed}
@@ -188,32 +183,49 @@ class MDA(Attributor):
         if isinstance(self.prior, Tensor):
             check_maps(self.prior, images)
         with locked(*self.networks):  # what is noted of the call belongs to one thread
-            self.passes, self._find_target = torch.zeros(0, dtype=torch.int64), target is None
+            self._done = 0
             return super().attribute(images, target)
 
     attribute.__doc__ = Attributor.attribute.__doc__
 
+    def passes(self, images: Tensor) -> Passes:
+        """As of every method; the blurs of all ``images`` are tried, and a prior that is a function is run on one."""
+        images = self.clf.check(images)
+        with protected(*self.networks):
+            target = self.clf.resolve_target(images, None, self.internal_batch_size)
+            if isinstance(self.prior, Attributor):
+                prior = self.prior.passes(images)
+            else:
+                with count_passes(self.clf) as prior:
+                    self._prior_maps(images[:1], target[:1], 0)
+            parts = zip(*(value.split(self.internal_batch_size) for value in (images, target)), strict=True)
+            blurs = torch.cat([self._blurred(*part)[2] for part in parts])
+        patches = self.regions(images).count
+        window = self.window_for(patches, images.shape[-2], math.ceil(prior.forward))
+        return prior + Passes(fixed_passes(patches, window, images.shape[-2]) + blurs.double().mean().item())
+
+    def _prior_maps(self, images: Tensor, target: Tensor, start: int) -> Tensor:
+        if isinstance(self.prior, Tensor):
+            return self.prior[start:][: len(images)]
+        return self.prior(images, target)
+
     def _attribute(self, images: Tensor, target: Tensor) -> Tensor:
         with count_passes(self.clf) as counted:
-            if isinstance(self.prior, Tensor):
-                # images are counted off as they come
-                maps = self.prior[len(self.passes) :][: len(images)]
-            else:
-                maps = self.prior(images, target)
-        asked = math.ceil(counted.forward / len(images)) + int(self._find_target)
+            maps = self._prior_maps(images, target, self._done)
+        self._done += len(images)
         with torch.no_grad():
             regions = self.regions(images)
             prior = regions.pool(check_maps(maps, images)[:, None].to(images.device))
-            window = self.window_for(regions.count, asked)
+            asked = math.ceil(counted.forward / len(images))
+            window = self.window_for(regions.count, images.shape[-2], asked)
             scene = self.scene(images, target, regions)
-            found = self.search(scene, prior, window)
-            inserted, deleted = self.curves(scene, found)
-            spent = scene.blurs + asked + passes(regions.count, window)
-            self.passes = torch.cat([self.passes, spent.cpu()])
-            values = self.magnitudes((inserted + 1 - deleted) / 2).to(images.device)
-            patches = torch.empty_like(values).scatter_(1, found.order(), values)
-            patches = patches.view(len(images), 1, regions.rows, regions.cols)
-            return F.interpolate(patches, images.shape[-2:], mode="bilinear", align_corners=False)
+            order = self.search(scene, prior, window).order()
+            insertion, deletion = self.curves(scene, order)
+            rising = response(insertion, scene.from_blur, scene.original, rising=True)
+            falling = response(deletion, scene.from_zero, scene.original, rising=False)
+            curves = at_patches((rising + 1 - falling) / 2, scene, order)
+            values = self.magnitudes(curves, scene.cell.numel() / regions.count).to(images.device)
+            return _enlarged(torch.empty_like(values).scatter_(1, order, values), regions, images)
 
     def regions(self, images: Tensor) -> Regions:
         """The patches of ``images``."""
@@ -233,38 +245,43 @@ class MDA(Attributor):
             raise ValueError(f"mda orders patches, and images {height}×{width} have one: give cells=2 or more")
         return regions
 
-    def window_for(self, patches: int, asked: int) -> int:
-        """W for P ``patches`` where the prior, and finding the target, took ``asked`` passes."""
+    def window_for(self, patches: int, height: int, asked: int) -> int:
+        """W for P ``patches`` of images H ``height`` where the prior took ``asked`` passes."""
         window = min(self.window or min(math.isqrt(4 * patches), WINDOW), patches)
         if self.max_passes is None:
             return window
-        left = self.max_passes - asked - BLURS
-        if left < passes(patches, 1):
-            fewest = passes(patches, 1) + BLURS + asked
+        left = self.max_passes - asked - 1 - BLURS
+        fewest = fixed_passes(patches, 1, height)
+        if left < fewest:
             raise ValueError(
-                f"max_passes={self.max_passes} is too few: {patches} patches take {passes(patches, 1)} with a window "
-                f"of 1, the blur up to {BLURS} and the prior {asked}: give {fewest} or fewer cells"
+                f"max_passes={self.max_passes} is too few: {patches} patches take {fewest} with a window of 1, the "
+                f"blur up to {BLURS}, the prior {asked}, the target 1: give {fewest + BLURS + asked + 1} or fewer cells"
             )
-        return max(w for w in range(1, window + 1) if passes(patches, w) <= left)
+        return max(w for w in range(1, window + 1) if fixed_passes(patches, w, height) <= left)
 
     @torch.no_grad()
     def scene(self, images: Tensor, target: Tensor, regions: Regions) -> Scene:
-        """Both references and what the classifier says about them; 2 + b passes."""
-        blurs = torch.zeros(len(images), dtype=torch.int64, device=images.device)
-        from_blur = images.new_zeros(len(images), dtype=torch.float32)
+        """The reference of insertion and what the classifier says about both; 2 + b passes."""
+        pixels = self.clf.normalize(images)
+        blurred, from_blur, _ = self._blurred(images, target)
+        original = self._scores(pixels.__getitem__, target).sigmoid()
+        from_zero = self._scores(lambda part: torch.zeros_like(pixels[part]), target).sigmoid()
+        cell = regions.cell_index().to(images.device)
+        return Scene(pixels, blurred, target, regions, cell, original, from_blur, from_zero)
+
+    @torch.no_grad()
+    def _blurred(self, images: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Normalised pixels of the blurs, their p (B,) and how many were tried, (B,) int64."""
+        tried = torch.zeros(len(images), dtype=torch.int64, device=images.device)
+        found = images.new_zeros(len(images), dtype=torch.float32)
 
         def confidence(blurred: Tensor, index: Tensor) -> Tensor:
-            found = self._scores(lambda part: self.clf.normalize(blurred[part]), target[index]).exp()
-            from_blur[index] = found
-            blurs[index] += 1
-            return found
+            found[index] = self._scores(lambda part: self.clf.normalize(blurred[part]), target[index]).sigmoid()
+            tried[index] += 1
+            return found[index]
 
-        blurred, _ = adaptive_blur(images, confidence, 0.01, BLUR_START, BLUR_LARGEST, BLUR_STEP)
-        pixels, shown, hidden = (self.clf.normalize(value) for value in (images, blurred, black(images)))
-        original, from_black = (self._scores(source.__getitem__, target).exp() for source in (pixels, hidden))
-        cell = regions.cell_index().to(images.device)
-        ends = (original, from_blur, from_black)
-        return Scene(pixels, shown, hidden, target, cell, regions.count, *ends, blurs)
+        blurred, _ = adaptive_blur(images, confidence, self.clf.mean, 0.01, BLUR_START, BLUR_LARGEST, BLUR_STEP)
+        return self.clf.normalize(blurred), found, tried
 
     @torch.no_grad()
     def search(self, scene: Scene, prior: Tensor, window: int, steps: int | None = None) -> Search:
@@ -277,7 +294,7 @@ class MDA(Attributor):
         shown = scene.blurred
         inserting = torch.ones(batch, dtype=torch.bool, device=prior.device)
         enough = self.tau * (scene.original - scene.from_blur).abs()
-        chosen, confidences = [], []
+        chosen = []
         inserted = torch.zeros(batch, dtype=torch.int64, device=prior.device)
         for step in range(patches if steps is None else min(steps, patches)):
             pool = waiting[:, :window]
@@ -285,68 +302,61 @@ class MDA(Attributor):
             gain = torch.where(inserting[:, None], scores, -scores)
             slot = _first(gain >= gain.amax(dim=1, keepdim=True) - TIE)
             patch = pool.gather(1, slot)
-            confidence = scores.gather(1, slot)[:, 0].exp()
             chosen.append(patch[:, 0])
-            confidences.append(confidence)
             shown = torch.where((scene.cell == patch[:, :, None])[:, None], scene.pixels, shown)
             position = torch.arange(waiting.shape[1] - 1, device=prior.device)
             waiting = waiting.gather(1, position + (position >= slot))
 
             inserted += inserting
             # the last patch needs no insertion: its place is known
+            confidence = scores.gather(1, slot)[:, 0].sigmoid()
             reached = (confidence - scene.from_blur >= enough) | (step == patches - 2)
             switching = inserting & reached
             inserting = inserting & ~reached
-            shown = torch.where(switching[:, None, None, None], scene.black, shown)
+            shown = shown.masked_fill(switching[:, None, None, None], 0)
             waiting = torch.where(switching[:, None], waiting.flip(1), waiting)
-        return Search(torch.stack(chosen, dim=1), torch.stack(confidences, dim=1), inserted)
+        return Search(torch.stack(chosen, dim=1), inserted)
 
     @torch.no_grad()
-    def curves(self, scene: Scene, found: Search) -> tuple[Tensor, Tensor]:
-        """p (B, P + 1) while the patches of a complete search are inserted in order, and while they are deleted.
+    def curves(self, scene: Scene, order: Tensor) -> tuple[Tensor, Tensor]:
+        """p (B, H + 1) while the map of ``order`` (B, P) is inserted into the blur, and while it is deleted, one row of
+        pixels per step.
 
-        Only the P − 2 points that the search has not passed are measured: insertion's after K, deletion's before.
+        2·(H − 1) passes: the ends are known.
         """
-        batch, patches = found.patches.shape
-        inserted = found.inserted[:, None]
-        counts = torch.arange(1, patches, device=inserted.device)
-        order = found.order()
-        rank = torch.empty_like(order).scatter_(1, order, torch.arange(patches, device=order.device).expand_as(order))
-
-        # all counts but K
-        missing = counts[:-1] + (counts[:-1] >= inserted)  # [B, P − 2]
-        rows = torch.arange(batch, device=inserted.device).repeat_interleave(patches - 2)
-        count, deleting = missing.flatten(), (missing < inserted).flatten()
+        batch, (height, width) = len(order), scene.pixels.shape[-2:]
+        falling = torch.arange(scene.regions.count, 0, -1, device=order.device, dtype=torch.float32)
+        ranks = torch.empty_like(order, dtype=torch.float32).scatter_(1, order, falling.expand(order.shape))
+        pixels = _enlarged(ranks, scene.regions, scene.pixels).flatten(1).argsort(dim=1, descending=True, stable=True)
+        place = torch.arange(height * width, device=order.device).expand_as(pixels)
+        place = torch.empty_like(pixels).scatter_(1, pixels, place).view(batch, height, width)
+        steps = torch.arange(1, height, device=order.device)
+        rows = torch.arange(batch, device=order.device).repeat_interleave(2 * len(steps))
+        count = (width * steps).repeat(2 * batch)
+        deleting = torch.tensor([False, True], device=order.device).repeat_interleave(len(steps)).repeat(batch)
 
         def compose(part: Tensor) -> Tensor:
             row, removed = rows[part], deleting[part][:, None, None]
-            top = rank[row][:, scene.cell] < count[part][:, None, None]
-            reference = torch.where(removed[:, None], scene.black[row], scene.blurred[row])
+            top = place[row] < count[part][:, None, None]
+            reference = scene.blurred[row].masked_fill(removed[:, None], 0)
             return torch.where((top ^ removed)[:, None], scene.pixels[row], reference)
 
-        measured = scene.original.new_zeros(batch, patches + 1)
-        if patches > 2:
-            scores = self._scores(compose, scene.target[rows]).exp()
-            measured.scatter_(1, missing, scores.view(batch, -1))
-        measured = measured[:, 1:-1]
-        # k patches are inserted after step k, and deleted where all but k are shown
-        known = found.confidence.gather(1, (inserted + patches - 1 - counts).clamp_max(patches - 1))
-        insertion = torch.where(counts <= inserted, found.confidence[:, :-1], measured)
-        deletion = torch.where(counts < inserted, measured, known)
-        ends = [value[:, None] for value in (scene.from_blur, scene.original, scene.from_black)]
+        insertion, deletion = self._scores(compose, scene.target[rows]).sigmoid().view(batch, 2, -1).unbind(1)
+        ends = [value[:, None] for value in (scene.from_blur, scene.original, scene.from_zero)]
         return torch.cat([ends[0], insertion, ends[1]], dim=1), torch.cat([ends[1], deletion, ends[2]], dim=1)
 
-    def magnitudes(self, curves: Tensor) -> Tensor:
-        """c (B, P + 1) → value (B, P) float32 of every rank, most important first."""
+    def magnitudes(self, curves: Tensor, pixels: float) -> Tensor:
+        """c (B, P + 1) → value (B, P) float32 of every rank, most important first; ``pixels`` of a patch."""
         increments = concave_increments(curves)
         patches = increments.shape[1]
         later = 1 - torch.arange(1, patches + 1, dtype=increments.dtype, device=increments.device) / patches
-        sparse = increments * (1 + later)
-        dense = torch.where(sparse >= self.kappa, later, 0)
-        return ((1 - self.gamma) * (sparse + FLAT * later) + self.gamma * dense).float()
+        sparse = increments * (1 / pixels + later) + FLAT * later
+        dense = torch.where(sparse >= self.kappa, later, sparse)
+        dense = dense * (sparse.amax(dim=1, keepdim=True) / dense.amax(dim=1, keepdim=True))
+        return ((1 - self.gamma) * sparse + self.gamma * dense).float()
 
     def _candidates(self, scene: Scene, shown: Tensor, pool: Tensor) -> Tensor:
-        """log p (B, w) of ``shown`` (B, C, H, W) with one patch of ``pool`` (B, w) more."""
+        """Log odds (B, w) of ``shown`` (B, C, H, W) with one patch of ``pool`` (B, w) more."""
         patch = pool.flatten()
         rows = torch.arange(len(pool), device=pool.device).repeat_interleave(pool.shape[1])
 
@@ -357,18 +367,47 @@ class MDA(Attributor):
         return self._scores(compose, scene.target[rows]).view_as(pool)
 
     def _scores(self, compose: Callable[[Tensor], Tensor], target: Tensor) -> Tensor:
-        """log p of the ``target`` (n,) in n images, made by ``compose`` (indices → normalised pixels) as needed."""
+        """Log odds of the ``target`` (n,) in n images, made by ``compose`` (indices → normalised pixels) as needed.
+
+        p is their sigmoid; near 1, where log p would tell nothing apart, they still do.
+        """
         found = []
         for part in torch.arange(len(target), device=target.device).split(self.internal_batch_size):
             with autocast(self.precision, target.device):
                 logits = self.clf.forward_normalized(compose(part))
-            found.append(logits.float().log_softmax(dim=-1).gather(1, target[part, None])[:, 0])
+            own = logits.float().gather(1, target[part, None])
+            found.append(own[:, 0] - logits.float().scatter(1, target[part, None], -torch.inf).logsumexp(dim=-1))
         return torch.cat(found)
 
 
-def passes(patches: int, window: int) -> int:
-    """Forward passes of the search, the curves and the image itself, without blur and prior."""
-    return patches * (window + 1) - window * (window - 1) // 2
+def fixed_passes(patches: int, window: int, height: int) -> int:
+    """Forward passes of the search, the curves, the image and zero, without blur and prior."""
+    return patches * window - window * (window - 1) // 2 + 2 * height
+
+
+def response(curve: Tensor, reference: Tensor, original: Tensor, rising: bool) -> Tensor:
+    """MR (B, S) in [0, 1] of p ``curve`` (B, S): (p − p_ref)/|p_image − p_ref| clipped, and never turning back.
+
+    ``reference`` and ``original`` (B,) are p_ref and p_image; float64. Unscaled where they are equal.
+    """
+    low, span = reference.double()[:, None], (original.double() - reference)[:, None].abs()
+    scaled = ((curve - low) / torch.where(span > 0, span, 1)).clamp(0, 1)
+    return (scaled.cummax(dim=1) if rising else scaled.cummin(dim=1)).values
+
+
+def at_patches(curves: Tensor, scene: Scene, order: Tensor) -> Tensor:
+    """``curves`` (B, S) over even shares of the pixels → (B, P + 1) at those of the first 0…P patches of ``order``."""
+    size = torch.bincount(scene.cell.flatten(), minlength=order.shape[1])
+    share = F.pad(size[order].cumsum(dim=1), (1, 0)).double() / scene.cell.numel()
+    position = share * (curves.shape[1] - 1)
+    before = position.floor().long().clamp_max(curves.shape[1] - 2)
+    return torch.lerp(curves.gather(1, before), curves.gather(1, before + 1), position - before)
+
+
+def _enlarged(patches: Tensor, regions: Regions, images: Tensor) -> Tensor:
+    """(B, P) → (B, 1, H, W), bilinearly."""
+    grid = patches.view(len(patches), 1, regions.rows, regions.cols)
+    return F.interpolate(grid, images.shape[-2:], mode="bilinear", align_corners=False)
 
 
 def _first(true: Tensor) -> Tensor:
