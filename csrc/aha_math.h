@@ -1,4 +1,4 @@
-// What host and device must agree on: random bits, the Gumbel transform, when scalings are absorbed.
+// What host and device must agree on: random bits, the Gumbel transform, when scalings are absorbed, what is read out.
 //
 // Every multiply-add is an explicit fma and nothing is left for a compiler to contract, so g++, clang and nvcc
 // return the same bits. On an x86 host without FMA instructions the C library supplies fma: slow, still the same.
@@ -22,6 +22,9 @@ namespace aha {
 // them, and what one more iteration adds (a factor K at most), then stay far from overflow, and no entry of X that
 // could matter, u X v > 2^-38, is below the smallest normal float.
 constexpr float LARGE_SCALING = 0x1p32f;
+
+// What is read out of the ranking: P, log P, left P with left (S,K), P right with right (B,K).
+enum class Readout { matrix, logarithm, left, right };
 
 struct Words {
   uint32_t w[4];

@@ -2,7 +2,7 @@
 // Autograd, fake kernels and batching rules are registered in Python (kernels/operators.py), which repeats the
 // schemas for the Triton kernels; a test holds the two texts together.
 //
-// B images, K regions, S rows of weights, T iterations, C channels, H x W pixels.
+// B images, K regions, S rows of left, T iterations, C channels, H x W pixels.
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(aha, m) {
@@ -26,9 +26,9 @@ STABLE_TORCH_LIBRARY(aha, m) {
   m.def("log_sinkhorn(Tensor logits, int n_iters) -> (Tensor out, Tensor scalings, Tensor absorbed)");
   m.def("log_sinkhorn_backward(Tensor grad, Tensor logits, Tensor scalings, Tensor absorbed) -> Tensor");
 
-  // permutation (B,K,K), weights (S,K), mostly zero -> weights P (B,S,K); backward: (B,S,K) -> (B,K,K)
-  m.def("cumulative_masks(Tensor permutation, Tensor weights) -> Tensor");
-  m.def("cumulative_masks_backward(Tensor grad, Tensor weights) -> Tensor");
+  // permutation P (B,K,K), left (S,K), mostly zero -> left P (B,S,K); backward: (B,S,K) -> (B,K,K)
+  m.def("cumulative_masks(Tensor permutation, Tensor left) -> Tensor");
+  m.def("cumulative_masks_backward(Tensor grad, Tensor left) -> Tensor");
 
   // images, references (B,C,H,W); masks (B,S,rows*cols); row_cell int64, row_weight (H,taps), col_* (W,taps): the bands
   // of the two interpolation matrices; mean, std (C,)

@@ -82,11 +82,11 @@ inline void check_grad(const Tensor& grad, const Tensor& like, const std::vector
 }
 
 // given: the permutation (B,K,K), or backwards the gradient (B,S,K)
-inline void check_masks(const Tensor& given, const Tensor& weights, bool backward) {
-  STD_TORCH_CHECK(given.dim() == 3 && weights.dim() == 2 && given.size(2) == weights.size(1) &&
-                      given.size(1) == weights.size(backward ? 0 : 1),
-                  "cumulative_masks: permutation (B,K,K), backwards grad (B,S,K), and weights (S,K) must match");
-  check_like(weights, "cumulative_masks: weights", given);
+inline void check_masks(const Tensor& given, const Tensor& left, bool backward) {
+  STD_TORCH_CHECK(given.dim() == 3 && left.dim() == 2 && given.size(2) == left.size(1) &&
+                      given.size(1) == left.size(backward ? 0 : 1),
+                  "cumulative_masks: permutation (B,K,K), backwards grad (B,S,K), and left (S,K) must match");
+  check_like(left, "cumulative_masks: left", given);
 }
 
 }  // namespace aha

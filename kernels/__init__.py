@@ -6,11 +6,12 @@
 Importing this package costs a torch import and nothing more.
 """
 
-from .dispatch import BackendError, Choice, explain
+from .dispatch import BackendError, Choice
 from .functional import (
     Taps,
     Upsampler,
     cumulative_masks,
+    explain,
     gumbel_sinkhorn,
     log_sinkhorn,
     perturb,

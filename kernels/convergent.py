@@ -19,25 +19,25 @@ FIRST = 25  # iterations before the rows are looked at; twice as many every time
 _warned = False
 
 
-def weigh_ranks(
-    backend: Any, scores: Tensor, weights: Tensor, tau: Tensor, n_iters: int, noise: float, seed: Tensor
+def read_left(
+    backend: Any, scores: Tensor, left: Tensor, tau: Tensor, n_iters: int, noise: float, seed: Tensor
 ) -> Tensor:
-    """(B,K), (K,) → (B,K): weights · P; ``backend`` has the `weigh_ranks` of reference.py."""
+    """(B,K), (K,) → (B,K): left · P; ``backend`` has the `read_left` of reference.py."""
 
     def run(images: Any, count: int) -> tuple[Tensor, Tensor]:
-        return backend.weigh_ranks(scores[images], start[images], weights, tau, count, noise, seed)
+        return backend.read_left(scores[images], start[images], left, tau, count, noise, seed)
 
     start = sorted_start(scores, tau)
     return _converge(run, scores, n_iters, bool(noise))
 
 
-def weigh_regions(
-    backend: Any, scores: Tensor, unit: Tensor, size: Tensor, tau: Tensor, n_iters: int, noise: float, seed: Tensor
+def read_right(
+    backend: Any, scores: Tensor, right: Tensor, size: Tensor, tau: Tensor, n_iters: int, noise: float, seed: Tensor
 ) -> Tensor:
-    """(B,K), (B,K), (B,1) → (B,K): P · (size · unit); ``backend`` has the `weigh_regions` of reference.py."""
+    """(B,K), (B,K), (B,1) → (B,K): size · P · right; ``backend`` has the `read_right` of reference.py."""
 
     def run(images: Any, count: int) -> tuple[Tensor, Tensor]:
-        return backend.weigh_regions(scores[images], start[images], unit[images], tau, count, noise, seed)
+        return backend.read_right(scores[images], start[images], right[images], tau, count, noise, seed)
 
     start = sorted_start(scores, tau)
     return size * _converge(run, scores, n_iters, bool(noise))

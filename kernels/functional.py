@@ -4,7 +4,8 @@ Shapes: B images, K regions (cells of a grid, row-major), S fractions, C channel
 Every function takes ``backend="auto" | "cuda" | "triton" | "cpu" | "reference"``; see `aha.kernels.explain`.
 """
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import isfinite
 from numbers import Integral, Real
@@ -16,6 +17,7 @@ from torch.utils import _pytree as pytree
 
 from . import dispatch, random
 from .convergent import readable
+from .dispatch import Call, Choice
 
 _FLOATS = (torch.float32, torch.float64)
 _IMAGE_FLOATS = (*_FLOATS, torch.bfloat16, torch.float16)
@@ -51,7 +53,7 @@ class Taps:
             raise ValueError(f"cell is {_describe(self.cell)}: give (P, T) int64")
         if not _is_plain(self.weight) or self.weight.dtype not in _FLOATS or self.weight.shape != self.cell.shape:
             raise ValueError(f"weight is {_describe(self.weight)}: give float32 of shape {tuple(self.cell.shape)}")
-        dispatch.device_of(self.cell, self.weight)
+        _check_device(self.cell, self.weight)
         if not self.cell.numel() or not readable(self.cell) or not readable(self.weight):
             return
         low, high = (int(x) for x in self.cell.aminmax())
@@ -116,13 +118,7 @@ def log_sinkhorn(logits: Tensor, n_iters: int = 30, *, backend: str = "auto") ->
     Returns:
         (B, K, K) log P. Columns of P sum to 1 to rounding, rows as far as the iterations converged.
     """
-    _check_float("logits", logits, 3)
-    _check_square("logits", logits)
-    n_iters = _check_integer("n_iters", n_iters, 1)
-    if logits.numel() and _on_cpu(logits):
-        tops = (logits.detach().amax(dim).nan_to_num(0, 0, 0).abs().max() for dim in (-1, -2))
-        _check_resolution("logits", max(map(float, tops)), logits.dtype, "shift rows and columns towards 0")
-    return dispatch.run("log_sinkhorn", backend, logits.device, logits, n_iters)
+    return dispatch.run(_log_sinkhorn(logits, n_iters), backend)
 
 
 def gumbel_sinkhorn(
@@ -150,9 +146,7 @@ def gumbel_sinkhorn(
     Returns:
         (B, K, K) P; row i is the soft indicator of the region at rank i (0 = most important), columns sum to 1.
     """
-    scores = _check_scores("scores", scores)
-    ranking = _check_ranking(scores, tau, n_iters, noise, seed)
-    return dispatch.run("gumbel_sinkhorn", backend, scores.device, scores, *ranking)
+    return dispatch.run(_gumbel_sinkhorn(scores, tau, n_iters, noise, seed), backend)
 
 
 def cumulative_masks(permutation: Tensor, fractions: Tensor | Sequence[float], *, backend: str = "auto") -> Tensor:
@@ -165,10 +159,7 @@ def cumulative_masks(permutation: Tensor, fractions: Tensor | Sequence[float], *
     Returns:
         (B, S, K) masks in [0, 1] if the columns of ``permutation`` sum to 1.
     """
-    _check_float("permutation", permutation, 3)
-    _check_square("permutation", permutation)
-    weights = _cumulative_weights(fractions, permutation)
-    return dispatch.run("cumulative_masks", backend, permutation.device, permutation, weights)
+    return dispatch.run(_cumulative_masks(permutation, fractions), backend)
 
 
 def soft_topk_masks(
@@ -185,10 +176,7 @@ def soft_topk_masks(
 
     Arguments and ranges as in those two functions. A fused backend never stores P.
     """
-    scores = _check_scores("scores", scores)
-    weights = _cumulative_weights(fractions, scores)
-    ranking = _check_ranking(scores, tau, n_iters, noise, seed)
-    return dispatch.run("soft_topk_masks", backend, scores.device, scores, weights, *ranking)
+    return dispatch.run(_soft_topk_masks(scores, fractions, tau, n_iters, noise, seed), backend)
 
 
 def soft_sort(
@@ -220,8 +208,7 @@ def soft_sort(
     Raises:
         ValueError: an argument is not as above.
     """
-    scores, unit, size, ranking = _check_values(values, tau, n_iters, noise, seed)
-    return dispatch.run("soft_sort", backend, scores.device, scores, unit, size, *ranking)
+    return dispatch.run(_soft_sort(values, tau, n_iters, noise, seed), backend)
 
 
 def soft_rank(
@@ -238,9 +225,7 @@ def soft_rank(
     For losses on ranks, such as Spearman's correlation. Equal values share the mean of their ranks. Arguments, accuracy
     and gradient as in `soft_sort`.
     """
-    scores, _, _, ranking = _check_values(values, tau, n_iters, noise, seed)
-    weights = torch.arange(scores.shape[1], dtype=scores.dtype, device=scores.device)
-    return dispatch.run("soft_rank", backend, scores.device, scores, weights, *ranking)
+    return dispatch.run(_soft_rank(values, tau, n_iters, noise, seed), backend)
 
 
 def soft_topk(
@@ -258,10 +243,7 @@ def soft_topk(
     For a choice of k among many that a loss can move. ``k`` is an integer in 0 … K; other arguments, accuracy and
     gradient as in `soft_sort`.
     """
-    scores, _, _, ranking = _check_values(values, tau, n_iters, noise, seed)
-    k = _check_integer("k", k, 0, scores.shape[1], ", the number of values")
-    weights = (torch.arange(scores.shape[1], device=scores.device) < k).to(scores.dtype)
-    return dispatch.run("soft_topk", backend, scores.device, scores, weights, *ranking)
+    return dispatch.run(_soft_topk(values, k, tau, n_iters, noise, seed), backend)
 
 
 def perturb(
@@ -291,27 +273,7 @@ def perturb(
     Returns:
         deleted, inserted: (B, S, C, H, W).
     """
-    references = _check_images(images, references, mean, std)
-    masks = _check_float("masks", masks, 3, _IMAGE_FLOATS)
-    if not (isinstance(upsampler, tuple) and len(upsampler) == 2 and all(isinstance(t, Taps) for t in upsampler)):
-        raise ValueError(
-            f"upsampler is {_describe(upsampler)}: give an Upsampler, a pair of Taps (aha.regions makes one)"
-        )
-    rows, cols = upsampler
-    dispatch.device_of(images, references, masks, rows.weight, cols.weight, mean, std)
-    batch, _, height, width = images.shape
-    if masks.shape[0] != batch or masks.shape[2] != rows.size * cols.size:
-        raise ValueError(
-            f"masks has shape {tuple(masks.shape)}: give (B={batch}, S, K={rows.size}·{cols.size}), "
-            "one value per cell of the upsampler"
-        )
-    if (rows.cell.shape[0], cols.cell.shape[0]) != (height, width):
-        raise ValueError(
-            f"the upsampler makes {rows.cell.shape[0]}×{cols.cell.shape[0]} pixels, images are {height}×{width}"
-        )
-    dtype = _check_dtype(images.dtype if dtype is None else dtype)
-    arguments = (images, references, masks, rows, cols, mean, std, dtype)
-    return dispatch.run("perturb", backend, images.device, *arguments)
+    return dispatch.run(_perturb(images, references, masks, upsampler, mean, std, dtype), backend)
 
 
 def perturb_by_rank(
@@ -335,7 +297,78 @@ def perturb_by_rank(
     Returns:
         deleted (top ``count`` pixels replaced), inserted (only they shown): (B, S, C, H, W).
     """
-    references = _check_images(images, references, mean, std)
+    return dispatch.run(_perturb_by_rank(images, references, ranks, counts, mean, std, dtype), backend)
+
+
+def _log_sinkhorn(logits: Tensor, n_iters: int) -> Call:
+    _check_float("logits", logits, 3)
+    _check_square("logits", logits)
+    n_iters = _check_integer("n_iters", n_iters, 1)
+    if logits.numel() and _on_cpu(logits):
+        tops = (logits.detach().amax(dim).nan_to_num(0, 0, 0).abs().max() for dim in (-1, -2))
+        _check_resolution("logits", max(map(float, tops)), logits.dtype, "shift rows and columns towards 0")
+    return Call("log_sinkhorn", {"logits": logits, "n_iters": n_iters})
+
+
+def _gumbel_sinkhorn(scores: Tensor, *ranking: Any) -> Call:
+    scores = _check_scores("scores", scores)
+    return Call("gumbel_sinkhorn", {"scores": scores, **_check_ranking(scores, *ranking)})
+
+
+def _cumulative_masks(permutation: Tensor, fractions: Tensor | Sequence[float]) -> Call:
+    _check_float("permutation", permutation, 3)
+    _check_square("permutation", permutation)
+    return Call("cumulative_masks", {"permutation": permutation, "left": _cumulative_weights(fractions, permutation)})
+
+
+def _soft_topk_masks(scores: Tensor, fractions: Tensor | Sequence[float], *ranking: Any) -> Call:
+    scores = _check_scores("scores", scores)
+    left = _cumulative_weights(fractions, scores)
+    return Call("soft_topk_masks", {"scores": scores, "left": left, **_check_ranking(scores, *ranking)})
+
+
+def _soft_sort(values: Tensor, *ranking: Any) -> Call:
+    scores, unit, size = _check_values(values)
+    return Call("soft_sort", {"scores": scores, "right": unit, "size": size, **_check_ranking(scores, *ranking)})
+
+
+def _soft_rank(values: Tensor, *ranking: Any) -> Call:
+    scores, _, _ = _check_values(values)
+    left = torch.arange(scores.shape[1], dtype=scores.dtype, device=scores.device)
+    return Call("soft_rank", {"scores": scores, "left": left, **_check_ranking(scores, *ranking)})
+
+
+def _soft_topk(values: Tensor, k: int, *ranking: Any) -> Call:
+    scores, _, _ = _check_values(values)
+    k = _check_integer("k", k, 0, scores.shape[1], ", the number of values")
+    left = (torch.arange(scores.shape[1], device=scores.device) < k).to(scores.dtype)
+    return Call("soft_topk", {"scores": scores, "left": left, **_check_ranking(scores, *ranking)})
+
+
+def _perturb(images: Tensor, references: Tensor, masks: Tensor, upsampler: Upsampler, *output: Any) -> Call:
+    pixels = _check_images(images, references, *output)
+    masks = _check_float("masks", masks, 3, _IMAGE_FLOATS)
+    if not (isinstance(upsampler, tuple) and len(upsampler) == 2 and all(isinstance(t, Taps) for t in upsampler)):
+        raise ValueError(
+            f"upsampler is {_describe(upsampler)}: give an Upsampler, a pair of Taps (aha.regions makes one)"
+        )
+    rows, cols = upsampler
+    _check_device(images, masks, rows.weight, cols.weight)
+    batch, _, height, width = images.shape
+    if masks.shape[0] != batch or masks.shape[2] != rows.size * cols.size:
+        raise ValueError(
+            f"masks has shape {tuple(masks.shape)}: give (B={batch}, S, K={rows.size}·{cols.size}), "
+            "one value per cell of the upsampler"
+        )
+    if (rows.cell.shape[0], cols.cell.shape[0]) != (height, width):
+        raise ValueError(
+            f"the upsampler makes {rows.cell.shape[0]}×{cols.cell.shape[0]} pixels, images are {height}×{width}"
+        )
+    return Call("perturb", {**pixels, "masks": masks, "rows": rows, "cols": cols})
+
+
+def _perturb_by_rank(images: Tensor, references: Tensor, ranks: Tensor, counts: Any, *output: Any) -> Call:
+    pixels = _check_images(images, references, *output)
     batch, _, height, width = images.shape
     if not _is_plain(ranks) or ranks.dtype not in _INTEGERS or ranks.shape != (batch, height, width):
         raise ValueError(f"ranks is {_describe(ranks)}: give integers of shape {(batch, height, width)}")
@@ -344,11 +377,39 @@ def perturb_by_rank(
         raise ValueError(
             f"counts span {int(counts.min())} … {int(counts.max())}: they must lie in 0 … H·W = {height * width}"
         )
+    _check_device(images, ranks)
     counts = counts.to(images.device, torch.int32)
-    dispatch.device_of(images, references, ranks, mean, std)
-    dtype = _check_dtype(images.dtype if dtype is None else dtype)
-    arguments = (images, references, ranks.to(torch.int32), counts, mean, std, dtype)
-    return dispatch.run("perturb_by_rank", backend, images.device, *arguments)
+    return Call("perturb_by_rank", {**pixels, "ranks": ranks.to(torch.int32), "counts": counts})
+
+
+# the public functions, and their checks, which take the same arguments up to ``backend``
+OPERATORS: dict[str, tuple[Callable[..., Any], Callable[..., Call]]] = {
+    "log_sinkhorn": (log_sinkhorn, _log_sinkhorn),
+    "gumbel_sinkhorn": (gumbel_sinkhorn, _gumbel_sinkhorn),
+    "cumulative_masks": (cumulative_masks, _cumulative_masks),
+    "soft_topk_masks": (soft_topk_masks, _soft_topk_masks),
+    "soft_sort": (soft_sort, _soft_sort),
+    "soft_rank": (soft_rank, _soft_rank),
+    "soft_topk": (soft_topk, _soft_topk),
+    "perturb": (perturb, _perturb),
+    "perturb_by_rank": (perturb_by_rank, _perturb_by_rank),
+}
+
+
+def explain(operator: str, *args: Any, **kwargs: Any) -> list[Choice]:
+    """How ``backend="auto"`` would decide for this call: one `Choice` per backend, in the order of preference.
+
+    >>> aha.kernels.explain("soft_topk_masks", scores, fractions, tau=0.3)
+
+    Raises ValueError for an unknown operator, and whatever the operator itself raises for bad arguments.
+    """
+    if operator not in OPERATORS:
+        raise ValueError(f"operator {operator!r} is not known: choose one of {', '.join(OPERATORS)}")
+    function, check = OPERATORS[operator]
+    *parameters, _ = inspect.signature(function).parameters.values()
+    given = inspect.Signature(parameters).bind(*args, **kwargs)
+    given.apply_defaults()
+    return dispatch.explain(check(*given.args))
 
 
 def _is_plain(value: object) -> bool:
@@ -367,6 +428,12 @@ def _describe(value: object) -> str:
     if value.device.type == "meta":
         return f"{text} on meta, without values"
     return text if value.layout == torch.strided else f"{str(value.layout).removeprefix('torch.')} {text}"
+
+
+def _check_device(*tensors: Tensor | None) -> None:
+    devices = sorted({str(t.device) for t in tensors if t is not None})
+    if len(devices) != 1:
+        raise ValueError(f"tensors are on several devices ({', '.join(devices)}): move them to one")
 
 
 def _check_float(name: str, value: Tensor, ndim: int, dtypes: tuple[torch.dtype, ...] = _FLOATS) -> Tensor:
@@ -405,24 +472,18 @@ def _is_number(value: object) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool)
 
 
-Ranking = tuple[Tensor, int, float, Tensor]
-
-
-def _check_values(
-    values: Tensor, tau: float | Tensor, n_iters: int, noise: float, seed: int | Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Ranking]:
-    """Scores (B,K) of mean ½; the values in units of their row's largest, and that (B,1); the ranking's arguments."""
+def _check_values(values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Scores (B,K) of mean ½; the values in units of their row's largest, and that (B,1)."""
     values = _check_scores("values", values)
     largest = torch.linalg.vector_norm(values.detach(), float("inf"), dim=1, keepdim=True)
     largest = torch.where(largest > 0, largest, 1.0)
     unit = values / largest
-    scores = _standardize(unit)
-    return scores, unit, largest, _check_ranking(scores, tau, n_iters, noise, seed)
+    return _standardize(unit), unit, largest
 
 
 def _check_ranking(
     scores: Tensor, tau: float | Tensor, n_iters: int, noise: float, seed: int | Tensor | None
-) -> Ranking:
+) -> dict[str, Any]:
     """The last arguments of every ranking operator: tau and seed as 0-dim tensors on the device of the scores."""
     n_iters = _check_integer("n_iters", n_iters, 1)
     tau, value = _check_tau(tau, scores)
@@ -441,9 +502,10 @@ def _check_ranking(
     if isinstance(seed, Tensor):
         if not _is_plain(seed) or seed.ndim != 0 or seed.dtype != torch.int64:
             raise ValueError(f"seed is {_describe(seed)}: give an integer or a 0-dim int64 tensor")
-        return tau, n_iters, float(noise), seed.to(scores.device)
-    seed = _check_integer("seed", seed, 0, 2**64 - 1)
-    return tau, n_iters, float(noise), random.as_seed(seed, scores.device)
+        seed = seed.to(scores.device)
+    else:
+        seed = random.as_seed(_check_integer("seed", seed, 0, 2**64 - 1), scores.device)
+    return {"tau": tau, "n_iters": n_iters, "noise": float(noise), "seed": seed}
 
 
 def _check_tau(tau: float | Tensor, scores: Tensor) -> tuple[Tensor, float | None]:
@@ -525,7 +587,10 @@ def _standardize(unit: Tensor) -> Tensor:
     return 0.5 + 0.29 * deviation * torch.rsqrt(torch.where(constant, 1.0, spread))
 
 
-def _check_images(images: Tensor, references: Tensor, mean: Tensor | None, std: Tensor | None) -> Tensor:
+def _check_images(
+    images: Tensor, references: Tensor, mean: Tensor | None, std: Tensor | None, dtype: torch.dtype | None
+) -> dict[str, Any]:
+    """The arguments of both perturbations: references for all images, the dtype of the outputs."""
     value: Tensor | None
     for name, value in (("images", images), ("references", references)):
         if not _is_plain(value) or value.ndim != 4 or value.dtype not in _IMAGE_FLOATS:
@@ -542,10 +607,8 @@ def _check_images(images: Tensor, references: Tensor, mean: Tensor | None, std: 
             continue
         if not _is_plain(value) or value.is_complex() or tuple(value.shape) != (images.shape[1],):
             raise ValueError(f"{name} is {_describe(value)}: give one value per channel, ({images.shape[1]},)")
-    return references.expand_as(images)
-
-
-def _check_dtype(dtype: torch.dtype) -> torch.dtype:
+    dtype = images.dtype if dtype is None else dtype
     if dtype not in _IMAGE_FLOATS:
         raise ValueError(f"dtype={_short(dtype)}: give float32, float64, bfloat16 or float16")
-    return dtype
+    _check_device(images, references, mean, std)
+    return {"images": images, "references": references.expand_as(images), "mean": mean, "std": std, "dtype": dtype}

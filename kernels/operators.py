@@ -21,8 +21,8 @@ SCHEMAS = {
     " -> (Tensor grad_scores, Tensor grad_tau, Tensor grad_right, Tensor grad_start)",
     "log_sinkhorn": "(Tensor logits, int n_iters) -> (Tensor out, Tensor scalings, Tensor absorbed)",
     "log_sinkhorn_backward": "(Tensor grad, Tensor logits, Tensor scalings, Tensor absorbed) -> Tensor",
-    "cumulative_masks": "(Tensor permutation, Tensor weights) -> Tensor",
-    "cumulative_masks_backward": "(Tensor grad, Tensor weights) -> Tensor",
+    "cumulative_masks": "(Tensor permutation, Tensor left) -> Tensor",
+    "cumulative_masks_backward": "(Tensor grad, Tensor left) -> Tensor",
     "perturb": "(Tensor images, Tensor references, Tensor masks, Tensor row_cell, Tensor row_weight, Tensor col_cell, "
     "Tensor col_weight, int rows, int cols, Tensor? mean, Tensor? std, ScalarType? dtype)"
     " -> (Tensor deleted, Tensor inserted)",
@@ -63,43 +63,37 @@ class Operators:
         return self._op("log_sinkhorn")(logits, n_iters)[0]
 
     def gumbel_sinkhorn(self, scores: Tensor, tau: Tensor, n_iters: int, noise: float, seed: Tensor) -> Tensor:
-        return self._op("gumbel_sinkhorn")(scores, tau, seed, None, None, n_iters, noise, None)[0]
+        return self._rank(scores, tau, n_iters, noise, seed)[0]
 
-    def cumulative_masks(self, permutation: Tensor, weights: Tensor) -> Tensor:
-        return self._op("cumulative_masks")(permutation, _steps(weights)).cumsum(1)
+    def cumulative_masks(self, permutation: Tensor, left: Tensor) -> Tensor:
+        return self._op("cumulative_masks")(permutation, increments(left)).cumsum(1)
 
     def soft_topk_masks(
-        self, scores: Tensor, weights: Tensor, tau: Tensor, n_iters: int, noise: float, seed: Tensor
+        self, scores: Tensor, left: Tensor, tau: Tensor, n_iters: int, noise: float, seed: Tensor
     ) -> Tensor:
-        masks, *_ = self._op("gumbel_sinkhorn")(scores, tau, seed, _steps(weights), None, n_iters, noise, None)
-        return masks.cumsum(1)
+        return self._rank(scores, tau, n_iters, noise, seed, left=increments(left))[0].cumsum(1)
 
-    def weigh_ranks(
-        self, scores: Tensor, start: Tensor, weights: Tensor, tau: Tensor, n_iters: int, noise: float, seed: Tensor
+    def read_left(
+        self, scores: Tensor, start: Tensor, left: Tensor, tau: Tensor, n_iters: int, noise: float, seed: Tensor
     ) -> tuple[Tensor, Tensor]:
-        out, *state = self._op("gumbel_sinkhorn")(scores, tau, seed, weights[None], None, n_iters, noise, start)
+        out, *state = self._rank(scores, tau, n_iters, noise, seed, left=left[None], start=start)
         return out[:, 0], _row_error(*state)
 
-    def weigh_regions(
-        self, scores: Tensor, start: Tensor, values: Tensor, tau: Tensor, n_iters: int, noise: float, seed: Tensor
+    def read_right(
+        self, scores: Tensor, start: Tensor, right: Tensor, tau: Tensor, n_iters: int, noise: float, seed: Tensor
     ) -> tuple[Tensor, Tensor]:
-        out, *state = self._op("gumbel_sinkhorn")(scores, tau, seed, None, values, n_iters, noise, start)
+        out, *state = self._rank(scores, tau, n_iters, noise, seed, right=right, start=start)
         return out, _row_error(*state)
+
+    def _rank(self, scores, tau, n_iters, noise, seed, left=None, right=None, start=None) -> tuple[Tensor, ...]:
+        """What is read out of P, its scalings and which of them were absorbed; see csrc/ops.cpp."""
+        return self._op("gumbel_sinkhorn")(scores, tau, seed, left, right, n_iters, noise, start)
 
     def perturb(self, images, references, masks, rows, cols, mean, std, dtype) -> tuple[Tensor, Tensor]:
         computed = torch.float64 if images.dtype == torch.float64 else torch.float32
         taps = [part for taps in (rows, cols) for part in (taps.cell, taps.weight.to(computed))]
-        return self._op("perturb")(
-            images,
-            references,
-            masks.to(computed),
-            *taps,
-            rows.size,
-            cols.size,
-            _constant(mean, computed),
-            _constant(std, computed),
-            dtype,
-        )
+        masks, mean, std = masks.to(computed), _constant(mean, computed), _constant(std, computed)
+        return self._op("perturb")(images, references, masks, *taps, rows.size, cols.size, mean, std, dtype)
 
     def perturb_by_rank(
         self, images, references, ranks, counts, mean=None, std=None, dtype=None
@@ -122,9 +116,9 @@ def _constant(values: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return None if values is None else values.detach().to(dtype)
 
 
-def _steps(weights: Tensor) -> Tensor:
-    """Cumulative weights (S,K) as their steps, whose running sum they are: one or two non-zeros per column."""
-    return torch.diff(weights, dim=0, prepend=weights.new_zeros(1, weights.shape[1]))
+def increments(left: Tensor) -> Tensor:
+    """Cumulative weights (S,K) as their increments, whose running sum they are: one or two non-zeros per column."""
+    return torch.diff(left, dim=0, prepend=left.new_zeros(1, left.shape[1]))
 
 
 def register(namespace: str) -> None:
@@ -190,10 +184,8 @@ _FAKES: dict[str, Callable] = {
     "gumbel_sinkhorn_backward": _fake_gumbel_sinkhorn_backward,
     "log_sinkhorn": _fake_log_sinkhorn,
     "log_sinkhorn_backward": lambda grad, logits, scalings, absorbed: logits.new_empty(logits.shape),
-    "cumulative_masks": lambda permutation, weights: permutation.new_empty(permutation.shape[0], *weights.shape),
-    "cumulative_masks_backward": lambda grad, weights: grad.new_empty(
-        grad.shape[0], weights.shape[1], weights.shape[1]
-    ),
+    "cumulative_masks": lambda permutation, left: permutation.new_empty(permutation.shape[0], *left.shape),
+    "cumulative_masks_backward": lambda grad, left: grad.new_empty(grad.shape[0], left.shape[1], left.shape[1]),
     "perturb": _fake_perturb,
     "perturb_backward": _fake_perturb_backward,
     "perturb_by_rank": _fake_perturb_by_rank,
@@ -228,7 +220,7 @@ def _gradients(ops: Any) -> dict[str, tuple[Callable, Callable]]:
     def logits_backward(ctx, grad, *_):
         return (None if grad is None else ops.log_sinkhorn_backward(grad, *ctx.saved_tensors)), None
 
-    def keep_weights(ctx, inputs, output):
+    def keep_left(ctx, inputs, output):
         ctx.save_for_backward(inputs[1])
 
     def perturb_backward(ctx, *grads):
@@ -265,11 +257,11 @@ def _gradients(ops: Any) -> dict[str, tuple[Callable, Callable]]:
         "log_sinkhorn": (keep_logits, logits_backward),
         "log_sinkhorn_backward": _refuse("log_sinkhorn"),
         "cumulative_masks": (
-            keep_weights,
+            keep_left,
             lambda ctx, grad: (ops.cumulative_masks_backward(grad, *ctx.saved_tensors), None),
         ),
         "cumulative_masks_backward": (
-            keep_weights,
+            keep_left,
             lambda ctx, grad: (ops.cumulative_masks(grad, *ctx.saved_tensors), None),
         ),
         "perturb": (keep_perturb, perturb_backward),

@@ -48,33 +48,33 @@ def gumbel_sinkhorn(scores: Tensor, tau: Tensor, n_iters: int, noise: float, see
     return log_permutation(scores, tau, n_iters, noise, seed).exp()
 
 
-def cumulative_masks(permutation: Tensor, weights: Tensor) -> Tensor:
-    """(B,K,K), (S,K) → (B,S,K): sums of the rank rows with ``weights``."""
-    return weights @ permutation
+def cumulative_masks(permutation: Tensor, left: Tensor) -> Tensor:
+    """(B,K,K), (S,K) → (B,S,K): left · P, sums of the rank rows with these weights."""
+    return left @ permutation
 
 
-def soft_topk_masks(scores: Tensor, weights: Tensor, tau: Tensor, n_iters: int, noise: float, seed: Tensor) -> Tensor:
+def soft_topk_masks(scores: Tensor, left: Tensor, tau: Tensor, n_iters: int, noise: float, seed: Tensor) -> Tensor:
     """(B,K), (S,K) → (B,S,K): the two operators above, one after the other."""
-    return cumulative_masks(gumbel_sinkhorn(scores, tau, n_iters, noise, seed), weights)
+    return cumulative_masks(gumbel_sinkhorn(scores, tau, n_iters, noise, seed), left)
 
 
-def weigh_ranks(
-    scores: Tensor, start: Tensor, weights: Tensor, tau: Tensor, n_iters: int, noise: float, seed: Tensor
+def read_left(
+    scores: Tensor, start: Tensor, left: Tensor, tau: Tensor, n_iters: int, noise: float, seed: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """(B,K), (B,K), (K,) → (B,K): weights · P, for every region the soft choice of a rank's weight; and the row error.
+    """(B,K), (B,K), (K,) → (B,K): left · P, for every region the soft choice of a rank's weight; and the row error.
 
     The row error (B,): the largest |row sum − 1| of P. Columns, normalised last, sum to 1.
     """
     p = log_permutation(scores, tau, n_iters, noise, seed, start).exp()
-    return weights @ p, _row_error(p)
+    return left @ p, _row_error(p)
 
 
-def weigh_regions(
-    scores: Tensor, start: Tensor, values: Tensor, tau: Tensor, n_iters: int, noise: float, seed: Tensor
+def read_right(
+    scores: Tensor, start: Tensor, right: Tensor, tau: Tensor, n_iters: int, noise: float, seed: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Thrice (B,K) → (B,K): P · values, at every rank the soft choice of a region's value; and the row error."""
+    """Thrice (B,K) → (B,K): P · right, at every rank the soft choice of a region's value; and the row error."""
     p = log_permutation(scores, tau, n_iters, noise, seed, start).exp()
-    return (p @ values[..., None])[..., 0], _row_error(p)
+    return (p @ right[..., None])[..., 0], _row_error(p)
 
 
 def _row_error(p: Tensor) -> Tensor:

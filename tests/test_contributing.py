@@ -26,11 +26,10 @@ def blocks(section):
 @pytest.fixture
 def registries(monkeypatch):
     """Whatever a section registers is gone afterwards."""
-    tables = (base._REGISTRY, dispatch.BACKENDS, protocols.DIRECTIONS, protocols.PROTOCOLS)
+    tables = (base._REGISTRY, dispatch.BACKENDS, functional.OPERATORS, protocols.DIRECTIONS, protocols.PROTOCOLS)
     before = [dict(table) for table in tables]
     monkeypatch.setattr(suite, "KINDS", suite.KINDS)
     monkeypatch.setattr(dispatch, "NAMES", dispatch.NAMES)
-    monkeypatch.setattr(functional, "expected_rank", None, raising=False)
     yield
     for table, kept in zip(tables, before, strict=True):
         table.clear()

@@ -11,8 +11,8 @@
 #include <tuple>
 #include <vector>
 
+#include "by_rank.h"
 #include "sinkhorn_rows.h"
-#include "weights.h"
 
 namespace aha {
 namespace {
@@ -20,9 +20,6 @@ namespace {
 constexpr int64_t BLOCK = 64;    // rows per task
 constexpr int64_t TILE = 128;    // columns per task where rows are added up
 constexpr float NEVER = -1e30f;  // logit of the padding
-
-// What is read out of P = u X v, and so what the gradient of P is made of.
-enum class Readout { matrix, weigh_ranks, weigh_regions, logarithm };
 
 // The matrices, all of them: scores with their noise, or logits as they are.
 template <typename T>
@@ -177,22 +174,22 @@ void for_each_matrix(int64_t batch, const F& f) {
 template <typename T>
 struct Output {
   Readout kind;
-  const Weights<T>* left;
-  int64_t steps;      // rows of left
-  const T* right;     // (B,K)
+  const ByRank<T>* left;
+  int64_t steps;   // rows of left
+  const T* right;  // (B,K)
   int64_t size(int64_t k) const {
-    return kind == Readout::weigh_regions ? k : (kind == Readout::weigh_ranks ? steps : k) * k;
+    return kind == Readout::right ? k : (kind == Readout::left ? steps : k) * k;
   }
 
   void read(const Matrix<T>& matrix, const Problem<T>& problem, int64_t b, const T* u, const T* v, T* out) const {
     const int64_t k = matrix.k, ld = matrix.ld;
     out += b * size(k);
-    if (kind == Readout::weigh_ranks) return read_sums(matrix, u, v, out);
+    if (kind == Readout::left) return read_left(matrix, u, v, out);
     Buffer<T> column(ld);
     Buffer<double> potential(ld);
     std::fill_n(column.get(), ld, T{0});
     for (int64_t j = 0; j < k; ++j) {
-      column[j] = kind == Readout::weigh_regions ? v[j] * right[b * k + j] : v[j];
+      column[j] = kind == Readout::right ? v[j] * right[b * k + j] : v[j];
       potential[j] = matrix.G[j] + std::log(static_cast<double>(v[j]));
     }
     matrix.for_each_block([&](int64_t, int64_t begin, int64_t end) {
@@ -200,7 +197,7 @@ struct Output {
         const double f = matrix.F[i] + std::log(static_cast<double>(u[i]));
         if (kind == Readout::logarithm)
           sum_row(problem.logits + (b * k + i) * k, f, potential, k, out + i * k);
-        else if (kind == Readout::weigh_regions)
+        else if (kind == Readout::right)
           out[i] = u[i] * dot(matrix.row(i), column, ld);
         else
           scale_row(matrix.row(i), u[i], column, k, out + i * k);
@@ -209,7 +206,7 @@ struct Output {
   }
 
   // Threads share out columns here: sums over rows need no partial results.
-  void read_sums(const Matrix<T>& matrix, const T* u, const T* v, T* out) const {
+  void read_left(const Matrix<T>& matrix, const T* u, const T* v, T* out) const {
     const int64_t k = matrix.k;
     for_each((matrix.ld + TILE - 1) / TILE, [&](int64_t tile) {
       const int64_t from = tile * TILE, width = std::min(TILE, matrix.ld - from), seen = std::min(width, k - from);
@@ -228,13 +225,13 @@ struct Output {
   void grad_row(const T* grad, int64_t b, int64_t i, int64_t k, int64_t ld, T* row) const {
     grad += b * size(k);
     switch (kind) {
-      case Readout::weigh_ranks:
+      case Readout::left:
         std::fill_n(row, ld, T{0});
         left->of(i, [&](int64_t s, T weight) {
           for (int64_t j = 0; j < k; ++j) row[j] += weight * grad[s * k + j];
         });
         return;
-      case Readout::weigh_regions:
+      case Readout::right:
         for (int64_t j = 0; j < k; ++j) row[j] = grad[i] * right[b * k + j];
         break;
       default: std::copy_n(grad + i * k, k, row);
@@ -310,7 +307,7 @@ void run_backward(const Problem<T>& problem, const Output<T>& output, T* scaling
       matrix.make();
     };
 
-    Buffer<T> left(2 * iterations * ld), right(2 * iterations * ld), r(ld), g(ld), centre(ld), u(ld), v(ld);
+    Buffer<T> by_row(2 * iterations * ld), by_column(2 * iterations * ld), r(ld), g(ld), centre(ld), u(ld), v(ld);
     Buffer<T> sums(3 * blocks * ld);  // columns of one thing each, per block: W, q L, L log P
     for (T* column : {g.get(), centre.get(), v.get(), u.get()}) std::fill_n(column, ld, T{0});
     std::copy_n(state.row(iterations), k, u.get());
@@ -354,7 +351,7 @@ void run_backward(const Problem<T>& problem, const Output<T>& output, T* scaling
     for (;;) {
       const auto pair = [&](Buffer<T>& list, int64_t t, int64_t which) { return list + (2 * (t - begin) + which) * ld; };
       for (int64_t t = last; t >= begin; --t) {
-        T *u_t = pair(left, t, 0), *z = pair(left, t, 1), *y = pair(right, t, 0), *v_before = pair(right, t, 1);
+        T *u_t = pair(by_row, t, 0), *z = pair(by_row, t, 1), *y = pair(by_column, t, 0), *v_before = pair(by_column, t, 1);
         for (T* column : {u_t, z, y, v_before}) std::fill_n(column, ld, T{0});
         std::copy_n(state.row(t), k, u_t);
         for (int64_t j = 0; j < k; ++j) {
@@ -374,7 +371,7 @@ void run_backward(const Problem<T>& problem, const Output<T>& output, T* scaling
           for (int64_t i = from; i < to; ++i) weigh(i, L + (i - from) * ld, sums + block * ld);
         else
           std::fill_n(L.get(), (to - from) * ld, T{0});
-        subtract_products(matrix.row(from), ld, to - from, 2 * (last - begin + 1), left + from, right, L);
+        subtract_products(matrix.row(from), ld, to - from, 2 * (last - begin + 1), by_row + from, by_column, L);
         for (int64_t i = from; i < to; ++i) {
           T* row = L + (i - from) * ld;
           if (gradients.logits) {
@@ -439,9 +436,9 @@ template <typename T, typename F>
 void with_output(const std::optional<Tensor>& left, const std::optional<Tensor>& right, int64_t k, const F& f) {
   const std::optional<Tensor> rows = contiguous(left), values = contiguous(right);
   const int64_t steps = rows ? rows->size(0) : 0;
-  const Weights<T> weights(rows ? data<T>(*rows) : nullptr, steps, k);
-  const Readout kind = left ? Readout::weigh_ranks : right ? Readout::weigh_regions : Readout::matrix;
-  f(Output<T>{kind, &weights, steps, values ? data<T>(*values) : nullptr});
+  const ByRank<T> by_rank(rows ? data<T>(*rows) : nullptr, steps, k);
+  const Readout kind = left ? Readout::left : right ? Readout::right : Readout::matrix;
+  f(Output<T>{kind, &by_rank, steps, values ? data<T>(*values) : nullptr});
 }
 
 Triple gumbel_sinkhorn(const Tensor& scores, const Tensor& tau, const Tensor& seed, const std::optional<Tensor>& left,

@@ -135,17 +135,17 @@ AHA_INLINE T weigh_row_(bool logarithm, T u, const T* X, const T* v, const T* g,
   return sum<T>(total);
 }
 
-// out_ij -= X_ij Σ_t left_ti right_tj, `terms` outer products; R rows, two vectors of columns
+// out_ij -= X_ij Σ_t by_row_ti by_column_tj, `terms` outer products; R rows, two vectors of columns
 template <typename T, int64_t R>
-AHA_INLINE void subtract_group(const T* X, int64_t ld, int64_t terms, const T* left, const T* right, T* out) {
+AHA_INLINE void subtract_group(const T* X, int64_t ld, int64_t terms, const T* by_row, const T* by_column, T* out) {
   using V = typename Lanes<T>::V;
   constexpr int64_t N = Lanes<T>::N;
   V totals[R][2] = {};
   for (int64_t t = 0; t < terms; ++t) {
-    const V a = at(right + t * ld), b = at(right + t * ld + N);
+    const V a = at(by_column + t * ld), b = at(by_column + t * ld + N);
     for (int64_t i = 0; i < R; ++i) {
-      totals[i][0] += left[t * ld + i] * a;
-      totals[i][1] += left[t * ld + i] * b;
+      totals[i][0] += by_row[t * ld + i] * a;
+      totals[i][1] += by_row[t * ld + i] * b;
     }
   }
   for (int64_t i = 0; i < R; ++i) {
@@ -156,13 +156,13 @@ AHA_INLINE void subtract_group(const T* X, int64_t ld, int64_t terms, const T* l
 
 // The same over `rows` rows and all columns.
 template <typename T>
-AHA_INLINE void subtract_products_(const T* X, int64_t ld, int64_t rows, int64_t terms, const T* left, const T* right,
-                                   T* out) {
+AHA_INLINE void subtract_products_(const T* X, int64_t ld, int64_t rows, int64_t terms, const T* by_row,
+                                   const T* by_column, T* out) {
   for (int64_t j = 0; j < ld; j += 2 * Lanes<T>::N) {
     int64_t i = 0;
     for (; i + GROUP <= rows; i += GROUP)
-      subtract_group<T, GROUP>(X + i * ld + j, ld, terms, left + i, right + j, out + i * ld + j);
-    for (; i < rows; ++i) subtract_group<T, 1>(X + i * ld + j, ld, terms, left + i, right + j, out + i * ld + j);
+      subtract_group<T, GROUP>(X + i * ld + j, ld, terms, by_row + i, by_column + j, out + i * ld + j);
+    for (; i < rows; ++i) subtract_group<T, 1>(X + i * ld + j, ld, terms, by_row + i, by_column + j, out + i * ld + j);
   }
 }
 
@@ -189,9 +189,9 @@ AHA_INLINE void subtract_products_(const T* X, int64_t ld, int64_t rows, int64_t
   AHA_CLONES inline T weigh_row(bool logarithm, T u, const T* X, const T* v, const T* g, int64_t n, T* W, T* columns) { \
     return weigh_row_(logarithm, u, X, v, g, n, W, columns);                                                        \
   }                                                                                                                 \
-  AHA_CLONES inline void subtract_products(const T* X, int64_t ld, int64_t rows, int64_t terms, const T* left,       \
-                                           const T* right, T* out) {                                                \
-    subtract_products_(X, ld, rows, terms, left, right, out);                                                       \
+  AHA_CLONES inline void subtract_products(const T* X, int64_t ld, int64_t rows, int64_t terms, const T* by_row,     \
+                                           const T* by_column, T* out) {                                            \
+    subtract_products_(X, ld, rows, terms, by_row, by_column, out);                                                       \
   }
 AHA_ROWS(float)
 AHA_ROWS(double)

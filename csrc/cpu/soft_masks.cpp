@@ -1,12 +1,12 @@
-// Cumulative masks on the CPU: weights P for weights that are mostly zero, so P is read about once.
+// Cumulative masks on the CPU: left P for a left that is mostly zero, so P is read about once.
 // Threads share out columns (forward) or rows (backward), never sums: results repeat bit for bit.
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
 
+#include "by_rank.h"
 #include "lanes.h"
 #include "sinkhorn.h"
-#include "weights.h"
 
 namespace aha {
 namespace {
@@ -22,15 +22,15 @@ AHA_ADD(float)
 AHA_ADD(double)
 #undef AHA_ADD
 
-Tensor cumulative_masks(const Tensor& permutation, const Tensor& weights) {
-  check_masks(permutation, weights, false);
-  const int64_t batch = permutation.size(0), steps = weights.size(0), k = weights.size(1), tiles = (k + TILE - 1) / TILE;
-  const Tensor P = torch::stable::contiguous(permutation), w = torch::stable::contiguous(weights);
+Tensor cumulative_masks(const Tensor& permutation, const Tensor& left) {
+  check_masks(permutation, left, false);
+  const int64_t batch = permutation.size(0), steps = left.size(0), k = left.size(1), tiles = (k + TILE - 1) / TILE;
+  const Tensor P = torch::stable::contiguous(permutation), w = torch::stable::contiguous(left);
   Tensor out = torch::stable::new_zeros(P, {batch, steps, k});
   with_type(P, "cumulative_masks", [&](auto type) {
     using T = decltype(type);
     const T* p = static_cast<const T*>(P.const_data_ptr());
-    const Weights<T> by_rank(static_cast<const T*>(w.const_data_ptr()), steps, k);
+    const ByRank<T> by_rank(static_cast<const T*>(w.const_data_ptr()), steps, k);
     T* to = static_cast<T*>(out.mutable_data_ptr());
     for_each(batch * tiles, [&](int64_t task) {
       const int64_t b = task / tiles, from = task % tiles * TILE, width = std::min(TILE, k - from);
@@ -43,15 +43,15 @@ Tensor cumulative_masks(const Tensor& permutation, const Tensor& weights) {
   return out;
 }
 
-Tensor cumulative_masks_backward(const Tensor& grad, const Tensor& weights) {
-  check_masks(grad, weights, true);
+Tensor cumulative_masks_backward(const Tensor& grad, const Tensor& left) {
+  check_masks(grad, left, true);
   const int64_t batch = grad.size(0), steps = grad.size(1), k = grad.size(2), tasks = (k + ROWS - 1) / ROWS;
-  const Tensor g = torch::stable::contiguous(grad), w = torch::stable::contiguous(weights);
+  const Tensor g = torch::stable::contiguous(grad), w = torch::stable::contiguous(left);
   Tensor out = torch::stable::new_empty(g, {batch, k, k});
   with_type(g, "cumulative_masks_backward", [&](auto type) {
     using T = decltype(type);
     const T* from = static_cast<const T*>(g.const_data_ptr());
-    const Weights<T> by_rank(static_cast<const T*>(w.const_data_ptr()), steps, k);
+    const ByRank<T> by_rank(static_cast<const T*>(w.const_data_ptr()), steps, k);
     T* to = static_cast<T*>(out.mutable_data_ptr());
     for_each(batch * tasks, [&](int64_t task) {
       const int64_t b = task / tasks, first = task % tasks * ROWS;

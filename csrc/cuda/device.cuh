@@ -36,19 +36,20 @@ __device__ __forceinline__ T* cluster_map(T* own, int rank) {
 }
 #endif
 
-constexpr unsigned WARP = 0xffffffffu;
+constexpr int WARP = 32;
+constexpr unsigned ALL_LANES = 0xffffffffu;
 
-__device__ __forceinline__ int lane() { return threadIdx.x % 32; }
-__device__ __forceinline__ int warp() { return threadIdx.x / 32; }
-__device__ __forceinline__ int warps() { return blockDim.x / 32; }
+__device__ __forceinline__ int lane() { return threadIdx.x % WARP; }
+__device__ __forceinline__ int warp() { return threadIdx.x / WARP; }
+__device__ __forceinline__ int warps() { return blockDim.x / WARP; }
 
 // R sums over the warp side by side, so that they wait for each other's shuffles; every lane gets the same bits.
 template <int R>
 __device__ __forceinline__ void warp_sums(float (&x)[R]) {
 #pragma unroll
-  for (int offset = 16; offset; offset /= 2)
+  for (int offset = WARP / 2; offset; offset /= 2)
 #pragma unroll
-    for (int r = 0; r < R; ++r) x[r] += __shfl_xor_sync(WARP, x[r], offset);
+    for (int r = 0; r < R; ++r) x[r] += __shfl_xor_sync(ALL_LANES, x[r], offset);
 }
 
 __device__ __forceinline__ float warp_sum(float x) {
@@ -59,7 +60,7 @@ __device__ __forceinline__ float warp_sum(float x) {
 
 __device__ __forceinline__ float warp_max(float x) {
 #pragma unroll
-  for (int offset = 16; offset; offset /= 2) x = fmaxf(x, __shfl_xor_sync(WARP, x, offset));
+  for (int offset = WARP / 2; offset; offset /= 2) x = fmaxf(x, __shfl_xor_sync(ALL_LANES, x, offset));
   return x;
 }
 

@@ -8,6 +8,7 @@
 
 #include <cstdint>
 
+#include "cuda/device.cuh"
 #include "perturb.h"
 
 // AHA_UNROLL for loops over register arrays, AHA_ROLLED for those around them, which would spill if they were unrolled.
@@ -29,7 +30,6 @@ namespace aha::pixels {
 
 // Blocks per multiprocessor are part of every __launch_bounds__: left to choose, ptxas buys more of them with spills.
 constexpr int THREADS = 256;
-constexpr int WARP = 32;
 constexpr int STEPS = 4;
 constexpr int TILE = 2048;  // pixels of reduce_columns: STEPS of them in float are 32 KiB of shared memory
 
@@ -247,7 +247,7 @@ static __global__ void __launch_bounds__(THREADS, 2) find_ranges(Band rows, int 
   const Band band = blockIdx.y ? cols : rows;
   const Range range = blockIdx.y ? col_range : row_range;
   const int pixels = blockIdx.y ? width : height;
-  const int cell = static_cast<int>((blockIdx.x * THREADS + threadIdx.x) / WARP), lane = threadIdx.x % WARP;
+  const int cell = static_cast<int>((blockIdx.x * THREADS + threadIdx.x) / WARP), lane = aha::lane();
   if (cell >= band.cells) return;
   int begin = pixels, end = 0;
   for (int pixel = lane; pixel < pixels; pixel += WARP)
@@ -257,8 +257,8 @@ static __global__ void __launch_bounds__(THREADS, 2) find_ranges(Band rows, int 
         end = pixel + 1;
       }
   for (int step = WARP / 2; step > 0; step /= 2) {
-    const int other_begin = __shfl_xor_sync(0xffffffffu, begin, step);
-    const int other_end = __shfl_xor_sync(0xffffffffu, end, step);
+    const int other_begin = __shfl_xor_sync(ALL_LANES, begin, step);
+    const int other_end = __shfl_xor_sync(ALL_LANES, end, step);
     begin = other_begin < begin ? other_begin : begin;
     end = other_end > end ? other_end : end;
   }

@@ -11,8 +11,6 @@
 
 namespace aha {
 
-enum class Readout { matrix, log_matrix, steps, regions };  // P, log P, left P, P right
-
 // The arguments of an operator, for all images. tau and seed are read on the device.
 struct Ranking {
   const float *scores, *logits, *tau;  // scores or logits
@@ -70,8 +68,8 @@ struct State {
   // The first iteration with the potentials of iteration t if nothing was absorbed in between, else t; a whole warp.
   __device__ int origin(int t) const {
     bool any = false;
-    for (int s = lane(); s < t - 1; s += 32) any |= absorbed[s] != 0;
-    return __any_sync(WARP, any) ? t : 1;
+    for (int s = lane(); s < t - 1; s += WARP) any |= absorbed[s] != 0;
+    return __any_sync(ALL_LANES, any) ? t : 1;
   }
 };
 
@@ -90,7 +88,7 @@ __device__ __forceinline__ bool outside(float scaling) {
 __device__ inline void write_noise(const Logits& l, int i, int from, int to, float* row) {
   const uint64_t start = l.first + static_cast<uint64_t>(i) * l.k;
   __syncwarp();
-  for (uint64_t quad = (start + from) / 4 + lane(); quad < (start + to + 3) / 4; quad += 32) {
+  for (uint64_t quad = (start + from) / 4 + lane(); quad < (start + to + 3) / 4; quad += WARP) {
     const Words words = random_words(l.seed, quad);
 #pragma unroll
     for (int w = 0; w < 4; ++w) {
@@ -104,12 +102,12 @@ __device__ inline void write_noise(const Logits& l, int i, int from, int to, flo
 // M_i into `row`; one warp. Explicit fma: forward and backward must round alike.
 __device__ inline void write_logits(const Logits& l, int i, float* row) {
   if (l.given) {
-    for (int j = lane(); j < l.k; j += 32) row[j] = l.given[static_cast<int64_t>(i) * l.k + j];
+    for (int j = lane(); j < l.k; j += WARP) row[j] = l.given[static_cast<int64_t>(i) * l.k + j];
     return;
   }
   if (l.noise != 0.0f) write_noise(l, i, 0, l.k, row);
   const float twice = 2.0f * l.rank(i);
-  for (int j = lane(); j < l.k; j += 32)
+  for (int j = lane(); j < l.k; j += WARP)
     row[j] = fmaf(twice, l.centred(j), l.noise != 0.0f ? l.noise * row[j] : 0.0f) / l.tau;
 }
 
@@ -119,11 +117,11 @@ __device__ inline void start_rows(const Ranking& p, const Logits& l, const Band&
     float* row = band.row(r);
     write_logits(l, band.first + r, row);
     float top = -INFINITY, sum = 0.0f;
-    for (int j = lane(); j < l.k; j += 32) top = fmaxf(top, row[j] + l.initial(p, j));
+    for (int j = lane(); j < l.k; j += WARP) top = fmaxf(top, row[j] + l.initial(p, j));
     top = warp_max(top);
-    for (int j = lane(); j < l.k; j += 32) sum += expf(row[j] + l.initial(p, j) - top);
+    for (int j = lane(); j < l.k; j += WARP) sum += expf(row[j] + l.initial(p, j) - top);
     const float potential = -(top + logf(warp_sum(sum)));
-    for (int j = lane(); j < l.k; j += 32) row[j] += potential;
+    for (int j = lane(); j < l.k; j += WARP) row[j] += potential;
     if (lane() == 0) potentials[band.first + r] = potential;
   }
 }
@@ -135,22 +133,22 @@ __device__ inline void restart_rows(const Logits& l, const State& state, int t, 
     float* row = band.row(r);
     write_logits(l, band.first + r, row);
     const float potential = state.potential(0, band.first + r, t);
-    for (int j = lane(); j < l.k; j += 32) row[j] += potential;
+    for (int j = lane(); j < l.k; j += WARP) row[j] += potential;
   }
 }
 
 // X from M_ij + F_i, with the potentials of iteration t. A thread reads the entries it has written itself.
 __device__ inline void exponentiate(const State& state, int t, const Band& band) {
   t = state.origin(t);
-  for (int j = lane(); j < band.k; j += 32) {
+  for (int j = lane(); j < band.k; j += WARP) {
     const float potential = state.potential(1, j, t);
     for (int r = warp(); r < band.rows; r += warps()) band.row(r)[j] = expf(band.row(r)[j] + potential);
   }
   __syncthreads();
 }
 
-// Passes over tiles of columns: lane l of every warp holds the columns l, l + 32, ... of the tile.
-constexpr int TILE_COLUMNS = 4, TILE = 32 * TILE_COLUMNS;
+// Passes over tiles of columns: lane l of every warp holds the columns l, l + WARP, ... of the tile.
+constexpr int TILE_COLUMNS = 4, TILE = WARP * TILE_COLUMNS;
 using Tile = float[TILE_COLUMNS];
 
 // Sums a tile over the warps in their order, then finish(column, sum) for its first `width` columns.
@@ -158,7 +156,7 @@ template <typename Finish>
 __device__ __forceinline__ void add_warps(const Tile& part, int width, float* buffer, const Finish& finish) {
   __syncthreads();
 #pragma unroll
-  for (int c = 0; c < TILE_COLUMNS; ++c) buffer[warp() * TILE + lane() + 32 * c] = part[c];
+  for (int c = 0; c < TILE_COLUMNS; ++c) buffer[warp() * TILE + lane() + WARP * c] = part[c];
   __syncthreads();
   for (int j = threadIdx.x; j < width; j += blockDim.x) {
     float sum = 0.0f;
@@ -167,21 +165,21 @@ __device__ __forceinline__ void add_warps(const Tile& part, int width, float* bu
   }
 }
 
-// sum_i weights_i row(i) over a tile of columns j0 ... j1 - 1, most weights being 0; all warps. scale (k,) or null.
+// sum_i left_i row(i) over a tile of columns j0 ... j1 - 1, most of left being 0; all warps. scale (k,) or null.
 template <typename Row, typename Finish>
-__device__ void weigh_rows(const float* weights, const float* scale, int k, const Row& row, int j0, int j1,
+__device__ void weigh_rows(const float* left, const float* scale, int k, const Row& row, int j0, int j1,
                            float* buffer, const Finish& finish) {
   Tile part = {};
-  for (int i0 = 32 * warp(); i0 < k; i0 += 32 * warps()) {
-    float weight = i0 + lane() < k ? weights[i0 + lane()] : 0.0f;
+  for (int i0 = WARP * warp(); i0 < k; i0 += WARP * warps()) {
+    float weight = i0 + lane() < k ? left[i0 + lane()] : 0.0f;
     if (scale && weight != 0.0f) weight *= scale[i0 + lane()];
-    for (unsigned left = __ballot_sync(WARP, weight != 0.0f); left; left &= left - 1) {
-      const int i = __ffs(left) - 1;
-      const float w = __shfl_sync(WARP, weight, i);
+    for (unsigned rest = __ballot_sync(ALL_LANES, weight != 0.0f); rest; rest &= rest - 1) {
+      const int i = __ffs(rest) - 1;
+      const float w = __shfl_sync(ALL_LANES, weight, i);
       const float* from = row(i0 + i);
 #pragma unroll
       for (int c = 0; c < TILE_COLUMNS; ++c) {
-        const int j = j0 + lane() + 32 * c;
+        const int j = j0 + lane() + WARP * c;
         if (j < j1) part[c] = fmaf(w, from[j], part[c]);
       }
     }
@@ -193,15 +191,15 @@ __device__ void weigh_rows(const float* weights, const float* scale, int k, cons
 __device__ inline void weigh_steps(const float* left, const float* grad, int steps, int k, int i, int j0, Tile& sum) {
 #pragma unroll
   for (int c = 0; c < TILE_COLUMNS; ++c) sum[c] = 0.0f;
-  for (int s0 = 0; s0 < steps; s0 += 32) {
+  for (int s0 = 0; s0 < steps; s0 += WARP) {
     const float weight = s0 + lane() < steps ? left[static_cast<int64_t>(s0 + lane()) * k + i] : 0.0f;
-    for (unsigned rest = __ballot_sync(WARP, weight != 0.0f); rest; rest &= rest - 1) {
+    for (unsigned rest = __ballot_sync(ALL_LANES, weight != 0.0f); rest; rest &= rest - 1) {
       const int s = __ffs(rest) - 1;
-      const float w = __shfl_sync(WARP, weight, s);
+      const float w = __shfl_sync(ALL_LANES, weight, s);
       const float* from = grad + static_cast<int64_t>(s0 + s) * k;
 #pragma unroll
       for (int c = 0; c < TILE_COLUMNS; ++c) {
-        const int j = j0 + lane() + 32 * c;
+        const int j = j0 + lane() + WARP * c;
         if (j < k) sum[c] = fmaf(w, from[j], sum[c]);
       }
     }
@@ -215,7 +213,7 @@ struct Arriving {
   int steps, k;
 
   __device__ Arriving(const Ranking& p, const float* grad, int64_t image)
-      : grad(grad + image * p.k * (p.readout == Readout::steps ? p.steps : p.readout == Readout::regions ? 1 : p.k)),
+      : grad(grad + image * p.k * (p.readout == Readout::left ? p.steps : p.readout == Readout::right ? 1 : p.k)),
         left(p.left),
         right(p.right ? p.right + image * p.k : nullptr),
         readout(p.readout),
@@ -224,12 +222,12 @@ struct Arriving {
 
   // Row i over the tile of columns that starts at j0; one warp.
   __device__ void row(int i, int j0, Tile& g) const {
-    if (readout == Readout::steps) return weigh_steps(left, grad, steps, k, i, j0, g);
+    if (readout == Readout::left) return weigh_steps(left, grad, steps, k, i, j0, g);
 #pragma unroll
     for (int c = 0; c < TILE_COLUMNS; ++c) {
-      const int j = j0 + lane() + 32 * c;
+      const int j = j0 + lane() + WARP * c;
       if (j >= k) g[c] = 0.0f;
-      else g[c] = readout == Readout::regions ? grad[i] * right[j] : grad[static_cast<int64_t>(i) * k + j];
+      else g[c] = readout == Readout::right ? grad[i] * right[j] : grad[static_cast<int64_t>(i) * k + j];
     }
   }
 };

@@ -125,7 +125,7 @@ struct Inputs {
   Inputs(const Tensor& logits, int64_t iterations) : given(logits), tau(logits), seed(logits) {
     begin(check_logits(logits, iterations));
     ranking.logits = given.const_data_ptr<float>();
-    ranking.readout = Readout::log_matrix;
+    ranking.readout = Readout::logarithm;
   }
 
   Inputs(const Tensor& scores, const Tensor& tau_, const Tensor& seed_, const std::optional<Tensor>& left_,
@@ -139,7 +139,7 @@ struct Inputs {
     ranking.left = data(left);
     ranking.right = data(right);
     ranking.start = data(initial);
-    ranking.readout = left ? Readout::steps : right ? Readout::regions : Readout::matrix;
+    ranking.readout = left ? Readout::left : right ? Readout::right : Readout::matrix;
     ranking.noise = static_cast<float>(noise);
     ranking.steps = left ? as_int(left->size(0), "the number of steps") : 0;
   }
@@ -232,14 +232,14 @@ Tensor log_sinkhorn_backward(const Tensor& grad, const Tensor& logits, const Ten
   return grad_logits;
 }
 
-// weights P (B,S,K), or backwards weights^T grad (B,K,K).
-Tensor masks(const Tensor& given, const Tensor& weights, bool backward) {
-  check_masks(given, weights, backward);
+// left P (B,S,K), or backwards left^T grad (B,K,K).
+Tensor masks(const Tensor& given, const Tensor& left, bool backward) {
+  check_masks(given, left, backward);
   check_float32(given);
-  const int64_t batch = given.size(0), steps = weights.size(0), k = weights.size(1);
+  const int64_t batch = given.size(0), steps = left.size(0), k = left.size(1);
   const DeviceGuard guard(given.get_device_index());
   Tensor out = empty(given, {batch, backward ? k : steps, k});
-  const Tensor from = torch::stable::contiguous(given), by = torch::stable::contiguous(weights);
+  const Tensor from = torch::stable::contiguous(given), by = torch::stable::contiguous(left);
   const auto run = [&](auto&& operation) {
     operation(from.const_data_ptr<float>(), by.const_data_ptr<float>(), out.mutable_data_ptr<float>(), batch,
               as_int(k, "the number of regions"), as_int(steps, "the number of steps"), launcher(given));
@@ -248,12 +248,12 @@ Tensor masks(const Tensor& given, const Tensor& weights, bool backward) {
   return out;
 }
 
-Tensor cumulative_masks(const Tensor& permutation, const Tensor& weights) {
-  return masks(permutation, weights, false);
+Tensor cumulative_masks(const Tensor& permutation, const Tensor& left) {
+  return masks(permutation, left, false);
 }
 
-Tensor cumulative_masks_backward(const Tensor& grad, const Tensor& weights) {
-  return masks(grad, weights, true);
+Tensor cumulative_masks_backward(const Tensor& grad, const Tensor& left) {
+  return masks(grad, left, true);
 }
 
 }  // namespace

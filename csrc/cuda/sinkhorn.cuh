@@ -71,11 +71,11 @@ struct Columns {
     bool far = false;
 #pragma unroll
     for (int n = 0; n < N; ++n) {
-      const int j = lane() + 32 * n;
+      const int j = lane() + WARP * n;
       v[n] = j < k ? columns[j] : 0.0f;
       far |= j < k && outside(v[n]);
     }
-    return __any_sync(WARP, far);
+    return __any_sync(ALL_LANES, far);
   }
 
   __device__ void reset() {
@@ -97,7 +97,7 @@ struct Columns {
         const float* row = band.row(here);
         known[r] = before(here);
 #pragma unroll
-        for (int n = 0; n < N; ++n) x[r][n] = l + 32 * n < k ? row[l + 32 * n] : 0.0f;
+        for (int n = 0; n < N; ++n) x[r][n] = l + WARP * n < k ? row[l + WARP * n] : 0.0f;
       }
 #pragma unroll
       for (int n = 0; n < N; ++n)
@@ -116,7 +116,7 @@ struct Columns {
     float* mine = buffer + warp() * (k + 1);
 #pragma unroll
     for (int n = 0; n < N; ++n)
-      if (l + 32 * n < k) mine[l + 32 * n] = part[n];
+      if (l + WARP * n < k) mine[l + WARP * n] = part[n];
     if (l == 0) mine[k] = count;
     __syncthreads();
     for (int j = threadIdx.x; j <= k; j += blockDim.x) {
@@ -135,8 +135,8 @@ struct Columns<0> {
   __device__ bool load(const float* columns, int k) {
     v = columns;
     bool far = false;
-    for (int j = lane(); j < k; j += 32) far |= outside(v[j]);
-    return __any_sync(WARP, far);
+    for (int j = lane(); j < k; j += WARP) far |= outside(v[j]);
+    return __any_sync(ALL_LANES, far);
   }
 
   __device__ void reset() { v = nullptr; }
@@ -148,7 +148,7 @@ struct Columns<0> {
       const float* row = band.row(r);
       float dot = 0.0f;
 #pragma unroll 4
-      for (int j = lane(); j < band.k; j += 32) dot = fmaf(row[j], v ? v[j] : 1.0f, dot);
+      for (int j = lane(); j < band.k; j += WARP) dot = fmaf(row[j], v ? v[j] : 1.0f, dot);
       const float c = coefficient(r, before(r), warp_sum(dot));
       if (lane() == 0) buffer[r] = c;
     }
@@ -211,7 +211,7 @@ struct Forward {
   State state;
   Team team;
   Place at;
-  const float* values;  // of the regions
+  const float* right;
   float *out, *scalings;
   int32_t* absorbed;
 
@@ -221,12 +221,12 @@ struct Forward {
         state(p, to.scalings, to.absorbed, image),
         team(team),
         at(at),
-        values(p.right ? p.right + image * p.k : nullptr),
-        out(to.out + image * out_rows(p) * (p.readout == Readout::regions ? 1 : p.k)),
+        right(p.right ? p.right + image * p.k : nullptr),
+        out(to.out + image * out_rows(p) * (p.readout == Readout::right ? 1 : p.k)),
         scalings(to.scalings + image * (p.iterations + 1) * 2 * p.k),
         absorbed(to.absorbed + image * p.iterations) {}
 
-  __device__ static int64_t out_rows(const Ranking& p) { return p.readout == Readout::steps ? p.steps : p.k; }
+  __device__ static int64_t out_rows(const Ranking& p) { return p.readout == Readout::left ? p.steps : p.k; }
   __device__ float* saved(int t, int side) const { return scalings + static_cast<int64_t>(2 * t + side) * p.k; }
 
   // t = 0: row potentials and the column maxima of M + F; then iteration t, from the absorption of the one before.
@@ -275,18 +275,18 @@ struct Forward {
     team.publish(at.columns, j, j < p.k ? 1.0f / sum : sum);
   }
 
-  // The rows of out that belong to the band; one row of P, of log P or one product with the values of the regions.
+  // The rows of out that belong to the band; one row of P, of log P or of P right.
   __device__ void read_rows() const {
     const int t = p.iterations, origin = state.origin(t), k = p.k;
     for (int r = warp(); r < at.band.rows; r += warps()) {
       const int i = at.band.first + r;
       const float *x = at.band.row(r), u = state.rows(t)[i];
       float sum = 0.0f;
-      for (int j = lane(); j < k; j += 32) {
+      for (int j = lane(); j < k; j += WARP) {
         const int64_t to = static_cast<int64_t>(i) * k + j;
         const float v = at.columns[j];
-        if (p.readout == Readout::regions) {
-          sum = fmaf(x[j] * v, values[j], sum);
+        if (p.readout == Readout::right) {
+          sum = fmaf(x[j] * v, right[j], sum);
         } else if (p.readout == Readout::matrix) {
           out[to] = u * x[j] * v;
         } else {
@@ -294,14 +294,14 @@ struct Forward {
           out[to] = logits.given[to] + f + g;
         }
       }
-      if (p.readout != Readout::regions) continue;
+      if (p.readout != Readout::right) continue;
       sum = warp_sum(sum);
       if (lane() == 0) out[i] = u * sum;
     }
   }
 
   // One row of left P, over the columns j0 ... j1 - 1, a tile at most.
-  __device__ void read_step(int s, int j0, int j1) const {
+  __device__ void read_left(int s, int j0, int j1) const {
     const auto row = [&](int i) { return team.row(at.band, i); };
     const auto finish = [&](int j, float sum) { out[static_cast<int64_t>(s) * p.k + j] = sum * at.columns[j]; };
     weigh_rows(p.left + static_cast<int64_t>(s) * p.k, state.rows(p.iterations), p.k, row, j0, j1, at.buffer, finish);
@@ -325,9 +325,9 @@ __global__ void __launch_bounds__(resident_threads(N), resident_ctas(N, false))
     team.after_columns();
   }
   if (threadIdx.x == 0) forward.absorbed[p.iterations - 1] = 0;
-  if (p.readout != Readout::steps) return forward.read_rows();
+  if (p.readout != Readout::left) return forward.read_rows();
   for (int s = 0; s < p.steps; ++s)
-    for (int j = from; j < min(until, p.k); j += TILE) forward.read_step(s, j, min(j + TILE, min(until, p.k)));
+    for (int j = from; j < min(until, p.k); j += TILE) forward.read_left(s, j, min(j + TILE, min(until, p.k)));
   team.after_columns();  // others may still read the rows of this CTA
 }
 
@@ -355,13 +355,13 @@ __global__ void __launch_bounds__(256) streamed_forward_columns(Ranking p, Forwa
 }
 
 // items: tiles of columns of every step of every matrix
-__global__ void __launch_bounds__(256) streamed_forward_steps(Ranking p, ForwardTensors to, int ranks, int64_t items) {
+__global__ void __launch_bounds__(256) streamed_forward_left(Ranking p, ForwardTensors to, int ranks, int64_t items) {
   AHA_DYNAMIC_SHARED(float, buffer);
   const int tiles = (p.k + TILE - 1) / TILE;
   for (int64_t item = blockIdx.x; item < items; item += gridDim.x) {
     const int j = static_cast<int>(item % tiles) * TILE, s = static_cast<int>(item / tiles % p.steps);
     const auto forward = streamed_forward(p, to, item / tiles / p.steps, 0, ranks, buffer);
-    forward.read_step(s, j, min(j + TILE, p.k));
+    forward.read_left(s, j, min(j + TILE, p.k));
   }
 }
 
@@ -451,7 +451,7 @@ struct Backward {
     return logits.given ? g - permutation * mean : permutation * (g - mean);
   }
 
-  // own_j = sum_i W_ij, and the row sums. First without the centre, which comes of it; of regions without right_j.
+  // own_j = sum_i W_ij, and the row sums. First without the centre, which comes of it; of P right without right_j.
   __device__ void weigh(bool centred) const {
     const int t = p.iterations, k = p.k;
     for (int j0 = 0; j0 < k; j0 += TILE) {
@@ -464,12 +464,12 @@ struct Backward {
         float sum = 0.0f;
 #pragma unroll
         for (int c = 0; c < TILE_COLUMNS; ++c) {
-          const int j = j0 + lane() + 32 * c;
+          const int j = j0 + lane() + WARP * c;
           if (j >= k) continue;
           const float permutation = u * x[j] * state.columns(t)[j];
           const float w = weighed(permutation, g[c], centred ? centre()[j] : 0.0f);
           sum += w;
-          part[c] += !centred && p.readout == Readout::regions ? permutation * arriving.grad[i] : w;
+          part[c] += !centred && p.readout == Readout::right ? permutation * arriving.grad[i] : w;
         }
         sum = warp_sum(sum);
         if (lane() == 0) row_sums()[i] = j0 ? row_sums()[i] + sum : sum;
@@ -513,7 +513,7 @@ struct Backward {
     Tile y_t, v;
 #pragma unroll
     for (int c = 0; c < TILE_COLUMNS; ++c) {
-      const int j = min(j0 + lane() + 32 * c, p.k - 1);
+      const int j = min(j0 + lane() + WARP * c, p.k - 1);
       y_t[c] = y(t)[j];
       v[c] = previous(t, j);
     }
@@ -535,7 +535,7 @@ struct Backward {
     if (final) arriving.row(i, j0, g);
 #pragma unroll
     for (int c = 0; c < TILE_COLUMNS; ++c) {
-      const int j = j0 + lane() + 32 * c;
+      const int j = j0 + lane() + WARP * c;
       if (j >= k) continue;
       const float w = final ? weighed(u * x[j] * state.columns(p.iterations)[j], g[c], centre()[j]) : 0.0f;
       grad[c] = w - x[j] * field[c];
@@ -548,7 +548,7 @@ struct Backward {
     write_noise(logits, i, j0, min(j0 + TILE, k), x);
 #pragma unroll
     for (int c = 0; c < TILE_COLUMNS; ++c) {
-      const int j = j0 + lane() + 32 * c;
+      const int j = j0 + lane() + WARP * c;
       if (j < k) noisy[c] = fmaf(grad[c], x[j], noisy[c]);
     }
   }
@@ -590,7 +590,7 @@ struct Backward {
   // One warp.
   __device__ void finish_tau() const {
     float sum = 0.0f;
-    for (int j = lane(); j < p.k; j += 32) sum += tau_terms()[j];
+    for (int j = lane(); j < p.k; j += WARP) sum += tau_terms()[j];
     sum = warp_sum(sum);
     if (lane() == 0) *grad_tau = -sum / logits.tau / logits.tau;
   }
@@ -648,9 +648,9 @@ __global__ void streamed_backward_tau(Ranking p, BackwardTensors to, int ranks) 
   streamed_backward(p, to, blockIdx.x, 0, ranks, nullptr).finish_tau();
 }
 
-// weights P. items: tiles of columns of every step of every matrix
+// left P. items: tiles of columns of every step of every matrix
 __global__ void __launch_bounds__(256)
-    masks_forward(const float* permutation, const float* weights, float* out, int k, int steps, int64_t items) {
+    masks_forward(const float* permutation, const float* left, float* out, int k, int steps, int64_t items) {
   AHA_DYNAMIC_SHARED(float, buffer);
   const int tiles = (k + TILE - 1) / TILE;
   for (int64_t item = blockIdx.x; item < items; item += gridDim.x) {
@@ -658,22 +658,22 @@ __global__ void __launch_bounds__(256)
     const float* matrix = permutation + item / tiles / steps * k * k;
     const auto row = [&](int i) { return matrix + static_cast<int64_t>(i) * k; };
     const auto finish = [&](int j, float sum) { out[item / tiles * k + j] = sum; };
-    weigh_rows(weights + static_cast<int64_t>(s) * k, nullptr, k, row, j, min(j + TILE, k), buffer, finish);
+    weigh_rows(left + static_cast<int64_t>(s) * k, nullptr, k, row, j, min(j + TILE, k), buffer, finish);
   }
 }
 
-// weights^T grad. items: rows of every matrix, one for each warp
+// left^T grad. items: rows of every matrix, one for each warp
 __global__ void __launch_bounds__(256)
-    masks_backward(const float* grad, const float* weights, float* out, int k, int steps, int64_t items) {
+    masks_backward(const float* grad, const float* left, float* out, int k, int steps, int64_t items) {
   for (int64_t item = static_cast<int64_t>(blockIdx.x) * warps() + warp(); item < items;
        item += static_cast<int64_t>(gridDim.x) * warps()) {
     const float* image = grad + item / k * steps * k;
     for (int j0 = 0; j0 < k; j0 += TILE) {
       Tile sum;
-      weigh_steps(weights, image, steps, k, static_cast<int>(item % k), j0, sum);
+      weigh_steps(left, image, steps, k, static_cast<int>(item % k), j0, sum);
 #pragma unroll
       for (int c = 0; c < TILE_COLUMNS; ++c) {
-        const int j = j0 + lane() + 32 * c;
+        const int j = j0 + lane() + WARP * c;
         if (j < k) out[item * k + j] = sum[c];
       }
     }

@@ -23,7 +23,7 @@ struct Plan {
   int ranks, columns, threads;
 
   Shape shape(int64_t batch, int64_t k, bool backward) const {
-    const int64_t floats = columns ? shared_floats(k, ranks, threads / 32, backward) : int64_t{threads / 32} * TILE;
+    const int64_t floats = columns ? shared_floats(k, ranks, threads / WARP, backward) : int64_t{threads / WARP} * TILE;
     return {batch * ranks, threads, columns ? ranks : 1, floats * 4};
   }
   int64_t workspace_floats(int64_t k, bool backward) const { return columns ? 0 : streamed_floats(k, ranks, backward); }
@@ -35,7 +35,7 @@ inline Plan streamed_plan(int64_t k) {
 
 // Resident in `ranks` CTAs, or streamed where a lane cannot hold its columns.
 inline Plan resident_plan(int64_t k, int ranks) {
-  const int wanted = static_cast<int>(std::min<int64_t>((k + 31) / 32, 1000));
+  const int wanted = static_cast<int>(std::min<int64_t>((k + WARP - 1) / WARP, 1000));
   for (const int columns : {2, 4, 7, 13, 25})
     if (wanted <= columns && (ranks == 1 ? columns <= 7 : columns >= 7))
       return {ranks, columns, resident_threads(columns)};
@@ -86,8 +86,8 @@ void run_forward(const Plan& plan, const Ranking& p, const ForwardTensors& to, i
   }
   const int64_t items = batch * p.steps * ((p.k + TILE - 1) / TILE);
   const Shape by_steps{std::min(items, MAX_BLOCKS), by_rows.threads, 1, by_rows.shared_bytes};
-  if (p.readout != Readout::steps) launch(by_rows, streamed_forward_rows, p, to, plan.ranks, p.iterations + 1);
-  else if (items) launch(by_steps, streamed_forward_steps, p, to, plan.ranks, items);
+  if (p.readout != Readout::left) launch(by_rows, streamed_forward_rows, p, to, plan.ranks, p.iterations + 1);
+  else if (items) launch(by_steps, streamed_forward_left, p, to, plan.ranks, items);
 }
 
 template <typename Launch>
@@ -105,23 +105,23 @@ void run_backward(const Plan& plan, const Ranking& p, const BackwardTensors& to,
     launch(by_rows, streamed_backward_tiles, p, to, plan.ranks, t);
     launch(by_columns(batch, p.k), streamed_backward_columns, p, to, plan.ranks, t);
   }
-  if (to.grad_tau) launch(Shape{batch, 32, 1, 0}, streamed_backward_tau, p, to, plan.ranks);
+  if (to.grad_tau) launch(Shape{batch, WARP, 1, 0}, streamed_backward_tau, p, to, plan.ranks);
 }
 
 template <typename Launch>
-void run_masks(const float* permutation, const float* weights, float* out, int64_t batch, int k, int steps,
+void run_masks(const float* permutation, const float* left, float* out, int64_t batch, int k, int steps,
                const Launch& launch) {
   const int64_t items = batch * steps * ((k + TILE - 1) / TILE);
-  const Shape shape{std::min(items, MAX_BLOCKS), STREAMED_THREADS, 1, STREAMED_THREADS / 32 * TILE * 4};
-  if (items) launch(shape, masks_forward, permutation, weights, out, k, steps, items);
+  const Shape shape{std::min(items, MAX_BLOCKS), STREAMED_THREADS, 1, STREAMED_THREADS / WARP * TILE * 4};
+  if (items) launch(shape, masks_forward, permutation, left, out, k, steps, items);
 }
 
 template <typename Launch>
-void run_masks_backward(const float* grad, const float* weights, float* out, int64_t batch, int k, int steps,
+void run_masks_backward(const float* grad, const float* left, float* out, int64_t batch, int k, int steps,
                         const Launch& launch) {
-  const int64_t items = batch * k, warps = STREAMED_THREADS / 32;
+  const int64_t items = batch * k, warps = STREAMED_THREADS / WARP;
   const Shape shape{std::min((items + warps - 1) / warps, MAX_BLOCKS), STREAMED_THREADS, 1, 0};
-  if (items) launch(shape, masks_backward, grad, weights, out, k, steps, items);
+  if (items) launch(shape, masks_backward, grad, left, out, k, steps, items);
 }
 
 }  // namespace aha

@@ -5,16 +5,17 @@
 Bound by the 2·B·S·C·H·W values written. Gradients are gathered by the programs that own them: no atomics.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 # Launch configurations: pixels of a tile (rows × columns), or in a row; warps
-PATCH, PATCH_WARPS = (4, 128), 4
-SPAN, SPAN_WARPS = 512, 4
-FOLD = (16, 32)  # pixel rows × pixel columns folded into cells at a time
-FOLD_WARPS = 4
+PATCH = {"ROWS": 4, "COLUMNS": 128, "num_warps": 4}
+SPAN = {"SPAN": 512, "num_warps": 4}
+FOLD = {"ROWS": 16, "PIXELS": 32, "num_warps": 4}  # pixel rows × pixel columns folded into cells at a time
 
 
 @triton.jit
@@ -266,28 +267,42 @@ def choose_backward(
 
 
 def _tiles(height: int, width: int) -> int:
-    return triton.cdiv(height, PATCH[0]) * triton.cdiv(width, PATCH[1])
+    return triton.cdiv(height, PATCH["ROWS"]) * triton.cdiv(width, PATCH["COLUMNS"])
 
 
-def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
-    return [None if t is None else t.contiguous() for t in tensors]
+def _contiguous(**tensors: Tensor | None) -> dict[str, Tensor | None]:
+    return {name: None if tensor is None else tensor.contiguous() for name, tensor in tensors.items()}
 
 
 def _pair(like: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:
     return like.new_empty(shape, dtype=dtype), like.new_empty(shape, dtype=dtype)
 
 
+def _axes(row_cell, row_weight, col_cell, col_weight, rows, cols) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What the kernels take for each axis: its cells and taps."""
+    in_rows: dict[str, Any] = {"rows": rows, "row_taps": row_cell.shape[1]}
+    in_cols: dict[str, Any] = {"cols": cols, "col_taps": col_cell.shape[1]}
+    in_rows |= _contiguous(row_cell=row_cell, row_weight=row_weight)
+    in_cols |= _contiguous(col_cell=col_cell, col_weight=col_weight)
+    return in_rows, in_cols
+
+
+def _sizes(images: Tensor, steps: int) -> dict[str, int]:
+    _, channels, height, width = images.shape
+    return {"steps": steps, "channels": channels, "height": height, "width": width}
+
+
 def perturb(
     images, references, masks, row_cell, row_weight, col_cell, col_weight, rows, cols, mean, std, dtype
 ) -> tuple[Tensor, Tensor]:
-    batch, channels, height, width = images.shape
-    steps = masks.shape[1]
-    deleted, inserted = _pair(images, (batch, steps, channels, height, width), dtype)
+    batch, steps, _ = masks.shape
+    deleted, inserted = _pair(images, (batch, steps, *images.shape[1:]), dtype)
     if deleted.numel():
-        tensors = images, references, masks, row_cell, row_weight, col_cell, col_weight, mean, std
-        sizes = steps, channels, height, width, rows, cols, row_cell.shape[1], col_cell.shape[1]
-        grid = batch * steps, _tiles(height, width)
-        blend[grid](*_contiguous(*tensors), deleted, inserted, *sizes, *PATCH, num_warps=PATCH_WARPS)
+        given = _contiguous(images=images, references=references, masks=masks, mean=mean, std=std)
+        in_rows, in_cols = _axes(row_cell, row_weight, col_cell, col_weight, rows, cols)
+        blend[batch * steps, _tiles(*images.shape[2:])](
+            **given, **in_rows, **in_cols, deleted=deleted, inserted=inserted, **_sizes(images, steps), **PATCH
+        )
     return deleted, inserted
 
 
@@ -308,37 +323,25 @@ def perturb_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     batch, channels, height, width = images.shape
     steps = masks.shape[1]
-    grads = _contiguous(grad_deleted, grad_inserted)
-    row_taps, col_taps = row_cell.shape[1], col_cell.shape[1]
-    row_cell, row_weight, col_cell, col_weight, std = _contiguous(row_cell, row_weight, col_cell, col_weight, std)
+    given = _contiguous(grad_deleted=grad_deleted, grad_inserted=grad_inserted, std=std)
+    in_rows, in_cols = _axes(row_cell, row_weight, col_cell, col_weight, rows, cols)
+    sizes = _sizes(images, steps)
 
     grad_masks = torch.empty(masks.shape, dtype=masks.dtype, device=masks.device)
     if grad_masks.numel():
-        pairs = batch * steps
-        folded = masks.new_empty(pairs, height, cols)
-        values = *grads, *_contiguous(images, references), col_cell, col_weight, std, folded
-        cells = max(16, triton.next_power_of_2(cols))
-        fold_columns[pairs, triton.cdiv(height, FOLD[0])](
-            *values, steps, channels, height, width, cols, col_taps, *FOLD, cells, num_warps=FOLD_WARPS
-        )
-        fold_rows[pairs, triton.cdiv(rows, FOLD[0])](
-            folded, row_cell, row_weight, grad_masks, height, rows, cols, row_taps, *FOLD, cells, num_warps=FOLD_WARPS
+        folded = masks.new_empty(batch * steps, height, cols)
+        pixels = _contiguous(images=images, references=references)
+        fold = {"folded": folded, "CELLS": max(16, triton.next_power_of_2(cols)), **FOLD}
+        fold_columns[batch * steps, triton.cdiv(height, FOLD["ROWS"])](**given, **pixels, **in_cols, **sizes, **fold)
+        fold_rows[batch * steps, triton.cdiv(rows, FOLD["ROWS"])](
+            **in_rows, cols=cols, height=height, grad_masks=grad_masks, **fold
         )
 
     grad_images, grad_references = _pair(images, tuple(images.shape) if need_images else (0,), None)
     if grad_images.numel():
-        taps = row_cell, row_weight, col_cell, col_weight
-        sizes = steps, channels, height, width, rows, cols, row_taps, col_taps
+        grads = {"grad_images": grad_images, "grad_references": grad_references}
         blend_backward_images[batch * channels, _tiles(height, width)](
-            *grads,
-            masks.contiguous(),
-            *taps,
-            std,
-            grad_images,
-            grad_references,
-            *sizes,
-            *PATCH,
-            num_warps=PATCH_WARPS,
+            **given, masks=masks.contiguous(), **in_rows, **in_cols, **sizes, **grads, **PATCH
         )
     return grad_masks, grad_images, grad_references
 
@@ -348,9 +351,10 @@ def perturb_by_rank(images, references, ranks, counts, mean=None, std=None, dtyp
     steps, pixels = counts.shape[0], height * width
     deleted, inserted = _pair(images, (batch, steps, channels, height, width), dtype)
     if deleted.numel():
-        tensors = _contiguous(images, references, ranks, counts, mean, std)
-        grid = batch * steps, triton.cdiv(pixels, SPAN)
-        choose[grid](*tensors, deleted, inserted, steps, channels, pixels, SPAN, num_warps=SPAN_WARPS)
+        given = _contiguous(images=images, references=references, ranks=ranks, counts=counts, mean=mean, std=std)
+        grid = batch * steps, triton.cdiv(pixels, SPAN["SPAN"])
+        outputs = {"deleted": deleted, "inserted": inserted}
+        choose[grid](**given, **outputs, steps=steps, channels=channels, pixels=pixels, **SPAN)
     return deleted, inserted
 
 
@@ -359,8 +363,8 @@ def perturb_by_rank_backward(grad_deleted, grad_inserted, ranks, counts, std=Non
     pixels = height * width
     grad_images, grad_references = _pair(grad_deleted, (batch, channels, height, width), dtype)
     if grad_images.numel():
-        tensors = _contiguous(grad_deleted, grad_inserted, ranks, counts, std)
-        choose_backward[batch * channels, triton.cdiv(pixels, SPAN)](
-            *tensors, grad_images, grad_references, steps, channels, pixels, SPAN, num_warps=SPAN_WARPS
-        )
+        given = _contiguous(grad_deleted=grad_deleted, grad_inserted=grad_inserted, ranks=ranks, counts=counts, std=std)
+        grads = {"grad_images": grad_images, "grad_references": grad_references}
+        grid = batch * channels, triton.cdiv(pixels, SPAN["SPAN"])
+        choose_backward[grid](**given, **grads, steps=steps, channels=channels, pixels=pixels, **SPAN)
     return grad_images, grad_references

@@ -8,6 +8,8 @@ When scalings leave 2^±32 they are absorbed into the potentials F, G and X is c
 made on the device, by every program alike. Sums have a fixed order: results repeat bit for bit.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -20,26 +22,29 @@ RESIDENT = 128  # regions up to which one program holds a matrix
 TILE, TILE_ROWS = 1 << 14, 32  # values in a tile of whole rows, and rows, at most
 PER_WARP = 1 << 9  # values of a tile: 16 registers a thread
 TILE_WARPS = 16  # at most; a resident matrix may take the 32 of a whole block
-REDUCE = (16, 64)  # partial sums × columns at a time
-FIELD_ROWS, FIELD_COLUMNS = 32, 32  # tile of the rank-2T pass
+REDUCE = {"ROWS": 16, "COLUMNS": 64}  # partial sums × columns at a time
+FIELD = {"ROWS": 32, "COLUMNS": 32}  # tile of the rank-2T pass
 
 MOST = 32768  # regions: a matrix has fewer than 2³¹ entries, a row fits a tile
 _DRIFT = tl.constexpr(2.0**32)
 
+Given = dict[str, Any]  # arguments of kernels by name; their optional tensors come last and are None if not given
 
-def row_blocks(k: int) -> tuple[int, int, int]:
-    """Rows and columns of a tile of whole rows, and its warps. ValueError beyond ``MOST`` regions."""
+
+def row_blocks(k: int) -> dict[str, int]:
+    """A tile of whole rows, and its warps. ValueError beyond ``MOST`` regions."""
     if k > MOST:
         raise ValueError(f"K = {k}: the Triton kernels rank at most {MOST} regions")
     columns = triton.next_power_of_2(k)
     rows = max(1, min(columns, TILE_ROWS, TILE // columns))
-    return rows, columns, max(1, min(TILE_WARPS, rows * columns // PER_WARP))
+    warps = max(1, min(TILE_WARPS, rows * columns // PER_WARP))
+    return {"ROWS": rows, "COLUMNS": columns, "num_warps": warps}
 
 
-def resident_block(k: int) -> tuple[int, int]:
-    """Rows, as many columns, of a tile that holds a matrix, and its warps."""
+def resident_block(k: int) -> dict[str, int]:
+    """The square tile that holds a matrix, and its warps."""
     block = triton.next_power_of_2(k)
-    return block, max(1, block * block // PER_WARP)
+    return {"BLOCK": block, "num_warps": max(1, block * block // PER_WARP)}
 
 
 @triton.jit
@@ -78,7 +83,7 @@ def _drifted(scaling):
 
 
 @triton.jit
-def first(logits, column, scalings, partial, k, n_iters, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def first(logits, scalings, partial, k, n_iters, ROWS: tl.constexpr, COLUMNS: tl.constexpr, column=None):
     """Row potentials of iteration 1, and the maxima over each block of rows that give the column potentials."""
     b, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
     i, j = block * ROWS + tl.arange(0, ROWS), tl.arange(0, COLUMNS)
@@ -93,8 +98,6 @@ def sweep(
     plan,
     scalings,
     absorbed,
-    adjoint,
-    row_grad,
     partial,
     k,
     n_iters,
@@ -102,6 +105,8 @@ def sweep(
     BACKWARD: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    adjoint=None,
+    row_grad=None,
 ):
     """Half of iteration t: forward u = 1/(X v), backward z = u(r − u·X y); then the partial column sums of u or z."""
     b, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -147,7 +152,6 @@ def reduce(
     partial,
     scalings,
     absorbed,
-    out,
     parts,
     k,
     n_iters,
@@ -155,6 +159,7 @@ def reduce(
     STEP: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    out=None,
 ):
     """Partial column results (B,parts,K) → the columns' next vector; grid (B, column blocks).
 
@@ -190,7 +195,7 @@ def reduce(
 
 
 @triton.jit
-def resident(logits, column, scalings, absorbed, k, n_iters, BLOCK: tl.constexpr):
+def resident(logits, scalings, absorbed, k, n_iters, BLOCK: tl.constexpr, column=None):
     """All iterations of one matrix that fits one tile."""
     b = tl.program_id(0).to(tl.int64)
     i, j = tl.arange(0, BLOCK), tl.arange(0, BLOCK)
@@ -250,7 +255,16 @@ def resident_backward(logits, scalings, absorbed, adjoint, row_grad, k, n_iters,
 
 @triton.jit
 def read_rows(
-    logits, right, scalings, absorbed, out, k, n_iters, LOG: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+    logits,
+    scalings,
+    absorbed,
+    out,
+    k,
+    n_iters,
+    LOG: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    right=None,
 ):
     """Outputs row by row: P or log P (B,K,K), or P right (B,K)."""
     b, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -288,22 +302,22 @@ def _upstream_log(grad, left, right, level, p, b, i, j, k, steps, LOG: tl.conste
 @triton.jit
 def begin_backward(
     grad,
-    left,
-    right,
     logits,
     plan,
     scalings,
     absorbed,
-    level,
     row_grad,
     partial,
-    right_partial,
     k,
     steps,
     n_iters,
     LOG: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    left=None,
+    right=None,
+    level=None,
+    right_partial=None,
 ):
     """X as the last iteration saw it; of W = ∂ℓ/∂log P the row sums r and the partial column sums."""
     b, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -357,25 +371,25 @@ def _logits_gradient(
 @triton.jit
 def end_backward(
     grad,
-    left,
-    right,
     level,
     logits,
-    column,
     scalings,
     absorbed,
     adjoint,
-    scores,
-    tau,
     grad_out,
-    grad_tau,
-    grad_start,
     k,
     steps,
     n_iters,
     LOG: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    left=None,
+    right=None,
+    column=None,
+    scores=None,
+    tau=None,
+    grad_tau=None,
+    grad_start=None,
 ):
     """The gradient of the logits (B,K,K), or of scores (B,K) and, if given, of tau (B,column blocks) and the start."""
     b, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -415,189 +429,127 @@ def _ranking_logits(scores: Tensor, tau: Tensor, seed: Tensor, noise: float) -> 
     batch, k = scores.shape
     logits, column = scores.new_empty(batch, k, k), scores.new_empty(batch, k)
     if batch:
+        made = {"scores": scores, "tau": tau, "seed": seed, "logits": logits, "column": column, "k": k}
         grid = batch * triton.cdiv(k * k + 3, 4 * QUADS)
-        ranking_logits[(grid,)](scores, tau, seed, logits, column, k, noise, bool(noise), QUADS, num_warps=4)
+        ranking_logits[(grid,)](**made, noise=noise, NOISY=bool(noise), QUADS=QUADS, num_warps=4)
     return logits, column
 
 
-def _iterate(logits: Tensor, column: Tensor | None, scalings: Tensor, absorbed: Tensor) -> None:
-    """Fill ``scalings`` and ``absorbed``."""
+def _state(logits: Tensor, scalings: Tensor, absorbed: Tensor) -> Given:
+    return {"scalings": scalings, "absorbed": absorbed, "k": logits.shape[-1], "n_iters": absorbed.shape[1]}
+
+
+def _reduce(step: str, t: int, partial: Tensor, state: Given, out: Tensor | None = None) -> None:
+    batch, parts, k = partial.shape
+    grid = batch, triton.cdiv(k, REDUCE["COLUMNS"])
+    reduce[grid](partial=partial, out=out, parts=parts, t=t, STEP=step, **state, **REDUCE)
+
+
+def _iterate(logits: Tensor, column: Tensor | None, state: Given) -> None:
+    """Fill the scalings of ``state``, and which of them are absorbed."""
     batch, k, _ = logits.shape
-    n_iters = absorbed.shape[1]
     if k <= RESIDENT:
-        block, warps = resident_block(k)
-        resident[(batch,)](logits, column, scalings, absorbed, k, n_iters, block, num_warps=warps)
+        resident[(batch,)](logits=logits, column=column, **state, **resident_block(k))
         return
-    rows, columns, warps = row_blocks(k)
-    parts = triton.cdiv(k, rows)
-    plan, partial = torch.empty_like(logits), logits.new_empty(batch, parts, k)
-    over_rows, over_columns = (batch, parts), (batch, triton.cdiv(k, REDUCE[1]))
-    first[over_rows](logits, column, scalings, partial, k, n_iters, rows, columns, num_warps=warps)
-    reduce[over_columns](partial, scalings, absorbed, None, parts, k, n_iters, 0, "potential", *REDUCE)
-    for t in range(1, n_iters + 1):
-        sweep[over_rows](
-            logits, plan, scalings, absorbed, None, None, partial, k, n_iters, t, False, rows, columns, num_warps=warps
-        )
-        reduce[over_columns](partial, scalings, absorbed, None, parts, k, n_iters, t, "scaling", *REDUCE)
+    tile = row_blocks(k)
+    parts = triton.cdiv(k, tile["ROWS"])
+    partial = logits.new_empty(batch, parts, k)
+    start = {name: state[name] for name in ("scalings", "k", "n_iters")}
+    first[batch, parts](logits=logits, column=column, partial=partial, **start, **tile)
+    _reduce("potential", 0, partial, state)
+    passed = {"logits": logits, "plan": torch.empty_like(logits), "partial": partial}
+    for t in range(1, state["n_iters"] + 1):
+        sweep[batch, parts](t=t, BACKWARD=False, **passed, **state, **tile)
+        _reduce("scaling", t, partial, state)
 
 
 def _forward(
-    logits: Tensor, column: Tensor | None, left: Tensor | None, right: Tensor | None, n_iters: int, log: bool
+    log: bool, logits: Tensor, n_iters: int, column: Tensor | None, left: Tensor | None, right: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     batch, k, _ = logits.shape
-    rows, columns, warps = row_blocks(k)
+    tile = row_blocks(k)
     scalings = logits.new_empty(batch, n_iters + 1, 2, k)
     absorbed = logits.new_zeros(batch, n_iters, dtype=torch.int32)
     out = torch.empty_like(logits) if right is None else logits.new_empty(batch, k)
     if batch:
-        _iterate(logits, column, scalings, absorbed)
+        state = _state(logits, scalings, absorbed)
+        _iterate(logits, column, state)
         right = None if right is None else right.contiguous()
-        state = scalings, absorbed, out, k, n_iters
-        read_rows[batch, triton.cdiv(k, rows)](logits, right, *state, log, rows, columns, num_warps=warps)
+        read_rows[batch, triton.cdiv(k, tile["ROWS"])](logits=logits, right=right, out=out, LOG=log, **state, **tile)
     return out if left is None else cumulative_masks(out, left), scalings, absorbed
 
 
-def _adjoints(
-    grad: Tensor,
-    logits: Tensor,
-    left: Tensor | None,
-    right: Tensor | None,
-    scalings: Tensor,
-    absorbed: Tensor,
-    grad_right: Tensor,
-    log: bool,
-) -> tuple[Tensor, Tensor]:
-    """z^t and y^t of all iterations (B,T,2,K) and the level (B,K); fills ``grad_right`` if ``right`` is given."""
+def _adjoints(upstream: Given, logits: Tensor, state: Given, log: bool, grad_right: Tensor | None) -> Given:
+    """z^t and y^t of all iterations (B,T,2,K) and the level (B,K); fills ``grad_right`` if it is given."""
     batch, k, _ = logits.shape
-    n_iters = absorbed.shape[1]
-    rows, columns, warps = row_blocks(k)
-    parts = triton.cdiv(k, rows)
-    over_rows, over_columns = (batch, parts), (batch, triton.cdiv(k, REDUCE[1]))
-    plan, row_grad = torch.empty_like(logits), logits.new_empty(batch, k)
-    partial = logits.new_empty(batch, parts, k)
-    right_partial = None if right is None else torch.empty_like(partial)
+    n_iters, tile = state["n_iters"], row_blocks(k)
+    parts = triton.cdiv(k, tile["ROWS"])
+    partial, row_grad = logits.new_empty(batch, parts, k), logits.new_empty(batch, k)
+    right_partial = None if grad_right is None else torch.empty_like(partial)
     adjoint, level = logits.new_empty(batch, n_iters, 2, k), logits.new_empty(batch, k)
-    steps = 0 if left is None else left.shape[0]
-
-    def columns_from(partial: Tensor, out: Tensor, t: int, step: str) -> None:
-        reduce[over_columns](partial, scalings, absorbed, out, parts, k, n_iters, t, step, *REDUCE)
+    passed = {"logits": logits, "plan": torch.empty_like(logits), "row_grad": row_grad, "partial": partial}
 
     def begin(level: Tensor | None) -> None:
-        upstream = grad, left, right
-        state = logits, plan, scalings, absorbed, level, row_grad, partial, right_partial
-        begin_backward[over_rows](*upstream, *state, k, steps, n_iters, log, rows, columns, num_warps=warps)
+        given = {**upstream, "level": level, "right_partial": right_partial, "LOG": log}
+        begin_backward[batch, parts](**given, **passed, **state, **tile)
 
-    begin(None)
-    columns_from(partial, level, 0, "sum")
+    begin(level=None)
+    _reduce("sum", 0, partial, state, level)
     begin(level)
-    columns_from(partial, adjoint, n_iters, "adjoint")
+    _reduce("adjoint", n_iters, partial, state, adjoint)
     if right_partial is not None:
-        columns_from(right_partial, grad_right, 0, "sum")
+        _reduce("sum", 0, right_partial, state, grad_right)
     if k <= RESIDENT:
-        block, warps = resident_block(k)
-        resident_backward[(batch,)](logits, scalings, absorbed, adjoint, row_grad, k, n_iters, block, num_warps=warps)
-        return adjoint, level
+        resident_backward[(batch,)](logits=logits, adjoint=adjoint, row_grad=row_grad, **state, **resident_block(k))
+        return {"adjoint": adjoint, "level": level}
     for t in range(n_iters, 0, -1):
-        sweep[over_rows](
-            logits,
-            plan,
-            scalings,
-            absorbed,
-            adjoint,
-            row_grad,
-            partial,
-            k,
-            n_iters,
-            t,
-            True,
-            rows,
-            columns,
-            num_warps=warps,
-        )
+        sweep[batch, parts](adjoint=adjoint, t=t, BACKWARD=True, **passed, **state, **tile)
         if t > 1:
-            columns_from(partial, adjoint, t - 1, "adjoint")
-    return adjoint, level
+            _reduce("adjoint", t - 1, partial, state, adjoint)
+    return {"adjoint": adjoint, "level": level}
 
 
 def _backward(
-    grad: Tensor,
-    logits: Tensor,
-    column: Tensor | None,
-    left: Tensor | None,
-    right: Tensor | None,
-    scalings: Tensor,
-    absorbed: Tensor,
-    scores: Tensor | None,
-    tau: Tensor | None,
-    grad_out: Tensor,
-    grad_tau: Tensor | None,
-    grad_right: Tensor,
-    grad_start: Tensor | None,
-    log: bool,
+    log: bool, logits: Tensor, state: Given, upstream: Given, grad_right: Tensor | None = None, **given: Tensor | None
 ) -> None:
     """Fill the gradient of the logits, or those of scores, tau (B,column blocks), right and the start."""
-    batch, k, _ = logits.shape
-    adjoint, level = _adjoints(grad, logits, left, right, scalings, absorbed, grad_right, log)
-    upstream = grad, left, right, level
-    state = logits, column, scalings, absorbed, adjoint
-    sizes = k, 0 if left is None else left.shape[0], absorbed.shape[1]
-    end_backward[batch, triton.cdiv(k, FIELD_COLUMNS)](
-        *upstream, *state, scores, tau, grad_out, grad_tau, grad_start, *sizes, log, FIELD_ROWS, FIELD_COLUMNS
-    )
+    adjoints = _adjoints(upstream, logits, state, log, grad_right)
+    grid = len(logits), triton.cdiv(state["k"], FIELD["COLUMNS"])
+    end_backward[grid](logits=logits, LOG=log, **adjoints, **upstream, **given, **state, **FIELD)
 
 
 def log_sinkhorn(logits: Tensor, n_iters: int) -> tuple[Tensor, Tensor, Tensor]:
-    return _forward(logits.contiguous(), None, None, None, n_iters, log=True)
+    return _forward(True, logits.contiguous(), n_iters, column=None, left=None, right=None)
 
 
-def gumbel_sinkhorn(
-    scores: Tensor,
-    tau: Tensor,
-    seed: Tensor,
-    left: Tensor | None,
-    right: Tensor | None,
-    n_iters: int,
-    noise: float,
-    start: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
+def gumbel_sinkhorn(scores, tau, seed, left, right, n_iters, noise, start) -> tuple[Tensor, Tensor, Tensor]:
     logits, column = _ranking_logits(scores.contiguous(), tau, seed, noise)
-    if start is not None:
-        column = start.contiguous()
-    return _forward(logits, column, left, right, n_iters, log=False)
+    column = column if start is None else start.contiguous()
+    return _forward(False, logits, n_iters, column=column, left=left, right=right)
 
 
 def log_sinkhorn_backward(grad: Tensor, logits: Tensor, scalings: Tensor, absorbed: Tensor) -> Tensor:
     grad, logits, scalings, absorbed = (x.contiguous() for x in (grad, logits, scalings, absorbed))
     out = torch.empty_like(logits)
-    if not out.numel():
-        return out
-    _backward(grad, logits, None, None, None, scalings, absorbed, None, None, out, None, out, None, log=True)
+    if out.numel():
+        _backward(True, logits, _state(logits, scalings, absorbed), {"grad": grad, "steps": 0}, grad_out=out)
     return out
 
 
 def gumbel_sinkhorn_backward(
-    grad: Tensor,
-    scores: Tensor,
-    tau: Tensor,
-    seed: Tensor,
-    left: Tensor | None,
-    right: Tensor | None,
-    scalings: Tensor,
-    absorbed: Tensor,
-    noise: float,
-    need_tau: bool,
-    start: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    grad, scores, tau, seed, left, right, scalings, absorbed, noise, need_tau, start
+) -> tuple[Tensor, ...]:
     grad, scores, scalings, absorbed = (x.contiguous() for x in (grad, scores, scalings, absorbed))
-    left, right = (None if x is None else x.contiguous() for x in (left, right))
+    left, right, start = (None if x is None else x.contiguous() for x in (left, right, start))
     batch, k = scores.shape
-    column_blocks = triton.cdiv(k, FIELD_COLUMNS)
-    grad_scores, grad_right = torch.empty_like(scores), scores.new_empty(0 if right is None else scores.shape)
-    grad_start = scores.new_empty(0 if start is None else scores.shape)
-    grad_tau = scores.new_empty(batch, column_blocks) if need_tau else None
+    grad_scores = torch.empty_like(scores)
+    grad_tau = scores.new_empty(batch, triton.cdiv(k, FIELD["COLUMNS"])) if need_tau else None
+    grad_right, grad_start = (None if x is None else torch.empty_like(scores) for x in (right, start))
     if batch:
         logits, column = _ranking_logits(scores, tau, seed, noise)
-        given = grad, logits, column if start is None else start.contiguous(), left, right, scalings, absorbed
-        own_start = None if start is None else grad_start
-        _backward(*given, scores, tau, grad_scores, grad_tau, grad_right, own_start, log=False)
-    return grad_scores, scores.new_empty(0) if grad_tau is None else grad_tau.sum(1), grad_right, grad_start
+        state, column = _state(logits, scalings, absorbed), column if start is None else start
+        upstream = {"grad": grad, "left": left, "right": right, "steps": 0 if left is None else len(left)}
+        given = {"scores": scores, "tau": tau, "column": column, "grad_tau": grad_tau, "grad_start": grad_start}
+        _backward(False, logits, state, upstream, grad_right, grad_out=grad_scores, **given)
+    grads = None if grad_tau is None else grad_tau.sum(1), grad_right, grad_start
+    return grad_scores, *(scores.new_empty(0) if x is None else x for x in grads)

@@ -1,6 +1,6 @@
-"""Sums of rank rows with mostly-zero weights, and their gradient: shared by cumulative_masks and the ranking.
+"""Products left P with a left that is mostly zero, and their gradient: shared by cumulative_masks and the ranking.
 
-A block of weights that is all zero costs one look at it, so steps of cumulative weights cost about K² per image.
+A block of left that is all zero costs one look at it, so increments of cumulative weights cost about K² per image.
 """
 
 import torch
@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-ROWS, COLUMNS = 16, 64  # one tile; 32 registers a thread at one warp
+TILE = {"ROWS": 16, "COLUMNS": 64, "num_warps": 1}  # 32 registers a thread
 
 
 @triton.jit
@@ -42,15 +42,15 @@ def upstream(grad, left, right, b, i, j, k, steps):
 
 
 @triton.jit
-def weigh_rows(permutation, weights, out, k, steps, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """out_s = Σ_i weights_si permutation_i: (B,K,K), (S,K) → (B,S,K); grid (B·S, column blocks)."""
+def weigh_rows(permutation, left, out, k, steps, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """out_s = Σ_i left_si permutation_i: (B,K,K), (S,K) → (B,S,K); grid (B·S, column blocks)."""
     b = tl.program_id(0).to(tl.int64) // steps
     s = tl.program_id(0) % steps
     j = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     total = tl.zeros((COLUMNS,), tl.float32)
     for first in range(0, k, ROWS):
         i = first + tl.arange(0, ROWS)
-        weight = tl.load(weights + s * k + i, i < k, 0.0)
+        weight = tl.load(left + s * k + i, i < k, 0.0)
         if tl.max(tl.abs(weight)) > 0:
             offsets, inside = entries(i, j, k)
             total += tl.sum(weight[:, None] * tl.load(permutation + b * k * k + offsets, inside, 0.0), 0)
@@ -58,29 +58,30 @@ def weigh_rows(permutation, weights, out, k, steps, ROWS: tl.constexpr, COLUMNS:
 
 
 @triton.jit
-def spread_rows(grad, weights, out, k, steps, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """out_ij = Σ_s weights_si grad_sj: (B,S,K), (S,K) → (B,K,K); grid (B, row blocks, column blocks)."""
+def spread_rows(grad, left, out, k, steps, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """out_ij = Σ_s left_si grad_sj: (B,S,K), (S,K) → (B,K,K); grid (B, row blocks, column blocks)."""
     b = tl.program_id(0).to(tl.int64)
     i = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     j = tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)
     offsets, inside = entries(i, j, k)
-    tl.store(out + b * k * k + offsets, upstream(grad, weights, None, b, i, j, k, steps), inside)
+    tl.store(out + b * k * k + offsets, upstream(grad, left, None, b, i, j, k, steps), inside)
 
 
-def cumulative_masks(permutation: Tensor, weights: Tensor) -> Tensor:
+def cumulative_masks(permutation: Tensor, left: Tensor) -> Tensor:
     batch, k, _ = permutation.shape
-    steps = weights.shape[0]
+    steps = left.shape[0]
     out = permutation.new_empty(batch, steps, k)
     if out.numel():
-        grid = batch * steps, triton.cdiv(k, COLUMNS)
-        weigh_rows[grid](permutation.contiguous(), weights.contiguous(), out, k, steps, ROWS, COLUMNS, num_warps=1)
+        grid = batch * steps, triton.cdiv(k, TILE["COLUMNS"])
+        permutation, left = permutation.contiguous(), left.contiguous()
+        weigh_rows[grid](permutation=permutation, left=left, out=out, k=k, steps=steps, **TILE)
     return out
 
 
-def cumulative_masks_backward(grad: Tensor, weights: Tensor) -> Tensor:
+def cumulative_masks_backward(grad: Tensor, left: Tensor) -> Tensor:
     batch, steps, k = grad.shape
     out = torch.empty(batch, k, k, dtype=grad.dtype, device=grad.device)
     if out.numel():
-        grid = batch, triton.cdiv(k, ROWS), triton.cdiv(k, COLUMNS)
-        spread_rows[grid](grad.contiguous(), weights.contiguous(), out, k, steps, ROWS, COLUMNS, num_warps=1)
+        grid = batch, triton.cdiv(k, TILE["ROWS"]), triton.cdiv(k, TILE["COLUMNS"])
+        spread_rows[grid](grad=grad.contiguous(), left=left.contiguous(), out=out, k=k, steps=steps, **TILE)
     return out

@@ -12,7 +12,7 @@ from aha.kernels import reference
 
 from .accuracy import assert_accurate
 
-READOUTS = ("matrix", "steps", "dense steps", "regions", "log")
+READOUTS = ("matrix", "log", "left", "dense left", "right")
 
 
 class Problem(NamedTuple):
@@ -41,7 +41,7 @@ class Problem(NamedTuple):
         return Problem(*(value.to(device) if isinstance(value, Tensor) else value for value in self))
 
 
-def cumulative_steps(k: int, steps: int) -> Tensor:
+def increments(k: int, steps: int) -> Tensor:
     """(steps, k): what each step adds to a cumulative mask, one or two non-zeros in a column."""
     weights = (torch.linspace(0, 1, steps, dtype=torch.float64)[:, None] * k - torch.arange(k)).clamp(0, 1)
     return torch.diff(weights, dim=0, prepend=torch.zeros(1, k)).float()
@@ -59,9 +59,9 @@ def make(
     else:
         choice = {
             "matrix": {},
-            "steps": {"left": cumulative_steps(k, 5)},
-            "dense steps": {"left": torch.randn(2, k, generator=g)},
-            "regions": {"right": torch.randn(batch, k, generator=g)},
+            "left": {"left": increments(k, 5)},
+            "dense left": {"left": torch.randn(2, k, generator=g)},
+            "right": {"right": torch.randn(batch, k, generator=g)},
         }[readout]
         seed = torch.tensor(-12345678901234)  # both words of the key are used
         if start:

@@ -173,13 +173,13 @@ def test_a_row_alone_is_the_row_in_its_batch():
 def counted(monkeypatch) -> list[tuple[int, int]]:
     """(rows, iterations) of every run of the reference from here on."""
     runs = []
-    original = reference.weigh_ranks
+    original = reference.read_left
 
-    def spy(scores, start, weights, tau, n_iters, noise, seed):
+    def spy(scores, start, left, tau, n_iters, noise, seed):
         runs.append((len(scores), n_iters))
-        return original(scores, start, weights, tau, n_iters, noise, seed)
+        return original(scores, start, left, tau, n_iters, noise, seed)
 
-    monkeypatch.setattr(reference, "weigh_ranks", spy)
+    monkeypatch.setattr(reference, "read_left", spy)
     return runs
 
 

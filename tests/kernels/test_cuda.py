@@ -51,12 +51,12 @@ def check(k: int, readout: str, **settings) -> None:
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_settings(k, setting):
     spread, tau, noise = SETTINGS[setting]
-    check(k, "steps", spread=spread, tau=tau, noise=noise, iterations=30)
+    check(k, "left", spread=spread, tau=tau, noise=noise, iterations=30)
 
 
 @pytest.mark.parametrize("k", SIZES)
 def test_a_start_and_its_gradient(k):
-    for readout in ("steps", "regions"):
+    for readout in ("left", "right"):
         check(k, readout, iterations=10, start=True)
 
 
@@ -69,7 +69,7 @@ def test_readouts(k, readout):
 @pytest.mark.parametrize("k", [49, 196, 784, 1025])
 @pytest.mark.parametrize("iterations", [1, 2])
 def test_few_iterations(k, iterations):
-    check(k, "regions", iterations=iterations)
+    check(k, "right", iterations=iterations)
 
 
 @pytest.mark.parametrize("k", [1, 49, 130, 784, 1300])
@@ -90,7 +90,7 @@ def test_masks(k, steps):
 
 @pytest.mark.parametrize("k", [49, 196, 784, 1025])
 def test_repeats_bit_for_bit_also_on_another_stream(k):
-    problem, grad = make(k, "steps", batch=40, spread=100.0, tau=0.05, noise=1.0, iterations=10)
+    problem, grad = make(k, "left", batch=40, spread=100.0, tau=0.05, noise=1.0, iterations=10)
     problem, grad = problem.to("cuda"), grad.cuda()
     runs = [by_operators(problem, grad) for _ in range(3)]
     torch.cuda.synchronize()

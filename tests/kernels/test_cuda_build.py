@@ -44,7 +44,7 @@ BUDGET = {
     "resident_backward<true,25>": 255,
     "streamed_forward_rows": 128,  # 2 CTAs of 256, to have enough reads on their way
     "streamed_forward_columns": 64,
-    "streamed_forward_steps": 64,
+    "streamed_forward_left": 64,
     "streamed_backward_rows": 128,
     "streamed_backward_tiles": 255,
     "streamed_backward_columns": 64,

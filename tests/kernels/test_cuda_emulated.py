@@ -8,7 +8,7 @@ from torch import Tensor
 from aha.kernels import random
 
 from .emulator import COMPILER, Emulator
-from .ranking import READOUTS, Problem, assert_as_good_as_float32, by_reference, cumulative_steps, make
+from .ranking import READOUTS, Problem, assert_as_good_as_float32, by_reference, increments, make
 
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="there is no g++")
 
@@ -35,7 +35,7 @@ def test_every_readout_in_every_layout(emulator, layout, readout):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("readout", ["steps", "regions"])
+@pytest.mark.parametrize("readout", ["left", "right"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_start_and_its_gradient_in_every_layout(emulator, layout, readout):
     # scores so large that scalings are absorbed: the gradient of the start comes with the first segment alone
@@ -47,7 +47,7 @@ def test_a_start_and_its_gradient_in_every_layout(emulator, layout, readout):
 @pytest.mark.parametrize("k", [1, 2, 16, 49, 64, 65, 100, 130])
 @pytest.mark.parametrize("noise", [0.0, 1.0])
 def test_sizes_in_one_cta(emulator, k, noise):
-    problem, grad = make(k, "steps", noise=noise, iterations=3)
+    problem, grad = make(k, "left", noise=noise, iterations=3)
     assert_as_good_as_float32(by_kernels(emulator, problem, grad, ONE_CTA), problem, grad)
 
 
@@ -56,7 +56,7 @@ def test_sizes_in_one_cta(emulator, k, noise):
 )
 def test_sizes_in_the_other_layouts(emulator, k, ranks):
     # bands of unequal and of no rows; more columns than one lane of the smallest kernel holds
-    problem, grad = make(k, "regions", batch=4, noise=1.0, iterations=2)
+    problem, grad = make(k, "right", batch=4, noise=1.0, iterations=2)
     assert_as_good_as_float32(by_kernels(emulator, problem, grad, ranks), problem, grad)
 
 
@@ -65,7 +65,7 @@ def test_sizes_in_the_other_layouts(emulator, k, ranks):
 def test_gradients_with_a_mean_lose_no_digits(emulator, layout):
     # cumulative masks send the sum of all later gradients to a rank row; the mean of a column is no information, and
     # without it the gradient is far better than that of the reference
-    problem, grad = make(60, "steps", batch=4, spread=10.0, iterations=30)
+    problem, grad = make(60, "left", batch=4, spread=10.0, iterations=30)
     grad = grad.flip(1).cumsum(1).flip(1) + 10
     truth, single = (by_reference(problem, grad, dtype)[1] for dtype in (torch.float64, torch.float32))
     got = by_kernels(emulator, problem, grad, LAYOUTS[layout])[1]
@@ -81,7 +81,7 @@ def test_few_iterations(emulator, layout, iterations):
 
 
 def test_many_iterations(emulator):
-    problem, grad = make(49, "steps", batch=1, spread=3.0, noise=1.0, iterations=30)
+    problem, grad = make(49, "left", batch=1, spread=3.0, noise=1.0, iterations=30)
     assert_as_good_as_float32(by_kernels(emulator, problem, grad, ONE_CTA), problem, grad)
 
 
@@ -127,7 +127,7 @@ def test_saved_state_is_what_the_operators_promise(emulator):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("readout", ["steps", "regions"])
+@pytest.mark.parametrize("readout", ["left", "right"])
 def test_the_order_of_threads_changes_nothing(emulator, layout, readout):
     # absorption, noise and every gradient; a missing barrier would show here
     problem, grad = make(45, readout, spread=100.0, noise=1.0, tau=0.01, iterations=8)
@@ -139,7 +139,7 @@ def test_the_order_of_threads_changes_nothing(emulator, layout, readout):
 
 
 def test_the_order_of_threads_changes_nothing_in_a_larger_cta(emulator):
-    problem, grad = make(140, "steps", batch=1, noise=1.0, iterations=2)
+    problem, grad = make(140, "left", batch=1, noise=1.0, iterations=2)
     results = [by_kernels(emulator, problem, grad, ONE_CTA, order) for order in range(3)]
     for result in results[1:]:
         for got, expected in zip(result, results[0], strict=True):
@@ -156,7 +156,7 @@ def test_rows_of_the_gradient_sum_to_zero(emulator):
 
 @pytest.mark.parametrize("backward", [False, True])
 def test_masks(emulator, backward):
-    for k, weights in ((70, cumulative_steps(70, 7)), (9, torch.randn(40, 9)), (130, torch.randn(3, 130))):
+    for k, weights in ((70, increments(70, 7)), (9, torch.randn(40, 9)), (130, torch.randn(3, 130))):
         given = torch.randn(2, len(weights) if backward else k, k)
         matrix = weights.T if backward else weights
         exact, single = matrix.double() @ given.double(), matrix @ given
@@ -173,7 +173,7 @@ def test_noise_is_that_of_every_backend(emulator):
 
 
 def test_empty_inputs(emulator):
-    problem, grad = make(8, "steps", batch=0)
+    problem, grad = make(8, "left", batch=0)
     assert by_kernels(emulator, problem, grad, ONE_CTA)[0].shape == (0, 5, 8)
     for ranks in LAYOUTS.values():
         problem, _ = make(8)

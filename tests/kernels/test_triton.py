@@ -123,14 +123,14 @@ def ranking(name, b, k, n_iters, std, tau, noise, seed):
     if name == "log_sinkhorn":
         inputs = (scores[:, None] * torch.randn(b, k, k, generator=generator) / tau,)
         return inputs, lambda run, x: run.log_sinkhorn(x, n_iters)
-    if name == "weigh_regions":
+    if name == "read_right":
         given = (scores, tau, values, start)
-        return given, lambda run, a, t, v, s: run.weigh_regions(a, s, v, t, n_iters, noise, key)[0]
+        return given, lambda run, a, t, v, s: run.read_right(a, s, v, t, n_iters, noise, key)[0]
     if name == "gumbel_sinkhorn":
         return (scores, tau), lambda run, a, t: run.gumbel_sinkhorn(a, t, n_iters, noise, key)
-    if name == "weigh_ranks":
+    if name == "read_left":
         given = (scores, tau, start)
-        return given, lambda run, a, t, s: run.weigh_ranks(a, s, weights[0].to(a), t, n_iters, noise, key)[0]
+        return given, lambda run, a, t, s: run.read_left(a, s, weights[0].to(a), t, n_iters, noise, key)[0]
     given = fractions if name == "soft_topk_masks" else weights
     return (scores, tau), lambda run, a, t: run.soft_topk_masks(a, given.to(a), t, n_iters, noise, key)
 
@@ -168,7 +168,7 @@ def check_ranking(name, b, k, n_iters, std, tau, noise):
             assert (x - y).abs().max() <= 2 * allowed[n] + 1e-6, (n, float((x - y).abs().max()), float(allowed[n]))
 
 
-OPERATORS = ["gumbel_sinkhorn", "soft_topk_masks", "any weights", "weigh_ranks", "weigh_regions", "log_sinkhorn"]
+OPERATORS = ["gumbel_sinkhorn", "soft_topk_masks", "any weights", "read_left", "read_right", "log_sinkhorn"]
 
 
 @interpreted

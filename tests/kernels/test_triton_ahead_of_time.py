@@ -42,10 +42,13 @@ STACK = {
 class Launches(dict):
     """What would be launched, once each: kernel, signature, constants, hints, warps."""
 
-    def record(self, kernel, *args, grid, warmup, num_warps=4):
+    def record(self, kernel, grid, warmup, num_warps=4, **given):
+        optional = {p.name: p.default for p in kernel.params if p.has_default}
+        assert given.keys() <= set(kernel.arg_names) <= given.keys() | optional.keys()
         assert all(0 < size < 2**31 for size in grid[:1]) and all(0 < size < 2**16 for size in grid[1:])
         signature, constants, hints = {}, {}, {}
-        for n, (parameter, value) in enumerate(zip(kernel.params, args, strict=True)):
+        for n, parameter in enumerate(kernel.params):
+            value = (optional | given)[parameter.name]
             special = type(value) is int and not parameter.do_not_specialize
             if parameter.is_constexpr or value is None or (special and value == 1):
                 signature[parameter.name], constants[n,] = "constexpr", value
@@ -62,7 +65,7 @@ class Launches(dict):
 @pytest.fixture
 def launches(monkeypatch):
     recorded = Launches()
-    monkeypatch.setattr(JITFunction, "run", lambda kernel, *args, **options: recorded.record(kernel, *args, **options))
+    monkeypatch.setattr(JITFunction, "run", lambda kernel, **given: recorded.record(kernel, **given))
     return recorded
 
 

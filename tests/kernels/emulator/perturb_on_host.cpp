@@ -65,7 +65,7 @@ void mask_gradient(const Call& call, Images<In> x, Images<In> r, const float* st
   std::vector<float> partial(size.batch * size.steps * size.height * tiling.strips * cols.cells, NAN);
   const Range row_range{range.data(), range.data() + rows.cells};
   const Range col_range{row_range.end + rows.cells, row_range.end + rows.cells + cols.cells};
-  call.launch(blocks(int64_t{WARP} * std::max(rows.cells, cols.cells)), 2, 1, find_ranges, rows,
+  call.launch(blocks(int64_t{aha::WARP} * std::max(rows.cells, cols.cells)), 2, 1, find_ranges, rows,
               size.height, row_range, cols, size.width, col_range);
   call.launch(tiling.tiles(size), fewer(size.groups()), fewer(size.batch), reduce_columns<V, In, Grad>, size,
               cols, col_range, x, r, std, deleted, inserted, partial.data());

@@ -92,7 +92,7 @@ const char* masks(const float* from, const float* weights, float* out, int64_t b
 
 const char* noise(const aha::Ranking* p, float* out, int64_t batch) {
   return reported([&] {
-    cuda_on_host::launch({{unsigned(batch)}, {32, unsigned(p->k)}}, noise_kernel, *p, out);
+    cuda_on_host::launch({{unsigned(batch)}, {aha::WARP, unsigned(p->k)}}, noise_kernel, *p, out);
   });
 }
 

@@ -1,4 +1,4 @@
-// Weights of rank rows, mostly zero, as a list for every rank.
+// The left factor of the readout, mostly zero, as a list for every rank.
 #pragma once
 
 #include <cstdint>
@@ -6,9 +6,9 @@
 
 namespace aha {
 
-// Rows of weights (S,K) by rank: which outputs a rank row belongs to, zeros left out.
+// left (S,K) by rank: which outputs a rank row belongs to and with what weight, zeros omitted.
 template <typename T>
-struct Weights {
+struct ByRank {
   struct Entry {
     int64_t s;
     T weight;
@@ -16,7 +16,7 @@ struct Weights {
   std::vector<Entry> entries;
   std::vector<size_t> first;  // of every rank, and the end
 
-  Weights(const T* left, int64_t rows, int64_t k) : first{0} {
+  ByRank(const T* left, int64_t rows, int64_t k) : first{0} {
     for (int64_t i = 0; i < k; ++i) {
       for (int64_t s = 0; s < rows; ++s)
         if (left[s * k + i] != T{0}) entries.push_back({s, left[s * k + i]});
