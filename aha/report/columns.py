@@ -16,6 +16,7 @@ import numpy as np
 if TYPE_CHECKING:
     from ..metrics.catalog import Metric
 
+# how the literature writes a protocol
 PROTOCOLS = {"rise": "RISE", "chefer": "Chefer", "mda": "MDA", "mas": "MAS", "monotonicity": "Monotonicity"}
 LEVEL = 0.05  # of a test, after the correction for the number of methods
 HEADLINE = "ins_minus_del"  # the metric that methods are ordered by
@@ -59,14 +60,10 @@ def label(metric: str) -> str:
     return plain(split(metric)[1]) if found is None else f"{found.title} {found.arrow}"
 
 
-def protocol_label(protocol: str) -> str:
-    """How the literature writes the protocol."""
-    return PROTOCOLS.get(protocol, protocol)
-
-
 def heading(metric: str) -> str:
     """The metric as axes call it: protocol, name and arrow."""
-    return f"{protocol_label(split(metric)[0])} {label(metric)}".strip()
+    protocol = split(metric)[0]
+    return f"{PROTOCOLS.get(protocol, protocol)} {label(metric)}".strip()
 
 
 def costs() -> tuple[str, ...]:

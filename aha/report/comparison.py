@@ -41,13 +41,12 @@ def write(
     """
     done.records.write(folder)
     write_columns(done.images, folder / IMAGES)
-    summaries = {key: result.summary() for key, result in done.results.items()}
+    titled = {"title": title} if title else {}
+    summaries = {key: {**result.summary(), **titled} for key, result in done.results.items()}
     places = {
         (model, target): folder if len(summaries) == 1 else folder / slug(model) / target for model, target in summaries
     }
     for key, summary in summaries.items():
-        if title:
-            summary["title"] = title
         write_summary(summary, places[key])
     tables.write(summaries, folder / "tables")
     for (model, target), summary in summaries.items():

@@ -61,8 +61,7 @@ def looks(methods: Collection[str]) -> dict[str, dict[str, Any]]:
     for i, name in enumerate(reversed(ours)):
         found[name] = {"color": ACCENT, "linestyle": DASHES[i % len(DASHES)], "linewidth": 2.2}
     for i, name in enumerate(others):
-        dash = DASHES[i // len(PALETTE) % len(DASHES)]
-        found[name] = {"color": PALETTE[i % len(PALETTE)], "linestyle": dash}
+        found[name] = {"color": PALETTE[i % len(PALETTE)], "linestyle": DASHES[i // len(PALETTE) % len(DASHES)]}
     return found
 
 

@@ -118,8 +118,8 @@ def curves(curves: Curves, path: str | Path, summary: Mapping[str, Any] | None =
         verbs = {"deletion": "removed", "insertion": "shown"}
         for axes, (metric, verb) in zip(figure.subplots(1, 2, sharey=True), verbs.items(), strict=True):
             means = {name: _mean_curve(of, metric) for name, of in curves.items()}
-            areas = {name: reported.get(name, {}).get(metric) for name in means}
-            areas = {name: _area(means[name]) if area is None else area for name, area in areas.items()}
+            known = {name: reported.get(name, {}).get(metric) for name in means}
+            areas = {name: _area(means[name]) if area is None else area for name, area in known.items()}
             order = sorted(means, key=areas.__getitem__, reverse=bool(direction(metric)))
             # the emphasised lines are drawn last, over the others
             lines = _lines(axes, {name: means[name] for name in sorted(means, key=is_ours)}, style)
@@ -239,8 +239,13 @@ def training(log_path: str | Path, path: str | Path) -> Path:
                 if points and key in ("lr", "tau"):  # schedules do not scatter
                     axes.plot(*zip(*points, strict=True), color=color)
                 elif points:
+                    # every batch draws its own reference and grid, so values scatter: faint, under their running mean
                     step, value = np.array(points, dtype=np.float64).T
-                    _noisy_line(axes, step, value, color, label)
+                    window = np.ones(max(1, min(len(value) // 8, 25)))
+                    if len(window) > 1:
+                        axes.plot(step, value, color=color, alpha=0.25, linewidth=0.8)
+                        value = np.convolve(value, window, "same") / np.convolve(np.ones(len(value)), window, "same")
+                    axes.plot(step, value, color=color, label=label)
             axes.set_title(title)
             if len(series) > 1 and axes.lines:
                 axes.legend()
@@ -250,15 +255,6 @@ def training(log_path: str | Path, path: str | Path) -> Path:
         if speeds:
             figure.supxlabel(f"{np.median(speeds):.3g} images/s (median)", x=0.99, ha="right", size=8, color=FAINT)
     return Path(path)
-
-
-def _noisy_line(axes: Axes, step: np.ndarray, value: np.ndarray, color: str, label: str) -> None:
-    # every batch draws its own reference and grid, so values scatter: faint, under their running mean
-    window = np.ones(max(1, min(len(value) // 8, 25)))
-    if len(window) > 1:
-        axes.plot(step, value, color=color, alpha=0.25, linewidth=0.8)
-        value = np.convolve(value, window, "same") / np.convolve(np.ones(len(value)), window, "same")
-    axes.plot(step, value, color=color, label=label)
 
 
 def _read_log(path: Path) -> list[dict[str, Any]]:

@@ -176,7 +176,7 @@ def _part(key: Key, summary: Mapping[str, Any], figures: Mapping[str, str | Path
             (title, list(_flat(facts)))
             for title, facts in (
                 ("Protocol", {**(summary.get("protocol") or {}), **pick("target", "seed")}),
-                *((f"Protocol {names.protocol_label(of['name'])}", of) for of in summary.get("protocols") or ()),
+                *((f"Protocol {of['name']}", of) for of in summary.get("protocols") or ()),
                 ("Classifier", classifier),
                 ("Versions", {**(summary.get("versions") or {}), **pick("device")}),
             )

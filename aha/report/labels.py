@@ -77,13 +77,12 @@ def place(
 
 def _candidates(point: np.ndarray, size: np.ndarray) -> np.ndarray:
     """Boxes (x0, y0, x1, y1) of a label around a point, the nearest first."""
-    boxes = []
-    for gap in (14, 20, 30, 44, 62, 84, 110, 140):
-        for angle in np.linspace(0, 2 * np.pi, 24, endpoint=False):
-            # the label's nearest side touches the circle of this radius
-            center = point + np.array([np.cos(angle), np.sin(angle)]) * (gap + size / 2)
-            boxes.append(np.concatenate([center - size / 2, center + size / 2]))
-    return np.array(boxes)
+    angles = np.linspace(0, 2 * np.pi, 24, endpoint=False)
+    gaps = np.array([14, 20, 30, 44, 62, 84, 110, 140])
+    # the label's nearest side touches the circle of this radius
+    steps = np.stack([np.cos(angles), np.sin(angles)], axis=1) * (gaps[:, None, None] + size / 2)
+    centers = point + steps.reshape(-1, 2)
+    return np.concatenate([centers - size / 2, centers + size / 2], axis=1)
 
 
 def _overlap(boxes: np.ndarray, others: Sequence[Any], margin: float) -> np.ndarray:

@@ -194,8 +194,9 @@ class Table:
         table = RichTable(title=Text(self.caption), caption=Text("\n".join(self.notes)))
         table.add_column(Text(self.stub), overflow="fold")
         for column in self.columns:
+            head = re.sub(" (?=[↑↓]$)", "\n", _joined(column.path, "\n"))  # narrow: many columns share a line
             # a number that is cut is another number
-            table.add_column(Text(_joined(column.path, "\n")), justify="right", overflow="fold")
+            table.add_column(Text(head), justify="right", overflow="fold")
         for block in self.blocks:
             if block.title:
                 table.add_row(Text(block.title, style="italic"))

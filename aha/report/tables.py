@@ -236,7 +236,7 @@ def _headings(groups: Iterable[str], metrics: Sequence[str]) -> tuple[Column, ..
     for group in groups:
         for metric in metrics:
             protocol, row = names.split(metric)[0], names.row(metric)
-            middle = (names.protocol_label(protocol),) if protocols else ()
+            middle = (names.PROTOCOLS.get(protocol, protocol),) if protocols else ()
             family = group, protocol, row and row.family
             path = (*([group] if group else []), *middle, names.label(metric))
             found.append(Column(path, apart=bool(found) and family != before))

@@ -442,7 +442,7 @@ def test_page_escapes_text_and_tells_the_rest(page):
         "2.11.0",
         "share after",
         "per step",
-        "Protocol MDA",
+        "Protocol mda",
         "225",
         "+0.2000",
         "+0.1000 … +0.3000",
