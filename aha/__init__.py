@@ -7,6 +7,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from ._version import __version__
+from .recipes import recipe
 
 if TYPE_CHECKING:
     from . import attributors, data, evaluation, kernels, metrics, references, regions, report
@@ -29,6 +30,13 @@ _NAMES = {
 _MODULES = ("attributors", "data", "evaluation", "kernels", "metrics", "references", "regions", "report")
 
 __all__ = ["__version__", *_NAMES, *_MODULES]
+
+
+@recipe("scenes")
+def _scenes() -> "Classifier":
+    from .demo.classifier import scenes
+
+    return scenes()
 
 
 def __getattr__(name: str) -> Any:

@@ -15,6 +15,7 @@ from torch.nn.parameter import is_lazy
 
 from .checks import check_answers, check_colour, check_images, check_normalisation, check_size, check_target
 from .protection import protected, recording, steady
+from .recipes import RECIPES
 from .weights import load_weights, numbers, read_weights
 
 RANDOM = "random:"
@@ -497,28 +498,22 @@ def from_source(source: dict[str, Any]) -> Classifier:
         return Classifier.from_hf(source["name"])
     if source["kind"] == "random":
         return from_name(source["name"])
-    if source["kind"] == "scenes":
-        from .data import Scenes
-        from .demo import classifier as demo
-
-        with torch.inference_mode(False):
-            module, size = demo.load(), demo.CONFIG["img_size"]
-        names, classes = Scenes.class_names, demo.CONFIG["num_classes"]
-        made = {"kind": "scenes", "name": "scenes"}
-        return Classifier(module, demo.MEAN, demo.STD, (size, size), classes, names, source=made)
+    if source["kind"] in RECIPES:
+        return RECIPES[source["kind"]]()
     raise ValueError(
         f"the classifier {source.get('name')!r} is a wrapped module: pass classifier=… to load its explainer"
     )
 
 
 def from_name(name: str, weights: str | Path | None = None) -> Classifier:
-    """A classifier by the name the command line uses: ``scenes``, ``hf:`` and a transformers name, or a timm name.
+    """A classifier by the name the command line uses: ``scenes`` and others of `aha.recipes`, ``hf:`` and a
+    transformers name, or a timm name.
 
     ``random:`` and a timm name is that model with random weights from a fixed seed: enough to try a pipeline, to
     count passes and to measure time.
     """
-    if name == "scenes":
-        return from_source({"kind": "scenes"})
+    if name in RECIPES:
+        return RECIPES[name]()
     if name.startswith(RANDOM):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)

@@ -4,7 +4,9 @@ import pytest
 import torch
 
 import aha
+from aha.classifier import from_name, from_source
 from aha.precision import uses_bf16
+from aha.recipes import RECIPES, recipe
 
 from .toys import tiny_vit
 
@@ -104,6 +106,22 @@ def test_weights_files(tmp_path):
 def test_class_names_are_counted():
     with pytest.raises(ValueError, match="2 class names for 5 classes"):
         aha.Classifier.wrap(tiny_vit(), input_size=(32, 32), class_names=["a", "b"])
+
+
+def test_a_classifier_enters_its_name(monkeypatch):
+    made = []
+
+    def mine():
+        made.append(aha.Classifier.wrap(tiny_vit(), input_size=32, source={"kind": "mine", "name": "mine"}))
+        return made[-1]
+
+    with pytest.raises(ValueError, match="timm has no model 'mine'"):
+        from_name("mine")
+    monkeypatch.setitem(RECIPES, "mine", mine)
+    assert from_name("mine") is made[0]
+    assert from_source(made[0].source) is made[1]
+    with pytest.raises(ValueError, match="a classifier 'scenes' is entered already"):
+        recipe("scenes")(mine)
 
 
 def test_precision():

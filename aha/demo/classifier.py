@@ -29,6 +29,7 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from timm.models.vision_transformer import VisionTransformer
 
+from aha.classifier import Classifier
 from aha.data.scenes import Scenes
 from aha.precision import autocast, stepwise_attention, uses_bf16
 
@@ -86,6 +87,14 @@ def load(path: str | os.PathLike | None = None) -> VisionTransformer:
         module = build(**json.loads(file.metadata()["timm"]))
         module.load_state_dict({name: file.get_tensor(name).float() for name in file.keys()})  # noqa: SIM118
     return module.eval().requires_grad_(False)
+
+
+def scenes() -> Classifier:
+    """The classifier ``scenes``: the shipped network, with its normalisation and the names of its classes."""
+    with torch.inference_mode(False):
+        module, size = load(), CONFIG["img_size"]
+    made = {"kind": "scenes", "name": "scenes"}
+    return Classifier(module, MEAN, STD, (size, size), CONFIG["num_classes"], Scenes.class_names, source=made)
 
 
 def info(path: str | os.PathLike | None = None) -> dict[str, str]:
