@@ -23,11 +23,6 @@ from .table import ABSENT, ALIKE, UNMEASURED, Block, Cell, Column, Row, Table
 if TYPE_CHECKING:
     from ..evaluation import Evaluation
 
-PAPER = (
-    *("deletion", "insertion", "ins_minus_del"),
-    *("positive", "negative", "neg_minus_pos"),
-    *("adp", "pic", "seconds_per_image"),
-)
 LOCALISATION = ("pointing_game", "iou", "map")  # of the terminal's table
 LEGEND = "↑ higher is better, ↓ lower is better; bold: best; underlined: second."
 
@@ -51,8 +46,8 @@ def comparison(
         rows: method → {metric: mean, "ci95": {metric: [low, high]}}, a summary's "methods".
         significance: metric → method → {"p": corrected}, a summary's "significance": where p ≥ 0.05, † says that the
             difference to the best may be chance.
-        metrics: the columns, those of other protocols as "rise/deletion"; None is the paper's layout, as far as any
-            row knows it.
+        metrics: the columns, those of other protocols as "rise/deletion"; None is every metric that a row knows, without
+            upper bounds, and of the costs the time.
         intervals: write ± half the 95 % interval behind every value.
         caption: of the table.
         label: for \\ref in LaTeX.
@@ -207,10 +202,10 @@ def _build(
     everything = [row for groups in sections.values() for rows, _ in groups.values() for row in rows.values()]
     if not everything:
         raise ValueError("there are no methods: give method → {metric: value}")
-    known = {key for row in everything for key in row}
-    chosen = [metric for metric in PAPER if metric in known] if metrics is None else list(metrics)
-    if not known.intersection(chosen):
-        wanted, have = ", ".join(metrics or PAPER), ", ".join(sorted(known - {"ci95"}))
+    known = dict.fromkeys(key for row in everything for key in row)
+    chosen = [metric for metric in names.ordered(known) if _compared(metric)] if metrics is None else list(metrics)
+    if known.keys().isdisjoint(chosen):
+        wanted, have = ", ".join(metrics or ("any metric",)), ", ".join(sorted(known.keys() - {"ci95"}))
         raise ValueError(f"no method has a value of {wanted}: choose among {have}")
     blocks = []
     for title, groups in sections.items():
@@ -227,6 +222,12 @@ def _build(
         notes.append(f"{ALIKE} the difference to the best may be chance (corrected p ≥ {names.LEVEL}).")
     headings = _headings(dict.fromkeys(group for groups in sections.values() for group in groups), chosen)
     return Table(headings, tuple(blocks), caption=caption, notes=tuple(notes))
+
+
+def _compared(metric: str) -> bool:
+    """Whether it is a column without being asked for: no upper bound, and of the costs the time alone."""
+    found = names.row(metric)
+    return found is not None and not found.oracle and metric not in names.costs()[1:]
 
 
 def _headings(groups: Iterable[str], metrics: Sequence[str]) -> tuple[Column, ...]:
