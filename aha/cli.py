@@ -302,8 +302,8 @@ def list_methods(markdown: bool = False) -> None:
         def row(*cells: str) -> str:
             return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
-        headings = ("method", "paper", "cost per image", "architectures", "source's licence", "beside the authors' code")
-        print(row(*headings, "choices, approximations"))
+        headings = ("method", "paper", "cost per image", "architectures", "source's licence")
+        print(row(*headings, "beside the authors' code", "choices, approximations"))
         print("|---|---|---|---|---|---|---|")
         for name, about in attributors.available().items():
             cells = (about.paper, about.cost, about.architectures, about.licence, about.fidelity, about.notes)
