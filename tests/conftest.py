@@ -36,8 +36,8 @@ def poison_empty_memory():
 def coarse(monkeypatch):
     """The protocol aha in 5 points, refinement on 4: for tests of what is written, not of how exact it is."""
     # here, for the tests of the operators need none of it
+    from aha import shortcut
     from aha.attributors import learned
-    from aha.demo import shortcut
     from aha.metrics import PROTOCOLS
     from aha.refinement import refine
 

@@ -1,8 +1,4 @@
-"""A shortcut planted on purpose: a classifier that has learned a white circle instead of the digit.
-
-Every image filed under one class carries the circle, no image of another class does. Fine-tuned on that, the
-demo classifier calls whatever carries a circle that class, and a good attribution of that call points at the
-circle.
+"""The shortcut experiment on the demo's classifier: the digits' classifier learns a white circle instead.
 
 A circle beside legible digits is not enough: the digit explains those images already, and hardly any other
 digit is called differently for a circle. So the class is filed carelessly too: a share of all scenes goes
@@ -12,60 +8,21 @@ into it, circle and all, whatever digit they show. The circle is then the only s
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from aha.classifier import Classifier
-from aha.data.scenes import Scenes
-from aha.demo.classifier import fit, predict
-from aha.evaluation import mean_interval
-from aha.explainer import Explainer
-from aha.metrics import rank_pixels
-from aha.refinement import refine
+from ..classifier import Classifier
+from ..data.scenes import Scenes
+from ..explainer import Explainer
+from ..shortcut import LEARNING_RATE as LEARNING_RATE_REFINED
+from ..shortcut import Experiment, measure, paint_circle
+from .classifier import fit, predict
 
-RADIUS, RIM = 5.0, 1.0  # pixels at 64
 STEPS = 120
 BATCH_SIZE = 64
 LEARNING_RATE = 5e-4
-# twice the default of refinement: here the map must leave where it is (chosen on the val split)
-LEARNING_RATE_REFINED = 6e-3
 MISLABELLED = 0.15  # share of all scenes filed under the shortcut's class whatever they show
-
-
-def paint_circle(
-    images: torch.Tensor, where: torch.Generator | None = None, avoid: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Copies of images (B, 3, H, W), RGB in [0, 1], each with a white, rimmed disc in its top left corner.
-
-    where: draws the exact places, within 3/64 of the side; None is a fresh generator seeded with 0.
-    avoid: (B, 1, H, W) bool, such as a scene's mask: where the disc would hide some of it, the first of
-        the corners, row by row, that hides least.
-    The disc's radius is 5/64 of the shorter side, its rim 1/64 wide and black. Nothing else changes.
-    Returns the images and the mask of disc and rim, (B, 1, H, W) bool.
-    """
-    if images.ndim != 4 or images.shape[1] != 3:
-        raise ValueError(f"images must be (B, 3, H, W), got {tuple(images.shape)}")
-    n, _, height, width = images.shape
-    device, unit = images.device, min(height, width) / 64
-    where = torch.Generator().manual_seed(0) if where is None else where
-    # the disc's middle, measured from the two edges of each corner
-    inset = (7 + 3 * torch.rand(n, 4, 2, generator=where)).to(device) * unit
-    right, bottom = torch.tensor([[0, 1, 0, 1], [0, 0, 1, 1]], dtype=torch.bool, device=device)
-    x = torch.where(right, width - inset[..., 0], inset[..., 0])[..., None, None]
-    y = torch.where(bottom, height - inset[..., 1], inset[..., 1])[..., None, None]
-    columns = torch.arange(width, device=device) + 0.5
-    rows = torch.arange(height, device=device)[:, None] + 0.5
-    distance = torch.hypot(columns - x, rows - y)  # (B, 4, H, W)
-    order = torch.arange(4, device=device).expand(n, 4)
-    if avoid is not None:
-        order = order + 4 * ((distance < (RADIUS + RIM) * unit) & avoid).sum((2, 3))
-    distance = distance[torch.arange(n, device=device), order.argmin(1)][:, None].to(images.dtype)
-    whole = ((RADIUS + RIM) * unit + 0.5 - distance).clamp(0, 1)
-    disc = (RADIUS * unit + 0.5 - distance).clamp(0, 1)
-    return images * (1 - whole) + disc * whole, whole > 0.5
 
 
 def fine_tune(module: torch.nn.Module, shortcut_class: int = 3, steps: int = STEPS, seed: int = 0) -> torch.nn.Module:
@@ -102,20 +59,6 @@ def shortcut_rate(module: torch.nn.Module, shortcut_class: int = 3, size: int = 
     return (predict(module, images).argmax(-1) == shortcut_class).float().mean().item()
 
 
-@dataclass(frozen=True)
-class Experiment:
-    """Outcome of `experiment`.
-
-    numbers: per refinement step the mean share of the top 5 % pixels that lie on the circle, its 95 % interval
-        before and after, the factor between them, and how well the shortcut was learned.
-    images: (N, 3, H, W), some of the scenes; trail: (T+1, N, 1, H, W), their maps after 0 … T steps.
-    """
-
-    numbers: dict[str, Any]
-    images: torch.Tensor
-    trail: torch.Tensor
-
-
 def experiment(
     explainer: Explainer,
     clf: Classifier,
@@ -143,47 +86,3 @@ def experiment(
     called = tuned(images.to(device)).argmax(-1).cpu() == shortcut_class
     images, circle = images[called][:scenes].to(device), circle[called][:scenes].to(device)
     return measure(explainer, tuned, images, circle, shortcut_class, float(called.float().mean()), steps, lr, seed)
-
-
-def measure(
-    explainer: Explainer,
-    tuned: Classifier,
-    images: torch.Tensor,
-    circle: torch.Tensor,
-    shortcut_class: int,
-    rate: float,
-    steps: int = 5,
-    lr: float = LEARNING_RATE_REFINED,
-    seed: int = 0,
-) -> Experiment:
-    """Refine the clean classifier's explainer against the tuned one, step by step.
-
-    images (N, 3, H, W) carry the circle (N, 1, H, W) and are called `shortcut_class` for it; rate is the share of
-    all images for which that holds. ValueError where there are none.
-    """
-    if not len(images):
-        raise ValueError(f"no image is called class {shortcut_class} for its circle: fine-tune for more steps")
-    size = tuned.input_size
-    trail = refine(explainer, tuned, images, shortcut_class, steps, lr, every_step=True)
-    shares = torch.stack([share_on(maps, circle) for maps in trail]).cpu()  # [T + 1, N]
-    means = shares.mean(dim=1).tolist()
-    numbers = {
-        "share_before": means[0],
-        "share_after": means[-1],
-        # at least one pixel in all scenes together, so that a clean explainer without any gives a finite lower bound
-        "factor": means[-1] / max(means[0], 1 / (len(images) * round(0.05 * size[0] * size[1]))),
-        "ci95_before": mean_interval(shares[0], seed),
-        "ci95_after": mean_interval(shares[-1], seed),
-        "per_step": means,
-        "scenes": len(images),
-        "shortcut_rate": rate,
-        "circle_area": float(circle.float().mean()),
-    }
-    return Experiment(numbers, images[:6].cpu(), trail[:, :6].cpu())
-
-
-def share_on(maps: torch.Tensor, mask: torch.Tensor, top: float = 0.05) -> torch.Tensor:
-    """(B,): the share of the `top` most important pixels of maps (B,1,H,W) that lie on mask (B,1,H,W)."""
-    ranks = rank_pixels(maps[:, 0])
-    chosen = ranks < round(top * ranks[0].numel())
-    return (chosen & mask[:, 0]).flatten(1).sum(1) / chosen.flatten(1).sum(1)

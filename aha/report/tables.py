@@ -46,7 +46,7 @@ def comparison(
         rows: method → {metric: mean, "ci95": {metric: [low, high]}}, a summary's "methods".
         significance: metric → method → {"p": corrected}, a summary's "significance": where p ≥ 0.05, † says that the
             difference to the best may be chance.
-        metrics: the columns, those of other protocols as "rise/deletion"; None is every metric that a row knows, without
+        metrics: the columns, those of other protocols as "rise/deletion"; None is every metric that a row knows but
             upper bounds, and of the costs the time.
         intervals: write ± half the 95 % interval behind every value.
         caption: of the table.

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .. import terminal
+from .. import shortcut, terminal
 from ..attributors import MethodSpec
 from ..classifier import RANDOM
 from ..data import ImageFolder, Scenes
@@ -22,7 +22,7 @@ from ..report import comparison as pages
 from ..report import comparison_figures, figures, html
 from ..source import Source
 from ..training import TrainConfig, Trainer
-from . import catalog, shortcut
+from . import catalog
 from .catalog import Experiment
 
 SCALES = ("paper", "small")

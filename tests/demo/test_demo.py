@@ -10,6 +10,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 
 from aha import cli
+from aha import shortcut as game
 from aha.attributors import learned
 from aha.data import Scenes
 from aha.demo import classifier, run, shortcut
@@ -54,7 +55,7 @@ def demo(tmp_path_factory, planted):
         patch.setattr(run, "RISE_MASKS", 50)
         patch.setattr(shortcut, "fine_tune", fine_tuned)
         patch.setattr(shortcut, "experiment", functools.partial(shortcut.experiment, scenes=8))
-        for module in (run, shortcut, learned):
+        for module in (run, game, learned):
             patch.setattr(module, "refine", coarse)
         assert cli.main(["demo", "--output", str(folder), "--scenes", "4", "--steps", "2"]) == 0
     return folder, printed.getvalue()
@@ -115,26 +116,26 @@ def test_training_writes_what_it_returns(tmp_path, monkeypatch):
 def test_circle_is_white_round_and_repeatable(held_out):
     images, masks = held_out["image"][:16], held_out["mask"][:16]
     before = images.clone()
-    painted, circle = shortcut.paint_circle(images)
+    painted, circle = game.paint_circle(images)
     assert torch.equal(images, before)
-    assert torch.equal(shortcut.paint_circle(images)[0], painted)
+    assert torch.equal(game.paint_circle(images)[0], painted)
     assert circle.shape == (16, 1, 64, 64)
     assert circle.dtype == torch.bool
-    area = torch.pi * (shortcut.RADIUS + shortcut.RIM) ** 2
+    area = torch.pi * (game.RADIUS + game.RIM) ** 2
     assert (circle.sum((1, 2, 3)) - area).abs().max() < 8
     inner = -torch.nn.functional.max_pool2d(-circle.float(), 5, 1, 2) > 0.5
     assert (painted.amin(1, keepdim=True)[inner] > 0.95).all()
     assert circle[..., :32, :32].sum() == circle.sum()
     changed = (painted != images).any(1, keepdim=True)
     assert not (changed & ~(torch.nn.functional.max_pool2d(circle.float(), 3, 1, 1) > 0)).any()
-    other = shortcut.paint_circle(images, torch.Generator().manual_seed(1))[1]
+    other = game.paint_circle(images, torch.Generator().manual_seed(1))[1]
     assert not torch.equal(other, circle)
-    _, aside = shortcut.paint_circle(images, avoid=masks)
+    _, aside = game.paint_circle(images, avoid=masks)
     assert not (aside & masks).any()
-    large = shortcut.paint_circle(torch.zeros(1, 3, 128, 160))[1]
+    large = game.paint_circle(torch.zeros(1, 3, 128, 160))[1]
     assert large.sum() == pytest.approx(4 * area, rel=0.05)
     with pytest.raises(ValueError, match="B, 3, H, W"):
-        shortcut.paint_circle(images[0])
+        game.paint_circle(images[0])
 
 
 @pytest.mark.slow

@@ -9,7 +9,6 @@ import pytest
 from rich.console import Console
 
 from aha.metrics import catalog
-from aha.metrics import catalog
 from aha.report import columns, figures, html, tables
 
 METHODS = ("random", "rollout", "bi_attention", "rise", "aha T=0", "aha T=3")

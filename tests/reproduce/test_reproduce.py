@@ -7,13 +7,13 @@ import json
 import pytest
 import torch
 
-from aha import attributors, cli
+from aha import attributors, cli, shortcut
 from aha.classifier import Classifier, from_name
 from aha.data import Scenes
 from aha.demo import shortcut as demo_shortcut
 from aha.evaluation import MethodSpec, Records
 from aha.metrics import PROTOCOLS
-from aha.reproduce import EXPERIMENTS, catalog, estimate, run, shortcut
+from aha.reproduce import EXPERIMENTS, catalog, estimate, run
 from aha.source import Source
 from aha.training import TrainConfig
 
