@@ -188,15 +188,17 @@ class Table:
 
     def to_rich(self) -> rich.table.Table:
         """The table for a terminal."""
+        from rich import box
         from rich.table import Table as RichTable
         from rich.text import Text
 
-        table = RichTable(title=Text(self.caption), caption=Text("\n".join(self.notes)))
+        # so close, thirteen columns and a long name share the width of a pipe
+        table = RichTable(box=box.SIMPLE, collapse_padding=True, pad_edge=False)
+        table.title, table.caption = Text(self.caption), Text("\n".join(self.notes))
         table.add_column(Text(self.stub), overflow="fold")
         for column in self.columns:
-            head = re.sub(" (?=[↑↓]$)", "\n", _joined(column.path, "\n"))  # narrow: many columns share a line
             # a number that is cut is another number
-            table.add_column(Text(head), justify="right", overflow="fold")
+            table.add_column(Text(_joined(column.path, "\n")), justify="right", overflow="fold")
         for block in self.blocks:
             if block.title:
                 table.add_row(Text(block.title, style="italic"))
