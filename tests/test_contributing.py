@@ -8,7 +8,7 @@ import torch
 
 from aha.attributors import base
 from aha.kernels import dispatch, functional
-from aha.metrics import protocols, suite
+from aha.metrics import catalog, protocols
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
@@ -26,9 +26,8 @@ def blocks(section):
 @pytest.fixture
 def registries(monkeypatch):
     """Whatever a section registers is gone afterwards."""
-    tables = (base._REGISTRY, dispatch.BACKENDS, functional.OPERATORS, protocols.DIRECTIONS, protocols.PROTOCOLS)
+    tables = (base._REGISTRY, dispatch.BACKENDS, functional.OPERATORS, catalog.METRICS, protocols.PROTOCOLS)
     before = [dict(table) for table in tables]
-    monkeypatch.setattr(suite, "KINDS", suite.KINDS)
     monkeypatch.setattr(dispatch, "NAMES", dispatch.NAMES)
     yield
     for table, kept in zip(tables, before, strict=True):

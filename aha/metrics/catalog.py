@@ -112,62 +112,39 @@ def names(family: str | None = None) -> tuple[str, ...]:
     return tuple(key for key, metric in METRICS.items() if family in (None, metric.family))
 
 
-def _areas(curves: Callable[[Probe], ByReference]) -> Callable[[Probe], ByReference]:
-    return lambda probe: {reference: area(curve) for reference, curve in curves(probe).items()}
+Curves = Callable[["Probe"], ByReference]
 
 
-def _deletion(probe: Probe) -> ByReference:
-    """Confidence over the removed fraction."""
-    return _scaled(probe, {name: answer.confidence for name, answer in probe.deleted.items()}, rising=False)
+def _read(side: str, part: str = "confidence") -> Curves:
+    """What the classifier answered, "confidence" or "correct", on a side of the probe that `Metric.reads` names."""
+    return lambda probe: {name: getattr(answer, part) for name, answer in getattr(probe, side).items()}
 
 
-def _insertion(probe: Probe) -> ByReference:
-    """Confidence over the inserted fraction."""
-    return _scaled(probe, _inserted(probe), rising=True)
+def _each(change: Callable[[Probe, Tensor], Tensor], curves: Curves) -> Curves:
+    """``change`` of what every reference has."""
+    return lambda probe: {name: change(probe, curve) for name, curve in curves(probe).items()}
 
 
-def _scaled(probe: Probe, curves: ByReference, rising: bool) -> ByReference:
-    if not probe.protocol.monotone:
-        return curves
-    return {name: monotone_response(curve, rising) for name, curve in curves.items()}
+def _area(curves: Curves) -> Curves:
+    return _each(lambda _, curve: area(curve), curves)
 
 
-def _inserted(probe: Probe) -> ByReference:
-    return {name: answer.confidence for name, answer in probe.inserted.items()}
+def _response(side: str, rising: bool) -> Curves:
+    """Confidence over the removed or the inserted fraction, as the protocol scales it."""
+    return _each(
+        lambda probe, curve: monotone_response(curve, rising) if probe.protocol.monotone else curve, _read(side)
+    )
 
 
-def _positive(probe: Probe) -> ByReference:
-    """Accuracy over the removed fraction, most important first."""
-    return {name: answer.correct for name, answer in probe.deleted.items()}
+def _aligned(side: str, rising: bool) -> Curves:
+    def score(probe: Probe, curve: Tensor) -> Tensor:
+        return aligned(monotone_response(curve, rising), probe.density if rising else 1 - probe.density, rising)
+
+    return _each(score, _read(side))
 
 
-def _negative(probe: Probe) -> ByReference:
-    """Accuracy over the removed fraction, least important first: what is left are the most important."""
-    return {name: answer.correct.flip(-1) for name, answer in probe.inserted.items()}
-
-
-def _mas_deletion(probe: Probe) -> ByReference:
-    return {
-        name: aligned(monotone_response(answer.confidence, False), 1 - probe.density, False)
-        for name, answer in probe.deleted.items()
-    }
-
-
-def _mas_insertion(probe: Probe) -> ByReference:
-    return {
-        name: aligned(monotone_response(answer.confidence, True), probe.density, True)
-        for name, answer in probe.inserted.items()
-    }
-
-
-def _monotonicity(probe: Probe) -> ByReference:
-    return {name: trend(curve) for name, curve in _inserted(probe).items()}
-
-
-def _change(score: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Probe], ByReference]:
-    return lambda probe: {
-        name: score(probe.ends.original.confidence, answer.confidence) for name, answer in probe.shown.items()
-    }
+def _change(score: Callable[[Tensor, Tensor], Tensor]) -> Curves:
+    return _each(lambda probe, after: score(probe.ends.original.confidence, after), _read("shown"))
 
 
 def _on_masks(score: Callable[[Located], Tensor]) -> Callable[[Located], Tensor]:
@@ -178,24 +155,29 @@ def _on_masks(score: Callable[[Located], Tensor]) -> Callable[[Located], Tensor]
 _RISE, _MAS = "RISE (Petsiuk et al., BMVC 2018)", "MAS (Walker et al., 2024)"
 _CHEFER, _DROP = "Chefer et al. (CVPR 2021) §4", "Grad-CAM++ (Chattopadhay et al., WACV 2018)"
 
+_DELETION, _INSERTION = _response("deleted", rising=False), _response("inserted", rising=True)
+_ALIGNED = _aligned("deleted", rising=False), _aligned("inserted", rising=True)
+# over the removed fraction; least important first, what is left are the most important
+_POSITIVE, _NEGATIVE = _read("deleted", "correct"), _each(lambda _, curve: curve.flip(-1), _read("inserted", "correct"))
+
 # fmt: off
 for _row in (
     # key, title, whether higher is better, family, sentence for reports; then what is not the default
     Metric("deletion", "Deletion", False, "curves",
            "area under the probability while the most important pixels are removed first.",
-           source=_RISE, measure=_areas(_deletion), reads=("deleted",), curves={"deletion": _deletion}),
+           source=_RISE, measure=_area(_DELETION), reads=("deleted",), curves={"deletion": _DELETION}),
     Metric("insertion", "Insertion", True, "curves",
            "area under the probability while the most important pixels are shown first.",
-           source=_RISE, measure=_areas(_insertion), reads=("inserted",), curves={"insertion": _insertion}),
+           source=_RISE, measure=_area(_INSERTION), reads=("inserted",), curves={"insertion": _INSERTION}),
     Metric("ins_minus_del", "Ins − Del", True, "curves",
            "insertion minus deletion: the faithfulness of the order of the pixels.",
            low=-1.0, difference=("insertion", "deletion")),
     Metric("positive", "Positive", False, "accuracy",
            "area under the accuracy while the most important pixels are removed first.",
-           source=_CHEFER, measure=_areas(_positive), reads=("deleted",), curves={"positive": _positive}),
+           source=_CHEFER, measure=_area(_POSITIVE), reads=("deleted",), curves={"positive": _POSITIVE}),
     Metric("negative", "Negative", True, "accuracy",
            "area under the accuracy while the least important pixels are removed first.",
-           source=_CHEFER, measure=_areas(_negative), reads=("inserted",), curves={"negative": _negative}),
+           source=_CHEFER, measure=_area(_NEGATIVE), reads=("inserted",), curves={"negative": _NEGATIVE}),
     Metric("neg_minus_pos", "Neg − Pos", True, "accuracy", "negative minus positive perturbation.",
            low=-1.0, difference=("negative", "positive")),
     Metric("adp", "ADP", False, "confidence",
@@ -206,19 +188,20 @@ for _row in (
            unit="%", digits=2, high=100.0, source=_DROP, measure=_change(increase), reads=("shown",)),
     Metric("mas_deletion", "MAS Deletion", False, "alignment",
            "deletion, raised where the map's magnitudes are out of proportion to the response.",
-           source=_MAS, measure=_areas(_mas_deletion), reads=("deleted", "ends"),
-           curves={"mas_deletion": _mas_deletion,
-                   "deletion_density": lambda probe: dict.fromkeys(probe.deleted, 1 - probe.density)}),
+           source=_MAS, measure=_area(_ALIGNED[0]), reads=("deleted", "ends"),
+           curves={"mas_deletion": _ALIGNED[0],
+                   "deletion_density": _each(lambda probe, _: 1 - probe.density, _read("deleted"))}),
     Metric("mas_insertion", "MAS Insertion", True, "alignment",
            "insertion, lowered where the map's magnitudes are out of proportion to the response.",
-           source=_MAS, measure=_areas(_mas_insertion), reads=("inserted", "ends"),
-           curves={"mas_insertion": _mas_insertion,
-                   "insertion_density": lambda probe: dict.fromkeys(probe.inserted, probe.density)}),
+           source=_MAS, measure=_area(_ALIGNED[1]), reads=("inserted", "ends"),
+           curves={"mas_insertion": _ALIGNED[1],
+                   "insertion_density": _each(lambda probe, _: probe.density, _read("inserted"))}),
     Metric("mas_ins_minus_del", "MAS Ins − Del", True, "alignment", "MAS insertion minus MAS deletion.",
            low=-1.0, difference=("mas_insertion", "mas_deletion")),
     Metric("monotonicity", "Monotonicity", True, "monotonicity",
            "rank correlation of the number of pixels shown with the probability.",
-           low=-1.0, measure=_monotonicity, reads=("inserted",), curves={"insertion": _inserted}),
+           low=-1.0, measure=_each(lambda _, curve: trend(curve), _read("inserted")),
+           reads=("inserted",), curves={"insertion": _read("inserted")}),
     Metric("pointing_game", "Pointing", True, "localisation",
            "how often the highest pixel lies on the evidence or right beside it.",
            source="Zhang et al. (ECCV 2016)", reads=("masks",),

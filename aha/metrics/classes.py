@@ -191,12 +191,10 @@ class ByReference(Averaged):
 class DeletionInsertion(ByReference):
     """How faithful maps are, by what the classifier says while their most important pixels go or come.
 
-    Deletion ↓, insertion ↑, positive ↓ and negative ↑ perturbation, and their differences ↑.
-
-    Deletion and insertion are areas under the softmax probability of the explained class, positive and negative
-    perturbation under its top-1 accuracy, over the replaced fraction of the pixels. All values are in [0, 1],
-    differences in [−1, 1]. A protocol may ask for some of them (see `Protocol.metrics`), for the accuracy of the label
-    (preset "chefer"), or for curves that are monotone (preset "mda").
+    Deletion ↓ and insertion ↑ are areas under the softmax probability of the explained class, positive ↓ and
+    negative ↑ perturbation under its top-1 accuracy, over the replaced fraction of the pixels, in [0, 1]; differences ↑
+    in [−1, 1]. A protocol may ask for some of them, for the accuracy of the label (preset "chefer"), or for curves that
+    are monotone (preset "mda").
 
     >>> metric = DeletionInsertion(clf)
     >>> metric.update(images, maps)
@@ -212,11 +210,8 @@ class DeletionInsertion(ByReference):
 class ConfidenceChange(ByReference):
     """How much confidence is left when an image is shown through its map: ADP ↓ and PIC ↑ in percent.
 
-    x' = Ā·I + (1 − Ā)·I0 with Ā the map min-max scaled to [0, 1] per image.
-
-    With y = f_t(I) and o = f_t(x'): ADP = 100·mean(max(0, y − o)/y), PIC = 100·mean(o > y). Unlike deletion
-    and insertion both depend on the map's values, not only on their order. A constant map points at nothing:
-    its Ā is 0, so x' = I0.
+    With y = f_t(I) and o = f_t(x'), x' as in `Probe.shown`: ADP = 100·mean(max(0, y − o)/y), PIC = 100·mean(o > y).
+    Unlike deletion and insertion both depend on the map's values, not only on their order.
 
     Arguments as in `ByReference`; the protocol is "aha" by default.
     """

@@ -45,7 +45,7 @@ class Endpoints(NamedTuple):
         replaced: response to the reference images, (R, B); NaN where the protocol's curves do not reach them.
         confidence: (B,) float32, of the target in the unperturbed image.
         scored: (B,) int64, the class that all responses speak of: the target, or the label (`Protocol.scored`).
-        takes_part: (B,) bool, whether the protocol measures the image; None where it measures all.
+        takes_part: (B,) bool, whether the protocol measures the image.
     """
 
     target: Tensor
@@ -55,7 +55,15 @@ class Endpoints(NamedTuple):
     replaced: Response
     confidence: Tensor
     scored: Tensor
-    takes_part: Tensor | None = None
+    takes_part: Tensor
+
+    def of(self, rows: Tensor) -> Endpoints:
+        """Those of the images ``rows`` (N,)."""
+        original, replaced = (
+            Response(*(value[..., rows] for value in part)) for part in (self.original, self.replaced)
+        )
+        facts = (self.confidence[rows], self.scored[rows], self.takes_part[rows])
+        return Endpoints(self.target[rows], self.predicted[rows], self.references[:, rows], original, replaced, *facts)
 
 
 class Sweep(NamedTuple):
@@ -109,7 +117,7 @@ def endpoints(
         predicted = logits.argmax(dim=-1)
         target = predicted if target is None else target
         confidence = _response(logits, target).confidence
-        scored, takes_part = target, None
+        scored, takes_part = target, torch.ones_like(target, dtype=torch.bool)
         if truth is not None:
             # an image without a label takes no part: class 0 stands in, so that its rows can be computed
             scored = truth.clamp_min(0) if protocol.scored == "label" else target
@@ -144,19 +152,17 @@ def _labels(clf: Classifier, protocol: Protocol, labels: Tensor | Sequence[int] 
 
 
 def _adaptive_blur(
-    clf: Classifier, images: Tensor, classes: Tensor, takes_part: Tensor | None, size: int
+    clf: Classifier, images: Tensor, classes: Tensor, takes_part: Tensor, size: int
 ) -> tuple[Tensor, Tensor]:
     """The blur of every image that takes part, and which of them still do: those whose class it hides."""
 
     def confidence(blurred: Tensor, index: Tensor) -> Tensor:
         return respond(clf, blurred, classes[rows[index]], size).confidence
 
-    takes_part = torch.ones_like(classes, dtype=torch.bool) if takes_part is None else takes_part.clone()
     rows = takes_part.nonzero()[:, 0]
     reference = images.clone()
     reference[rows], kernel = references.adaptive_blur(images[rows], confidence, clf.mean)
-    takes_part[rows] = kernel > 0
-    return reference, takes_part
+    return reference, takes_part.index_put((rows,), kernel > 0)
 
 
 def sweep(
@@ -275,19 +281,10 @@ class Probe(Located):
         self.counts = protocol.counts(*images.shape[-2:])
         self._batch = len(images)
         self._rows: Tensor | None = None
-        if ends.takes_part is not None and not ends.takes_part.all():
+        if not ends.takes_part.all():
             self._rows = rows = ends.takes_part.nonzero()[:, 0]
-            images, maps = images[rows], maps[rows]
+            images, maps, ends = images[rows], maps[rows], ends.of(rows)
             masks = masks[rows] if masks is not None else None
-            ends = Endpoints(
-                ends.target[rows],
-                ends.predicted[rows],
-                ends.references[:, rows],
-                Response(*(value[rows] for value in ends.original)),
-                Response(*(value[:, rows] for value in ends.replaced)),
-                ends.confidence[rows],
-                ends.scored[rows],
-            )
         super().__init__(maps, masks)
         self.images, self.ends = images, ends
         self._curves: dict[int, dict[str, Response]] = {}

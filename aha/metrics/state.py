@@ -21,7 +21,6 @@ class PerImage(Metric):
     index of its image in the data set where `update` was given one. Then repeated indices count once (a distributed
     sampler pads by repetition) and rows are read in the order of the index. Means are exactly rounded sums in float64:
     they do not depend on the order of the images, nor on how these were spread over processes.
-
     """
 
     full_state_update = False

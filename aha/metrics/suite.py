@@ -52,8 +52,7 @@ class Batch:
     @property
     def takes_part(self) -> Tensor:
         """(B,) bool: the images that the protocol measures; the others are NaN and cost no perturbed image."""
-        chosen = self.ends.takes_part
-        return torch.ones_like(self.target, dtype=torch.bool) if chosen is None else chosen
+        return self.ends.takes_part
 
 
 @dataclass(frozen=True)
