@@ -24,7 +24,7 @@ from aha.evaluation import compare, evaluate
 from aha.regions import grid
 from aha.source import Source
 
-from .toys import TINY_DECODER, pictures, tiny_classifier
+from .toys import TINY_DECODER, pictures, tiny_classifier, wide
 
 
 @dataclasses.dataclass
@@ -107,7 +107,7 @@ def localised(s: Setting) -> Tensor:
 
 def table_of(result) -> Tensor:
     skipped = ("method", "path", "passes", "seconds", "forward", "backward")
-    columns = [values for name, values in result.per_image.items() if not name.startswith(skipped)]
+    columns = [values for name, values in wide(result).items() if not name.startswith(skipped)]
     assert not result.failures
     return torch.tensor([[float(v) for v in values] for values in columns], dtype=torch.float64)
 

@@ -18,7 +18,7 @@ from aha.data import ImageFolder, Preprocessing
 from aha.evaluation import compare
 from aha.source import Source
 
-from .toys import TINY_DECODER
+from .toys import TINY_DECODER, wide
 
 pytestmark = pytest.mark.usefixtures("coarse")
 
@@ -151,7 +151,7 @@ def test_labels_in_numbers_however_they_are_spelled(tmp_path):
     clf = from_name("scenes")
     data = ImageFolder(tmp_path / "in", 64)
     found = aha.evaluation.evaluate(clf, {"random": aha.attributors.create("random", clf)}, data, progress=False)
-    by_file = dict(zip(map(os.path.basename, found.per_image["path"]), found.per_image["label"], strict=True))
+    by_file = dict(zip(map(os.path.basename, wide(found)["path"]), wide(found)["label"], strict=True))
     assert by_file == {"0.png": 7, "1.png": 3, "2.png": 0}
 
 

@@ -12,7 +12,7 @@ import aha
 from aha.attributors import create
 from aha.regions import grid
 
-from .toys import pictures, tiny_vit
+from .toys import pictures, tiny_vit, wide
 
 SIZE = (32, 32)
 
@@ -458,7 +458,7 @@ def test_nan_from_the_classifier_is_named_everywhere(images):
             return {"image": images[index]}
 
     found = aha.evaluation.evaluate(clf, {"random": create("random", clf)}, Data(), progress=False)
-    assert found.per_image["index"] == [0, 2]
+    assert wide(found)["index"] == [0, 2]
     (failure,) = found.failures
     assert failure.images == (1,)
     assert "Fragile returns NaN or infinite values" in failure.reason

@@ -3,6 +3,8 @@
 One classifier of each kind of architecture is made in tests/attributors/architectures.py.
 """
 
+import math
+
 import timm
 import torch
 from torch import nn
@@ -57,3 +59,21 @@ class SmallNet(nn.Module):
 def pictures(count: int = 3, size: int = 32, seed: int = 0) -> torch.Tensor:
     """(count, 3, size, size) of uniform noise in [0, 1]."""
     return torch.rand(count, 3, size, size, generator=torch.Generator().manual_seed(seed))
+
+
+def wide(evaluation):
+    """One row per method and image as equally long columns: the facts of the images, every metric, and the costs."""
+    facts = {index: row for row, index in enumerate(evaluation.images["index"])}
+    table = {name: [] for name in ("method", *evaluation.images)}
+    costs = ("seconds_per_image", "forward_per_image", "backward_per_image")
+    names = [(column.name, reference) for column in evaluation.columns for reference in ("", *column.references)]
+    for method in evaluation.methods:
+        images = evaluation.series(method, costs[0]).images.tolist()
+        table["method"] += [method] * len(images)
+        for name, cells in evaluation.images.items():
+            table[name] += [cells[facts[index]] for index in images]
+        for name, reference in [*names, *((cost, "") for cost in costs)]:
+            known = evaluation.values(method, name, reference)
+            column = table.setdefault(f"{reference}/{name}" if reference else name, [])
+            column += [known.get(index, math.nan) for index in images]
+    return table

@@ -21,7 +21,7 @@ from .._version import __version__
 from ..files import write_atomically, write_columns
 from ..metrics import Protocol, catalog
 from . import bootstrap
-from .records import Key, Records
+from .records import Key, Records, Series
 
 SECONDS = "seconds_per_image"
 FORWARD, BACKWARD = "forward_per_image", "backward_per_image"
@@ -138,34 +138,19 @@ class Evaluation:
     def _key(self, method: str, column: Column, reference: str = "") -> Key:
         return Key(self.classifier["name"], self.target, method, column.protocol, reference, column.metric)
 
-    def values(self, method: str, metric: str, reference: str = "") -> dict[int, float]:
-        """Image index → value of a metric or cost, finite values only; by one ``reference``, or the mean of them."""
+    def series(self, method: str, metric: str, reference: str = "") -> Series:
+        """A metric or cost of a method image by image, by one ``reference`` or in the mean of them."""
         if method not in self.methods:
             raise ValueError(f"method {method!r} was not measured: choose one of {', '.join(self.methods)}")
         costs = {key.metric: Column(key.metric, key.metric, "") for key in self.records if not key.protocol}
         column = {column.name: column for column in self.columns}.get(metric, costs.get(metric))
         if column is None:
             raise ValueError(f"metric {metric!r} is not known: choose one of {', '.join(self.metrics)}")
-        return self.records[self._key(method, column, reference)].known()
+        return self.records[self._key(method, column, reference)]
 
-    @property
-    def per_image(self) -> dict[str, list]:
-        """One row per method and image as equally long columns: the facts of `images`, every metric, for every
-        reference as "<reference>/<metric>", and the costs."""
-        facts = {index: row for row, index in enumerate(self.images["index"])}
-        wide: dict[str, list] = {name: [] for name in ("method", *self.images)}
-        for method in self.methods:
-            series = self.records[self._key(method, Column(SECONDS, SECONDS, ""))].images.tolist()
-            wide["method"] += [method] * len(series)
-            for name, cells in self.images.items():
-                wide[name] += [cells[facts[index]] for index in series]
-            names = [(column, reference) for column in self.columns for reference in ("", *column.references)]
-            names += [(Column(name, name, ""), "") for name in (SECONDS, FORWARD, BACKWARD)]
-            for column, reference in names:
-                known = self.records[self._key(method, column, reference)].known()
-                cells = wide.setdefault(f"{reference}/{column.name}" if reference else column.name, [])
-                cells += [known.get(index, math.nan) for index in series]
-        return wide
+    def values(self, method: str, metric: str, reference: str = "") -> dict[int, float]:
+        """Image index → value of `series`, finite values only."""
+        return self.series(method, metric, reference).known()
 
     def _means(self, method: str) -> dict[str, float | None]:
         means = {metric: _mean(self.values(method, metric).values()) for metric in self.metrics}

@@ -21,7 +21,7 @@ from aha.evaluation.store import Folder, Memory, pack_maps, unpack_maps
 from aha.metrics import Protocol, Suite
 from aha.source import Source
 
-from ..toys import SmallNet
+from ..toys import SmallNet, wide
 
 SHORT = Protocol("short", points=5)
 
@@ -132,8 +132,8 @@ def test_a_folder_gives_the_numbers_of_memory(clf, tmp_path):
     kept, measured = two.result(0), one.result(0)
     for name in ("deletion", "insertion", "adp"):
         # half precision may reorder pixels that differ by less than 1/1000
-        assert kept.per_image[name] == pytest.approx(measured.per_image[name], abs=0.02 * (100 if name == "adp" else 1))
-    assert kept.per_image["index"] == measured.per_image["index"]
+        assert wide(kept)[name] == pytest.approx(wide(measured)[name], abs=0.02 * (100 if name == "adp" else 1))
+    assert wide(kept)["index"] == wide(measured)["index"]
 
 
 @pytest.mark.parametrize("world", [2, 3])
@@ -184,7 +184,7 @@ def test_another_protocol_takes_the_kept_maps(clf, tmp_path):
     assert clf.module.seen == 7 * (4 + 1)
     result = both.result(0)
     assert "iou" in result.metrics
-    assert math.isnan(result.per_image["iou"][0])
+    assert math.isnan(wide(result)["iou"][0])
     fresh = engine(clf, Folder(tmp_path / "fresh"), suites=("short", "localisation"))
     fresh.run()
     assert outcome(fresh) == outcome(both)
@@ -220,12 +220,12 @@ def test_what_failed_is_tried_again(clf, tmp_path):
     first.run()
     result = first.result(0)
     assert [(f.method, f.images, f.reason) for f in result.failures] == [("moody", (6,), "RuntimeError: not today")]
-    assert result.per_image["index"] == [*range(6)]
+    assert wide(result)["index"] == [*range(6)]
     moody.broken = False
     second = made()
     second.run()
     assert second.result(0).failures == []
-    assert second.result(0).per_image["index"] == [*range(7)]
+    assert wide(second.result(0))["index"] == [*range(7)]
 
 
 def test_an_image_that_becomes_readable_joins(clf, tmp_path):
@@ -247,14 +247,14 @@ def test_an_image_that_becomes_readable_joins(clf, tmp_path):
         engine = made()
         engine.run()
         result = engine.result(0)
-        assert result.per_image["index"] == [0, 1, 2, 4, 5, 6]
+        assert wide(result)["index"] == [0, 1, 2, 4, 5, 6]
         assert [(f.method, f.images) for f in result.failures] == [(None, (3,))]
     data.broken = False
     engine = made()
     engine.run()
     whole = engine.result(0)
     assert whole.failures == []
-    assert whole.per_image["index"] == [*range(7)]
+    assert wide(whole)["index"] == [*range(7)]
     fresh = Engine(clf, engine.rows, data, range(7), "predicted", {"s": Suite(clf, SHORT)}, 3, Folder(tmp_path / "new"))
     fresh.run()
     assert outcome(fresh) == outcome(engine)
@@ -267,10 +267,10 @@ def test_the_cap_per_class_is_of_the_whole_data_set(clf, tmp_path):
     engine.run()
     result = engine.result(0)
     shown = [
-        i for i, value in zip(result.per_image["index"], result.per_image["deletion"], strict=True) if value == value
+        i for i, value in zip(wide(result)["index"], wide(result)["deletion"], strict=True) if value == value
     ]
     assert shown == [0, 1, 2]  # labels are 0, 1, 2, 0, …
-    assert result.summary()["methods"]["random"]["deletion"] == pytest.approx(sum(result.per_image["deletion"][:3]) / 3)
+    assert result.summary()["methods"]["random"]["deletion"] == pytest.approx(sum(wide(result)["deletion"][:3]) / 3)
 
 
 def test_passes_and_memory_are_measured(clf, tmp_path):

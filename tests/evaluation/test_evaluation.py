@@ -13,7 +13,7 @@ from aha.evaluation import RESAMPLES, Failure, Key, evaluate
 from aha.files import read_columns
 from aha.metrics import ConfidenceChange, DeletionInsertion, Localization, Protocol
 
-from ..toys import SmallNet
+from ..toys import SmallNet, wide
 
 SHORT = Protocol("short", points=5)
 FAITHFULNESS = (*DeletionInsertion.directions, *ConfidenceChange.directions)
@@ -78,7 +78,7 @@ def test_values_are_those_of_the_metrics(clf):
         for name, curve in named.items():
             assert torch.allclose(evaluation.curves["bright"][reference][name], curve, atol=1e-6)
     # one row per image and method, the empty mask without localisation
-    rows = evaluation.per_image
+    rows = wide(evaluation)
     assert rows["method"] == ["bright"] * 7 + ["dark"] * 7
     assert rows["index"] == [*range(7)] * 2
     assert rows["path"][3] == "3.png"
@@ -140,7 +140,7 @@ def test_batch_size_does_not_matter(clf):
 def test_true_class(clf):
     data = Images()
     evaluation = run(clf, {"bright": bright}, data, target="true")
-    assert evaluation.per_image["target"] == evaluation.per_image["label"] == [0, 1, 2, 0, 1, 2, 0]
+    assert wide(evaluation)["target"] == wide(evaluation)["label"] == [0, 1, 2, 0, 1, 2, 0]
     accuracy = (clf(data.images).argmax(1) == torch.tensor([0, 1, 2, 0, 1, 2, 0])).float().mean().item()
     assert evaluation.classifier["accuracy"] == pytest.approx(accuracy)
     unlabelled = Images(labels=False)
@@ -160,13 +160,13 @@ def test_every_protocol_can_be_evaluated(clf, name):
     batch = suite.begin(data.images, labels=[i % 3 for i in range(7)], masks=data.masks)
     expected = suite.measure(batch, bright(data.images, None)).values
     for metric, values in expected.items():
-        assert result.per_image[metric][:7] == pytest.approx(values.tolist(), abs=1e-4, nan_ok=True), metric
+        assert wide(result)[metric][:7] == pytest.approx(values.tolist(), abs=1e-4, nan_ok=True), metric
     json.dumps(result.summary(), allow_nan=False)
 
 
 def test_limit_draws_images_with_the_seed(clf):
     def chosen(seed):
-        return run(clf, {"bright": bright}, Images(size=20), limit=5, seed=seed).per_image["index"]
+        return wide(run(clf, {"bright": bright}, Images(size=20), limit=5, seed=seed))["index"]
 
     assert chosen(0) == sorted(chosen(0)) == chosen(0)
     assert len(set(chosen(0))) == 5
@@ -189,7 +189,7 @@ def test_a_failing_method_does_not_stop_the_others(clf):
         Failure("broken", tuple(range(7)), "RuntimeError: no such layer"),
         Failure("sometimes", (6,), "maps hold NaN or infinite values: an attribution must be finite"),
     ]
-    assert evaluation.per_image["index"] == [*range(6), *range(7)]
+    assert wide(evaluation)["index"] == [*range(6), *range(7)]
     assert set(evaluation.summary()["methods"]) == {"sometimes", "bright"}
     assert set(evaluation.curves) == {"sometimes", "bright"}
     assert evaluation.summary()["failures"][1]["images"] == [6]
@@ -211,7 +211,7 @@ def test_a_bad_image_does_not_stop_the_others(clf):
             return item
 
     evaluation = run(clf, {"bright": bright}, Damaged())
-    assert evaluation.per_image["index"] == [0, 2, 3, 6]
+    assert wide(evaluation)["index"] == [0, 2, 3, 6]
     assert evaluation.classifier["images"] == 4
     reasons = {failure.images: failure.reason for failure in evaluation.failures}
     assert reasons[1,] == "OSError: cannot read 1.png"
