@@ -108,7 +108,7 @@ def passes(spec: MethodSpec, clf: Classifier) -> float | None:
     image = torch.rand(1, 3, *clf.input_size, generator=torch.Generator().manual_seed(0)).to(clf.device)
     try:
         taken = spec.create(clf, 0).passes(image)
-    except (ValueError, ImportError):
+    except (ValueError, ImportError, OSError):
         return None
     return taken.forward + taken.backward
 

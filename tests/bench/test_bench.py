@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+import aha
 from aha import kernels
 from aha.evaluation import MethodSpec
 from aha.kernels import dispatch
@@ -301,7 +302,14 @@ def test_the_passes_of_a_refinement_are_those_it_takes(explainer, tmp_path):
     explainer.save_pretrained(tmp_path)
     spec = MethodSpec("aha", {"explainer": str(tmp_path), "steps": 2})
     clf = explainer.classifier
-    forward, backward = faithfulness.refinement_passes(spec, clf)
-    # three references: two ends each, and 2·14 perturbed images, before, between and after two steps
-    assert forward == 3 * 3 * (2 + 28)
-    assert backward == 2 * 3 * 28
+    # three references: two ends each, and 2·14 perturbed images, before, between and after two steps; and its features
+    assert faithfulness.passes(spec, clf) == 3 * 3 * (2 + 28) + 1 + 2 * 3 * 28
+
+
+def test_photographs_leave_out_what_takes_more_passes(monkeypatch, tmp_path):
+    clf = aha.Classifier.from_timm("test_vit", pretrained=False)
+    setting = faithfulness.on_photographs(tmp_path, None)
+    monkeypatch.setattr(faithfulness, "trained", lambda objective, *_: tmp_path / objective)
+    shown = {spec.label for spec in faithfulness.rows(tmp_path, clf, setting, 0)}
+    assert {"rollout", "attention_ig", "bi_attention, token"} <= shown
+    assert not {"rise", "lime", "mda", "tis"} & shown
