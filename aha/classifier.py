@@ -16,6 +16,7 @@ from torch.nn.parameter import is_lazy
 from .checks import check_answers, check_colour, check_images, check_normalisation, check_size, check_target
 from .protection import protected, recording, steady
 from .recipes import RECIPES
+from .structure import made_for
 from .weights import load_weights, numbers, read_weights
 
 RANDOM = "random:"
@@ -182,7 +183,7 @@ class Classifier(nn.Module):
         if model_options:
             source["options"] = model_options
         # the model's own size where it has one: model_options may have changed it
-        size = getattr(getattr(module, "patch_embed", None), "img_size", None) or config["input_size"][1:]
+        size = made_for(module) or config["input_size"][1:]
         return cls(module, mean, std, (size[0], size[1]), int(module.num_classes), class_names, source=source)
 
     @classmethod

@@ -23,6 +23,7 @@ from .objective import check_game, full_precision
 from .precision import autocast
 from .protection import protected
 from .regions import Regions, grid
+from .structure import transformer
 
 # how a player is absent → the method that trains with it
 METHODS = {"pixels": "fastshap", "tokens": "vit_shapley"}
@@ -241,10 +242,10 @@ class ShapleyObjective:
 
 def player_grid(classifier: Classifier, height: int, width: int) -> tuple[int, int]:
     """Rows and columns of players: the patches of a vision transformer, else cells of 16 px at 224 (8 px below 112)."""
-    patches = getattr(getattr(classifier.module, "patch_embed", None), "dynamic_feat_size", None)
-    # hierarchical transformers have no prefix tokens, and patches of 4 px, too many for a game
-    if patches is not None and hasattr(classifier.module, "num_prefix_tokens"):
-        return patches((height, width))
+    # hierarchical transformers have patches of 4 px, too many for a game
+    found = transformer(classifier.module)
+    if found:
+        return found.grid(height, width)
     short = min(height, width)
     cells = max(2, min(14, short // 8))
     return round(cells * height / short), round(cells * width / short)
@@ -283,30 +284,27 @@ class TokenMasks:
     ACCEPTS = "timm vision transformers with a class token or average pooling (ViT, DeiT, BEiT, EVA, DINOv3)"
 
     def __init__(self, classifier: Classifier):
-        module: Any = classifier.module
-        blocks = list(getattr(module, "blocks", ()))
-        owners: list[nn.Module] = [getattr(block, "attn", block) for block in blocks]
-        self._biases = [(owner, _bias_argument(owner)) for owner in owners]
-        patch_embed, prefix = getattr(module, "patch_embed", None), getattr(module, "num_prefix_tokens", None)
-        self._patch_grid: Callable | None = getattr(patch_embed, "dynamic_feat_size", None)
-        pool = getattr(module, "global_pool", None)
-        self._averages = pool == "avg"
-        reads = self._averages or pool == "token" or hasattr(module, "head_dist")
-        known = bool(blocks) and all(name for _, name in self._biases)
-        if not (known and reads and self._patch_grid and prefix is not None and hasattr(module, "norm")):
-            pooling = f" with {pool!r} pooling" if known and pool else ""
+        found = transformer(classifier.module)
+        biases = [(attention, _bias_argument(attention)) for attention in found.attentions] if found else []
+        self._biases = [(attention, name) for attention, name in biases if name]
+        masked = bool(biases) and len(self._biases) == len(biases)
+        if not found or not masked or found.norm is None or found.pooling not in ("avg", "token"):
+            pooling = f" with {found.pooling!r} pooling" if found and masked and found.pooling else ""
             raise ValueError(
                 f"vit_shapley masks attention and accepts {self.ACCEPTS}; {classifier.name} is a "
-                f"{type(module).__name__}{pooling}: choose fastshap, which masks pixels"
+                f"{type(classifier.module).__name__}{pooling}: choose fastshap, which masks pixels"
             )
-        self.prefix = int(prefix)
-        self._norm: nn.Module = module.norm
-        self._with_prefix = bool(getattr(module, "pool_include_prefix", False))
+        self._structure = found
+        self._norm = found.norm
+
+    @property
+    def prefix(self) -> int:
+        """Tokens before the patches."""
+        return self._structure.prefix
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
         """Rows and columns of patches."""
-        assert self._patch_grid is not None
-        return self._patch_grid((height, width))
+        return self._structure.grid(height, width)
 
     @contextmanager
     def keeping(self, keep: Tensor) -> Iterator[None]:
@@ -326,16 +324,15 @@ class TokenMasks:
 
         def weigh(_module: nn.Module, _args: tuple, tokens: Tensor) -> Tensor:
             # the mean over all of these is the mean over those that are left
-            read = present if self._with_prefix else present[:, self.prefix :]
+            read = present if self._structure.pools_prefix else present[:, self.prefix :]
             weight = present * (read.shape[1] / read.sum(dim=1, keepdim=True).clamp_min(1))
             return tokens * weight[:, :, None].to(tokens.dtype)
 
         with ExitStack() as stack:
             for owner, name in self._biases:
-                assert name is not None
                 handle = owner.register_forward_pre_hook(bias_of(name), with_kwargs=True)
                 stack.callback(handle.remove)
-            if self._averages:
+            if self._structure.pooling == "avg":
                 stack.callback(self._norm.register_forward_hook(weigh).remove)
             yield
 

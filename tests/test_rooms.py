@@ -14,6 +14,7 @@ ORDER = (
     "kernels",
     "checks",
     "recipes",
+    "structure",
     "classifier",
     "data",
     "explainer",

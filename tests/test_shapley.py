@@ -512,8 +512,8 @@ def test_attributor(trained, name):
     method = attributors.create(name, clf, explainer=trained[name])
     with attributors.count_passes(clf) as passes:
         maps = method.attribute(images, [0, 3, 1])
-    # v(N) and v(∅); the explainer reads features, which is no pass to the logits
-    assert (passes.forward, passes.backward) == (3 * 2, 0)
+    # v(N), v(∅) and the features that the explainer reads
+    assert (passes.forward, passes.backward) == (3 * 3, 0)
     assert maps.shape == (3, 1, 32, 64)
     assert maps.dtype == torch.float32
     phi = method.values(images, torch.tensor([0, 3, 1]))

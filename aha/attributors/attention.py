@@ -32,9 +32,7 @@ class AttentionAttributor(TransformerAttributor):
 
     def __init__(self, clf: Classifier, **options: Any):
         super().__init__(clf, **options)
-        self._softmaxes = _softmaxes(self.blocks)
-        if not self._softmaxes:
-            self.refuse()
+        self._softmaxes = self.structure.softmaxes or self.refuse()
 
     def forward(self, images: Tensor, watch: Callable[[int, Tensor], Tensor | None], last_only: bool = False) -> Tensor:
         """Logits (B, classes) while ``watch(block, A)`` sees the attention (B,heads,T,T), block after block.
@@ -183,15 +181,3 @@ class GradCamViT(AttentionAttributor):
 
     def _attribute(self, images: Tensor, target: Tensor) -> Tensor:
         return self.upsample(self.patches(images, target), images)
-
-
-def _softmaxes(blocks: list[nn.Module]) -> list[nn.Module]:
-    """What timm applies right after the attention's softmax, one per block; [] if the blocks are others."""
-    found: list[nn.Module] = []
-    for block in blocks:
-        owner: Any = getattr(block, "attn", block)
-        # without the switch there is no telling what attn_drop is applied to
-        if not (hasattr(owner, "fused_attn") and isinstance(getattr(owner, "attn_drop", None), nn.Module)):
-            return []
-        found.append(owner.attn_drop)
-    return found

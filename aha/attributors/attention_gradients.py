@@ -145,7 +145,7 @@ class BiAttention(IntegratedAttention):
         start = LEVELS[level] if start is None else start
         if start < 0:
             raise ValueError(f"start={start}: give a block, from 0")
-        projections = [getattr(getattr(block, "attn", None), "proj", None) for block in self.blocks]
+        projections = [getattr(attention, "proj", None) for attention in self.structure.attentions]
         if level == "token" and not all(isinstance(projection, nn.Linear) for projection in projections):
             kind = type(self.blocks[0]).__name__
             raise ValueError(

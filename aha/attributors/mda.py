@@ -20,6 +20,7 @@ from ..precision import autocast, uses_bf16
 from ..protection import locked, protected
 from ..references import adaptive_blur
 from ..regions import Regions, grid
+from ..structure import transformer
 from .base import _REGISTRY, Attributor, Metadata, create, register
 from .passes import Passes, count_passes
 
@@ -230,15 +231,11 @@ class MDA(Attributor):
     def regions(self, images: Tensor) -> Regions:
         """The patches of ``images``."""
         height, width = images.shape[-2:]
-        module: Any = self.clf.module
-        embed: Any = getattr(module, "patch_embed", None)
-        # hierarchical transformers have such an embedding too, but no tokens of that size later
-        plain = hasattr(module, "blocks") and hasattr(module, "num_prefix_tokens")
-        if self.cells is None and plain and hasattr(embed, "dynamic_feat_size"):
-            rows, cols = embed.dynamic_feat_size((height, width))
+        found = transformer(self.clf.module) if self.cells is None else None
+        if found:
             # by the size of a patch: the last one may be cut off by the border
-            down, right = embed.patch_size
-            regions = Regions(torch.arange(height) // down, torch.arange(width) // right, rows, cols)
+            down, right = found.patch
+            regions = Regions(torch.arange(height) // down, torch.arange(width) // right, *found.grid(height, width))
         else:
             regions = grid(height, width, self.cells or min(14, height, width))
         if regions.count < 2:

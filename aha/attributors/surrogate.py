@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .. import references
 from ..classifier import Classifier
+from ..structure import transformer
 from .base import Attributor, Metadata, register
 from .passes import Passes
 
@@ -64,9 +65,9 @@ class Surrogate(Attributor):
     def grid(self, images: Tensor) -> tuple[int, int]:
         """Rows and columns of patches of ``images``."""
         height, width = int(images.shape[-2]), int(images.shape[-1])
-        embed: Any = getattr(self.clf.module, "patch_embed", None)
-        if self.cells is None and hasattr(self.clf.module, "num_prefix_tokens") and hasattr(embed, "dynamic_feat_size"):
-            return embed.dynamic_feat_size((height, width))
+        found = transformer(self.clf.module) if self.cells is None else None
+        if found:
+            return found.grid(height, width)
         cells = self.cells or 14
         return min(cells, height), min(cells, width)
 

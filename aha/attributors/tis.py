@@ -61,8 +61,7 @@ class TIS(TokenAttributor):
         self.n_masks, self.keep = n_masks, keep
 
     def passes(self, images: Tensor) -> Passes:
-        module: Any = self.clf.module
-        return Passes(1 + min(self.n_masks, len(self.blocks) * module.embed_dim))
+        return Passes(1 + min(self.n_masks, len(self.blocks) * self.structure.channels))
 
     def kept(self, outputs: list[Tensor]) -> Tensor:
         """(B, K, kept patches) indices of patches, ascending, from the blocks' outputs (B, T, D). Trusts its input."""

@@ -21,10 +21,7 @@ class TokenAttributor(TransformerAttributor):
 
     def __init__(self, clf: Classifier, **options: Any):
         super().__init__(clf, **options)
-        # others have blocks too, but not prefix tokens + patches as (B, T, D) in all of them (SAM, CaiT, ConViT)
-        from timm.models import Beit, Eva, VisionTransformer
-
-        if not isinstance(clf.module, (VisionTransformer, Eva, Beit)):
+        if not self.structure.plain:
             self.refuse()
 
     def record(self, images: Tensor, first: int, last: int) -> tuple[Tensor, list[Tensor], list[Tensor]]:

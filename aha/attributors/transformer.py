@@ -1,9 +1,7 @@
 """A timm vision transformer as what attribution methods ask for: blocks, tokens, a grid of patches.
 
-Tokens are (B, T, D), T = prefix tokens + patches. Prefix tokens (class, distillation, registers) come first and
-are never part of a map. The readout are the tokens that the classification head reads: the class token; for DeiT
-with distillation the class and the distillation token, whose heads are averaged; without a token (average or
-attention pooling) all patches.
+Tokens are (B, T, D), T = prefix tokens + patches; prefix tokens and the readout are those of `structure.Transformer`.
+Prefix tokens are never part of a map.
 """
 
 from __future__ import annotations
@@ -17,6 +15,7 @@ from torch import Tensor, nn
 
 from ..classifier import Classifier
 from ..precision import switched_off
+from ..structure import transformer
 from .base import Attributor
 
 ARCHITECTURES = "timm vision transformers (ViT, DeiT, BEiT, EVA, DINOv3)"
@@ -26,6 +25,7 @@ class TransformerAttributor(Attributor):
     """Base of the methods that look into a vision transformer; refuses other architectures when it is made.
 
     Attributes:
+        structure: what it found.
         blocks: the transformer blocks, in order.
         prefix: number of tokens before the patches.
         readout: the tokens whose final values reach the head.
@@ -40,16 +40,9 @@ class TransformerAttributor(Attributor):
 
     def __init__(self, clf: Classifier, **options: Any):
         super().__init__(clf, **options)
-        module: Any = clf.module
-        # timm's mixers call their patch embedding the stem
-        mixer = self.mixers and hasattr(getattr(module, "stem", None), "dynamic_feat_size")
-        self._patch_embed: Any = module.stem if mixer else getattr(module, "patch_embed", None)
-        self.blocks = list(getattr(module, "blocks", ()))
-        prefix = 0 if mixer else getattr(module, "num_prefix_tokens", None)
-        if not self.blocks or prefix is None or not hasattr(self._patch_embed, "dynamic_feat_size"):
-            self.refuse()
-        self.prefix = int(prefix)
-        self.readout = _readout(module, self.prefix)
+        self.structure = transformer(clf.module, self.mixers) or self.refuse()
+        self.blocks, self.prefix = self.structure.blocks, self.structure.prefix
+        self.readout = self.structure.readout
 
     def refuse(self) -> NoReturn:
         """ValueError in one line, for a classifier of another architecture."""
@@ -60,7 +53,8 @@ class TransformerAttributor(Attributor):
 
     def grid(self, images: Tensor) -> tuple[int, int]:
         """Rows and columns of patches of ``images``."""
-        return self._patch_embed.dynamic_feat_size(tuple(images.shape[-2:]))
+        height, width = images.shape[-2:]
+        return self.structure.grid(height, width)
 
     def upsample(self, patches: Tensor, images: Tensor) -> Tensor:
         """(B, patches) → (B, 1, H, W), bilinearly."""
@@ -95,11 +89,3 @@ class TransformerAttributor(Attributor):
 
 def _unchanged(tokens: Tensor, *_: Any, **__: Any) -> Tensor:
     return tokens
-
-
-def _readout(module: nn.Module, prefix: int) -> slice:
-    if hasattr(module, "head_dist"):
-        return slice(0, 2)
-    if getattr(module, "global_pool", "") == "token":
-        return slice(0, 1)
-    return slice(None) if getattr(module, "pool_include_prefix", False) else slice(prefix, None)

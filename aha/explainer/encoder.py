@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..classifier import Classifier, HFLogits, dtype_of
 from ..protection import protected, steady
+from ..structure import feature_count, uniform_patch
 from ..weights import load_weights, numbers, read_weights
 from .stages import LEVELS, find_stages, quarters, seen_at
 
@@ -48,7 +49,7 @@ class Encoder(nn.Module):
         self.source = source
         known = hasattr(module, "forward_intermediates") or _is_transformers(module)
         # hooks see features where they are: nothing says to what size to pad
-        self.multiple = (_patch_size(module) or 32) if known else 1
+        self.multiple = (uniform_patch(_inner(module)) or 32) if known else 1
         self.indices = _levels(module)
         device = next((value.device for value in (*module.parameters(), *module.buffers())), torch.device("cpu"))
         blank = torch.zeros(1, len(mean), *image_size, device=device)
@@ -184,24 +185,14 @@ def _is_transformers(module: nn.Module) -> bool:
     return isinstance(module, HFLogits) or hasattr(module, "base_model_prefix")
 
 
-def _patch_size(module: nn.Module) -> int | None:
-    """Patch of a plain ViT in pixels; None for hierarchical networks."""
-    if isinstance(module, HFLogits):
-        module = module.model
-    config = getattr(module, "config", None)
-    if config is not None:  # transformers
-        hierarchical = hasattr(config, "depths")
-        patch = None if hierarchical else getattr(config, "patch_size", None)
-    else:
-        reductions = [info["reduction"] for info in getattr(module, "feature_info", [])]
-        patch = reductions[0] if len(reductions) > 1 and len(set(reductions)) == 1 else None
-    return int(patch[0] if isinstance(patch, Sequence) else patch) if patch else None
+def _inner(module: nn.Module) -> nn.Module:
+    return module.model if isinstance(module, HFLogits) else module
 
 
 def _levels(module: nn.Module) -> list[int]:
     """Four depths: quarters of a plain ViT (DPT's 4, 11, 17, 23 for 24 blocks), the last four stages otherwise."""
-    depth = len(getattr(module, "feature_info", []))
-    if _patch_size(module) is None:
+    depth = feature_count(module)
+    if uniform_patch(_inner(module)) is None:
         return [max(0, depth - LEVELS + i) for i in range(LEVELS)]
     return quarters(depth) if depth else []
 
