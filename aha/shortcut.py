@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from rich.progress import track
 from torch.utils.data import DataLoader
 
+from .bootstrap import mean_interval
 from .classifier import Classifier
-from .evaluation import mean_interval
 from .explainer import Explainer
 from .metrics import rank_pixels
 from .precision import autocast

@@ -1,7 +1,7 @@
 """Evaluation of attribution methods: every metric per image, with confidence intervals, side by side."""
 
 from ..attributors import MethodSpec
-from .bootstrap import RESAMPLES, mean_interval
+from ..bootstrap import RESAMPLES, mean_interval
 from .compare import Comparison, compare
 from .engine import TARGETS
 from .evaluate import evaluate

@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import bootstrap
 from .._version import __version__
 from ..files import write_atomically, write_columns
 from ..metrics import Protocol, catalog
-from . import bootstrap
 from .records import Key, Records, Series
 
 SECONDS = "seconds_per_image"

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import torch
 
-from aha import attributors
+from aha import attributors, bootstrap
 from aha.attributors.specs import MethodSpec, parse
 from aha.classifier import Classifier
-from aha.evaluation import Key, bootstrap, evaluate
+from aha.evaluation import Key, evaluate
 from aha.evaluation.compare import compare
 from aha.evaluation.engine import Engine, Row
 from aha.evaluation.store import Folder, Memory, pack_maps, unpack_maps
