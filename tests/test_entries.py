@@ -69,6 +69,8 @@ def setting(folder: Path, dtype: torch.dtype = torch.float32) -> Setting:
 # learned methods are entries of their own
 METHODS = [name for name in available() if name not in ("aha", "fastshap", "vit_shapley")]
 CHEAP = {"mda": {"cells": 3}, "rise": {"n_masks": 20}, "lime": {"n_samples": 40}, "kernel_shap": {"n_samples": 40}}
+# as published AttCAM has one term here, of tokens that only a norm reads: zero but for rounding
+CHEAP["attcam"] = {"variant": "readout"}
 
 
 def attribute(name: str):

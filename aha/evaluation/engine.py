@@ -22,7 +22,7 @@ from ..checks import NotFiniteError, check_images, check_integer, check_item, ch
 from ..classifier import Classifier, check_classifier
 from ..data import label_note
 from ..memory import peak_bytes
-from ..metrics import Batch, Scores, Suite
+from ..metrics import Endpoints, Scores, Suite
 from .records import Key, Records
 from .result import BACKWARD, FORWARD, SECONDS, Evaluation, Failure
 from .result import PEAK as PEAK_BYTES
@@ -344,13 +344,13 @@ class _Shared:
         self.masks = torch.stack([item["mask"] for item in items]).to(clf.device)
         self._classes = None if engine.target == "predicted" else self.labels
         self._items = items
-        self._begun: dict[str, Batch] = {}
+        self._begun: dict[str, Endpoints] = {}
 
     @functools.cached_property
     def target(self) -> Tensor:
         return self.begin(next(iter(self._suites))).target
 
-    def begin(self, key: str) -> Batch:
+    def begin(self, key: str) -> Endpoints:
         if key not in self._begun:
             classes = self.target if self._begun else self._classes
             self._begun[key] = self._suites[key].begin(self.images, classes, self.labels, self.masks)

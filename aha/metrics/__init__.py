@@ -5,12 +5,11 @@ from .classes import ConfidenceChange, DeletionInsertion, Localization, Magnitud
 from .curves import area, monotone_response
 from .perturbed import INTERNAL_BATCH_SIZE, Endpoints, Response, Sweep, endpoints, rank_pixels, sweep
 from .protocols import PROTOCOLS, Cost, Protocol, pixel_counts
-from .suite import Batch, Scores, Suite
+from .suite import Scores, Suite
 
 __all__ = [
     "INTERNAL_BATCH_SIZE",
     "PROTOCOLS",
-    "Batch",
     "ConfidenceChange",
     "Cost",
     "DeletionInsertion",

@@ -17,7 +17,7 @@ from .localization import Located, check_masks
 from .perturbed import INTERNAL_BATCH_SIZE, Endpoints
 from .protocols import Protocol
 from .state import PerImage, check_index, mean, measured
-from .suite import Batch, Named, Suite, arranged, scored
+from .suite import Named, Suite, arranged, scored
 
 
 def _directions(*families: str) -> dict[str, bool]:
@@ -159,7 +159,7 @@ class ByReference(Averaged):
         target: Tensor | Sequence[int] | int | None,
         ends: Endpoints | None,
         labels: Tensor | Sequence[int] | None,
-    ) -> Batch:
+    ) -> Endpoints:
         if ends is None:
             return self._suite.begin(images, target, labels)
         if target is not None or labels is not None:
@@ -170,7 +170,7 @@ class ByReference(Averaged):
                 f"ends are of reference images {tuple(ends.references.shape)}: give those of these images "
                 f"and of protocol {self.protocol.name!r}, {expected}"
             )
-        return Batch(images, ends)
+        return ends._replace(images=images)
 
     def curves(self) -> Named:
         """Mean curves of the images this process has seen: reference → name → (S,) over the fractions.

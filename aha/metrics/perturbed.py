@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,9 +35,10 @@ class Response(NamedTuple):
 
 
 class Endpoints(NamedTuple):
-    """What the curves of all maps of a batch share: f(I) and f(I0) with their inputs. Made by `endpoints`.
+    """What all maps of a batch share: f(I) and f(I0) with their inputs. Made by `endpoints` and `Suite.begin`.
 
     Attributes:
+        images: (B, C, H, W) in [0, 1].
         target: (B,) int64, the explained class.
         predicted: (B,) int64, the top-1 class of the unperturbed image.
         references: (R, B, C, H, W), one set of reference images per name of the protocol.
@@ -45,9 +46,11 @@ class Endpoints(NamedTuple):
         replaced: response to the reference images, (R, B); NaN where the protocol's curves do not reach them.
         confidence: (B,) float32, of the target in the unperturbed image.
         scored: (B,) int64, the class that all responses speak of: the target, or the label (`Protocol.scored`).
-        takes_part: (B,) bool, whether the protocol measures the image.
+        takes_part: (B,) bool, whether the protocol measures the image; others are NaN and cost no perturbed image.
+        masks: (B, H, W) bool, of the evidence, where the protocol needs them.
     """
 
+    images: Tensor
     target: Tensor
     predicted: Tensor
     references: Tensor
@@ -56,14 +59,19 @@ class Endpoints(NamedTuple):
     confidence: Tensor
     scored: Tensor
     takes_part: Tensor
+    masks: Tensor | None = None
 
     def of(self, rows: Tensor) -> Endpoints:
         """Those of the images ``rows`` (N,)."""
-        original, replaced = (
-            Response(*(value[..., rows] for value in part)) for part in (self.original, self.replaced)
-        )
-        facts = (self.confidence[rows], self.scored[rows], self.takes_part[rows])
-        return Endpoints(self.target[rows], self.predicted[rows], self.references[:, rows], original, replaced, *facts)
+
+        def some(value: Any) -> Any:
+            if isinstance(value, Response):
+                return Response(*(part[..., rows] for part in value))
+            return None if value is None else value[rows]
+
+        by_image = self._replace(references=self.references.transpose(0, 1))
+        chosen = Endpoints(*map(some, by_image))
+        return chosen._replace(references=chosen.references.transpose(0, 1))
 
 
 class Sweep(NamedTuple):
@@ -135,7 +143,8 @@ def endpoints(
             answers = respond(clf, stacked.flatten(0, 1), scored.repeat(len(made)), size)
             check_answers(answers.confidence.view(stacked.shape[:2]).T, f"{clf.name}, for a reference image,")
             replaced = Response(*(value.view(stacked.shape[:2]) for value in answers))
-    return Endpoints(target, predicted, stacked, _response(logits, scored), replaced, confidence, scored, takes_part)
+    original = _response(logits, scored)
+    return Endpoints(images, target, predicted, stacked, original, replaced, confidence, scored, takes_part)
 
 
 def _labels(clf: Classifier, protocol: Protocol, labels: Tensor | Sequence[int] | None, images: Tensor) -> Tensor:
@@ -271,22 +280,19 @@ class Probe(Located):
         self,
         clf: Classifier,
         protocol: Protocol,
-        images: Tensor,
-        maps: Tensor,
         ends: Endpoints,
+        maps: Tensor,
         internal_batch_size: int,
-        masks: Tensor | None = None,
     ):
         self.clf, self.protocol, self.internal_batch_size = clf, protocol, internal_batch_size
-        self.counts = protocol.counts(*images.shape[-2:])
-        self._batch = len(images)
+        self.counts = protocol.counts(*maps.shape[-2:])
+        self._batch = len(maps)
         self._rows: Tensor | None = None
         if not ends.takes_part.all():
-            self._rows = rows = ends.takes_part.nonzero()[:, 0]
-            images, maps, ends = images[rows], maps[rows], ends.of(rows)
-            masks = masks[rows] if masks is not None else None
-        super().__init__(maps, masks)
-        self.images, self.ends = images, ends
+            self._rows = ends.takes_part.nonzero()[:, 0]
+            maps, ends = maps[self._rows], ends.of(self._rows)
+        super().__init__(maps, ends.masks)
+        self.images, self.ends = ends.images, ends
         self._curves: dict[int, dict[str, Response]] = {}
 
     def spread(self, values: Tensor) -> Tensor:

@@ -21,41 +21,6 @@ Named = dict[str, dict[str, Tensor]]  # two levels of names, then one value per 
 
 
 @dataclass(frozen=True)
-class Batch:
-    """What all methods share on one batch of images. Made by `Suite.begin`.
-
-    Attributes:
-        images: (B, C, H, W) in [0, 1].
-        ends: f(I), f(I0) and the reference images.
-        masks: (B, H, W) bool where the protocol needs them, else None.
-    """
-
-    images: Tensor
-    ends: Endpoints
-    masks: Tensor | None = None
-
-    @property
-    def target(self) -> Tensor:
-        """(B,) int64, the explained classes."""
-        return self.ends.target
-
-    @property
-    def predicted(self) -> Tensor:
-        """(B,) int64, the top-1 classes."""
-        return self.ends.predicted
-
-    @property
-    def confidence(self) -> Tensor:
-        """(B,) float32, softmax probability of the target in the unperturbed image."""
-        return self.ends.confidence
-
-    @property
-    def takes_part(self) -> Tensor:
-        """(B,) bool: the images that the protocol measures; the others are NaN and cost no perturbed image."""
-        return self.ends.takes_part
-
-
-@dataclass(frozen=True)
 class Scores:
     """What `Suite.measure` found out about the maps of one batch; NaN where an image takes no part.
 
@@ -112,7 +77,7 @@ class Suite:
         target: Tensor | Sequence[int] | int | None = None,
         labels: Tensor | Sequence[int] | None = None,
         masks: Tensor | None = None,
-    ) -> Batch:
+    ) -> Endpoints:
         """What all methods share on ``images`` (B,C,H,W) in [0,1]: (1 + R)·B forward passes, see `endpoints`.
 
         Args:
@@ -126,23 +91,22 @@ class Suite:
         images = self.clf.check(images).detach()
         ends = endpoints(self.clf, images, target, self.protocol, self.internal_batch_size, labels)
         if "mask" not in self.needs:
-            return Batch(images, ends)
+            return ends
         if masks is None:
             raise ValueError(f"protocol {self.protocol.name!r} needs masks: give (B, 1, H, W), all 0 where unknown")
         chosen = check_masks(masks).to(images.device)
         expected = (len(images), *images.shape[-2:])
         if tuple(chosen.shape) != expected:
             raise ValueError(f"masks is {tuple(masks.shape)}: give {expected}, one value per pixel of the images")
-        return Batch(images, ends, chosen)
+        return ends._replace(masks=chosen)
 
-    def measure(self, batch: Batch, maps: Tensor) -> Scores:
+    def measure(self, batch: Endpoints, maps: Tensor) -> Scores:
         """Scores of ``maps`` (B,1,H,W), finite attributions of the images and targets of ``batch``."""
         with protected(self.clf), torch.no_grad():
             return self._measured(batch, maps)
 
-    def _measured(self, batch: Batch, maps: Tensor) -> Scores:
-        maps = check_maps(maps, batch.images)
-        probe = Probe(self.clf, self.protocol, batch.images, maps, batch.ends, self.internal_batch_size, batch.masks)
+    def _measured(self, batch: Endpoints, maps: Tensor) -> Scores:
+        probe = Probe(self.clf, self.protocol, batch, check_maps(maps, batch.images), self.internal_batch_size)
         rows = self.protocol.rows
         found = {row.key: {name: probe.spread(value) for name, value in scored(row, probe).items()} for row in rows}
         curves: Named = {}
