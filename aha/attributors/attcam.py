@@ -23,8 +23,8 @@ class AttCAM(AttentionAttributor):
     With h_l (B, T, D) entering block l and its evidence e_l[i] = Σ_d h_l[i,d]·∂logit_t/∂h_l[i,d]:
 
     - variant="published": Σ_{l<L} (E_h E_q A_l)[q, i]·e_{l+1}[i], the mean over *all* queries q of a block's attention
-      with the tokens that leave the block, L − 1 terms, as LibraGrad compares with it. The last term is only rounding in
-      a plain backward pass: a norm, blind to scale, is all that reads the patches from there on;
+      with the tokens that leave the block, L − 1 terms, as LibraGrad compares with it. The last term is only rounding
+      in a plain backward pass: a norm, blind to scale, is all that reads the patches from there on;
     - variant="readout": Σ_l (E_h A_l)[readout, i]·e_l[i], ours: the readout's row with the tokens it weighs, L terms.
 
     Args:
