@@ -120,11 +120,6 @@ class Protocol:
         label = self.scored == "label" or self.confidence is not None
         return frozenset(name for name, needed in (("label", label), ("mask", "masks" in self.reads)) if needed)
 
-    @property
-    def selective(self) -> bool:
-        """Whether images may take no part, whatever the maps: for their label, their confidence or their blur."""
-        return "label" in self.needs or "adaptive_blur" in self.references
-
     def counts(self, height: int, width: int) -> list[int]:
         """Numbers of pixels at the S points of the curves of an image."""
         return pixel_counts(height * width, height + 1 if self.points is None else self.points, self.span)

@@ -51,9 +51,7 @@ class Suite:
         internal_batch_size: perturbed images in one forward pass, ≥ 2.
 
     Attributes:
-        protocol: what is measured.
-        references: names of the reference images, () where there are none.
-        needs: what `begin` must be given besides the images: "label", "mask", both or none.
+        protocol: what is measured; its ``needs`` is what `begin` must be given besides the images.
     """
 
     def __init__(
@@ -63,13 +61,6 @@ class Suite:
         check_classifier(clf)
         self.clf, self.internal_batch_size = clf, internal_batch_size
         self.protocol = protocols.get(protocol)
-        self.references = self.protocol.references
-        self.needs = self.protocol.needs
-
-    @property
-    def directions(self) -> dict[str, bool]:
-        """Metric → whether higher is better, in the order of the protocol."""
-        return {name: catalog.get(name).higher_is_better for name in self.protocol.metrics}
 
     def begin(
         self,
@@ -90,7 +81,7 @@ class Suite:
         """
         images = self.clf.check(images).detach()
         ends = endpoints(self.clf, images, target, self.protocol, self.internal_batch_size, labels)
-        if "mask" not in self.needs:
+        if "mask" not in self.protocol.needs:
             return ends
         if masks is None:
             raise ValueError(f"protocol {self.protocol.name!r} needs masks: give (B, 1, H, W), all 0 where unknown")

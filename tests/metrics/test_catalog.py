@@ -106,7 +106,7 @@ def test_a_metric_from_outside_that_needs_no_reference(clf, batch):
         size = one.abs().flatten().tolist()
         wanted = math.fsum(abs(a - b) for a in size for b in size) / (2 * len(size) * math.fsum(size))
         assert value == pytest.approx(wanted, abs=1e-6)
-    assert suite.directions == {"gini": True, "deletion": False}
+    assert [catalog.get(f"mine/{name}").arrow for name in suite.protocol.metrics] == ["↑", "↓"]
     # alone it takes no perturbed image, and no reference
     alone = Suite(clf, Protocol("alone", metrics=("gini",), references=()))
     shared = alone.begin(images)

@@ -186,11 +186,11 @@ def test_deletion_and_insertion_of_rise_are_averaged_apart():
     clf, image = pictures()
     suite = Suite(clf, "rise")
     scores = suite.measure(suite.begin(image, 0), torch.rand(1, 1, SIDE, SIDE))
-    assert suite.references == ("zero", "blur11")
+    assert suite.protocol.references == ("zero", "blur11")
     assert set(scores.by_reference["zero"]) == {"deletion"}
     assert set(scores.by_reference["blur11"]) == {"insertion"}
     values = {name: value.item() for name, value in scores.values.items()}
-    assert list(values) == list(suite.directions) == ["deletion", "insertion", "ins_minus_del"]
+    assert list(values) == list(suite.protocol.metrics) == ["deletion", "insertion", "ins_minus_del"]
     assert values["ins_minus_del"] == pytest.approx(values["insertion"] - values["deletion"], abs=1e-7)
     assert values["deletion"] == scores.by_reference["zero"]["deletion"].item()
 
@@ -201,7 +201,7 @@ def test_chefer_counts_the_label_not_the_target(small, batch):
     labels[1] = (labels[1] + 1) % 3
     labels[4] = -1
     suite = Suite(small, "chefer")
-    assert suite.needs == {"label"}
+    assert suite.protocol.needs == {"label"}
     shared = suite.begin(images, target=torch.tensor([0, 0, 0, 0, 0]), labels=labels)
     assert shared.takes_part.tolist() == [True, True, True, True, False]
     assert torch.allclose(shared.confidence, small.probabilities(images)[:, 0])
@@ -238,7 +238,7 @@ def test_mda_drops_the_wrong_the_unsure_and_those_that_no_blur_hides():
     images = torch.cat([sure, sure, unsure, sure])
     labels = torch.tensor([0, 1, 0, -1])
     suite = Suite(clf, "mda")
-    assert suite.needs == {"label"}
+    assert suite.protocol.needs == {"label"}
     shared = suite.begin(images, labels=labels)
     assert shared.takes_part.tolist() == [True, False, False, False]
     maps = torch.rand(4, 1, SIDE, SIDE, generator=torch.Generator().manual_seed(0))
@@ -392,8 +392,8 @@ def test_oracles_take_the_best_threshold(small, batch):
     images, maps, _, masks = batch
     masks[3] = False
     suite = Suite(small, "localisation")
-    assert suite.references == ()
-    assert suite.needs == {"mask"}
+    assert suite.protocol.references == ()
+    assert suite.protocol.needs == {"mask"}
     shared = suite.begin(images, masks=masks)
     scores = suite.measure(shared, maps)
     assert scores.by_reference == scores.curves == {}
@@ -429,7 +429,7 @@ def test_a_suite_equals_the_classes(name, small, batch):
     scores = suite.measure(shared, maps)
     found = set()
     for kind in (DeletionInsertion, ConfidenceChange, MagnitudeAlignment, Monotonicity):
-        if set(kind.directions).isdisjoint(suite.directions):
+        if set(kind.directions).isdisjoint(suite.protocol.metrics):
             with pytest.raises(ValueError, match="choose another protocol, or"):
                 kind(small, name)
             continue
@@ -447,8 +447,7 @@ def test_a_suite_equals_the_classes(name, small, batch):
             for key, curve in named.items():
                 mean = scores.curves[reference][key].double().nanmean(dim=0).float()
                 assert torch.equal(curve, mean), (reference, key)
-    assert found == set(suite.directions) == set(scores.values)
-    assert {name: metrics.arrow(name) == "↑" for name in scores.values} == suite.directions
+    assert found == set(suite.protocol.metrics) == set(scores.values)
     assert all(value.shape == (5,) and value.dtype == torch.float32 for value in scores.values.values())
 
 
