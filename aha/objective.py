@@ -13,7 +13,7 @@ from torch import Tensor
 from . import kernels
 from .checks import check_answers, check_integer, check_number, check_target
 from .classifier import Classifier, check_classifier
-from .precision import autocast, stepwise_attention, uses_bf16
+from .precision import autocast, confidence, full_precision, stepwise_attention, uses_bf16
 from .protection import protected
 from .regions import Regions
 
@@ -169,7 +169,7 @@ class Objective:
 
     def _confidence(self, pixels: Tensor, target: Tensor) -> Tensor:
         logits = self.classifier.forward_normalized(pixels)
-        return full_precision(logits).softmax(dim=-1).gather(1, target).mean(dim=1)
+        return confidence(logits, target).mean(dim=1)
 
     def _pair(self, images, reference, masks, target, upsampler) -> tuple[Tensor, Tensor]:
         """Confidence sums over the given fractions for deletion and insertion: two tensors (B,)."""
@@ -259,11 +259,6 @@ class _Streamed(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor):
         return ctx.gradient * grads[0][:, None, None], None, None, None, None, None
-
-
-def full_precision(values: Tensor) -> Tensor:
-    """Half precision becomes float32; float32 and float64 stay."""
-    return values if values.dtype == torch.float64 else values.float()
 
 
 def standardize(maps: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ import contextlib
 from collections.abc import Iterator
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 PRECISIONS = ("auto", "bf16", "fp32")
 
@@ -44,6 +44,17 @@ def switched_off(module: nn.Module, *names: str) -> Iterator[None]:
     finally:
         for m, name, value in before:
             setattr(m, name, value)
+
+
+def full_precision(values: Tensor) -> Tensor:
+    """Half precision becomes float32; float32 and float64 stay."""
+    return values if values.dtype == torch.float64 else values.float()
+
+
+def confidence(logits: Tensor, classes: Tensor) -> Tensor:
+    """Softmax probability of ``classes`` (N,) or (N, M) in ``logits`` (N, C), at least in float32; shaped like them."""
+    chosen = classes if classes.ndim == 2 else classes[:, None]
+    return full_precision(logits).softmax(dim=-1).gather(1, chosen).view(classes.shape)
 
 
 def stepwise_attention(module: nn.Module, on: bool = True) -> contextlib.AbstractContextManager:

@@ -19,8 +19,8 @@ from . import kernels
 from .checks import check_answers, check_integer
 from .classifier import Classifier
 from .identity import fingerprint
-from .objective import check_game, full_precision
-from .precision import autocast
+from .objective import check_game
+from .precision import autocast, confidence, full_precision
 from .protection import protected
 from .regions import Regions, grid
 from .structure import transformer
@@ -235,9 +235,8 @@ class ShapleyObjective:
             pixels = model.normalize(images).repeat_interleave(2 * count, dim=0)
             with self._tokens.keeping(keep):
                 logits = model.forward_normalized(pixels)
-        probability = full_precision(logits).softmax(dim=-1)
         repeated = target.repeat_interleave(2 * count, dim=0)
-        return probability.gather(1, repeated).mean(dim=1).view(batch, 2, count)
+        return confidence(logits, repeated).mean(dim=1).view(batch, 2, count)
 
 
 def player_grid(classifier: Classifier, height: int, width: int) -> tuple[int, int]:

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..classifier import Classifier
+from ..precision import confidence
 from .base import Attributor, Metadata, register
 from .passes import Passes
 
@@ -111,9 +112,8 @@ class Rise(Attributor):
             masks = masks.to(images)
             masked = (pixels[:, None] * masks[None, :, None]).flatten(0, 1)  # [B·m, C, H, W]
             classes = target.repeat_interleave(len(masks))
-            probabilities = self.clf.forward_normalized(masked).float().softmax(dim=-1)
-            confidence = probabilities.gather(1, classes[:, None]).view(batch, -1)
-            shown += torch.einsum("bm,mhw->bhw", confidence.to(images), masks)
+            answers = confidence(self.clf.forward_normalized(masked), classes).view(batch, -1)
+            shown += torch.einsum("bm,mhw->bhw", answers.to(images), masks)
             coverage += masks.sum(dim=0)
         # a pixel that no mask has shown is unknown: it gets 0
         return (shown / coverage.clamp_min(1e-6))[:, None]

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .. import references
 from ..classifier import Classifier
+from ..precision import confidence
 from ..structure import transformer
 from .base import Attributor, Metadata, register
 from .passes import Passes
@@ -96,8 +97,7 @@ class Surrogate(Attributor):
             masked = torch.where(shown, images[:, None], hidden[:, None]).flatten(0, 1)  # [B·m, C, H, W]
             classes = target.repeat_interleave(len(part))
             # checked images stay so when they are masked: no door in the loop
-            probabilities = self.clf(masked).float().softmax(dim=-1)
-            values.append(probabilities.gather(1, classes[:, None]).view(batch, -1))
+            values.append(confidence(self.clf(masked), classes).view(batch, -1))
         return torch.cat(values, dim=1)
 
     @torch.no_grad()

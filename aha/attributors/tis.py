@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..classifier import Classifier
+from ..precision import confidence
 from .base import Metadata, register
 from .passes import Passes
 from .tokens import TokenAttributor
@@ -80,12 +81,12 @@ class TIS(TokenAttributor):
         del inputs, outputs
         batch, n_masks, _ = kept.shape
         runs = torch.arange(batch * n_masks, device=images.device)
-        confidence = []
+        answers = []
         for part in runs.split(self.internal_batch_size):
             image = part // n_masks
             logits = self.run(images, tokens, image, kept[image, part % n_masks])
-            confidence.append(logits.float().softmax(dim=-1).gather(1, target[image][:, None])[:, 0])
-        scores = torch.cat(confidence).view(batch, n_masks)
+            answers.append(confidence(logits, target[image]))
+        scores = torch.cat(answers).view(batch, n_masks)
         masks = scores.new_zeros(batch, n_masks, tokens.shape[1] - self.prefix).scatter_(2, kept, 1.0)
         shown = torch.einsum("bk,bkp->bp", scores, masks)
         return self.upsample(shown / masks.sum(dim=1).clamp_min(1), images)

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..classifier import Classifier
+from ..precision import confidence
 from ..protection import protected
 from .base import Metadata, register
 from .cam import Captured, LayerAttributor
@@ -113,7 +114,7 @@ class ViTCX(LayerAttributor):
     @torch.no_grad()
     def _attribute(self, images: Tensor, target: Tensor) -> Tensor:
         captured = self.capture(images)
-        whole = _confidence(captured.logits, target)
+        whole = confidence(captured.logits, target)
         masks, owner = self._found(captured)
         if not len(owner):
             return images.new_zeros(len(images), 1, *images.shape[-2:])
@@ -129,7 +130,7 @@ class ViTCX(LayerAttributor):
             noise = (1 - mask) * self._noise(number[part], pixels)
             seen, noisy = pixels[mine] * mask + noise, pixels[mine] + noise
             shown, disturbed = (
-                _confidence(self.clf.forward_normalized(variant), target[mine]) for variant in (seen, noisy)
+                confidence(self.clf.forward_normalized(variant), target[mine]) for variant in (seen, noisy)
             )
             scores[part] = (shown - disturbed + whole[mine]).to(scores)
         empty = masks.new_zeros(len(images), *masks.shape[1:])
@@ -210,10 +211,6 @@ def _enlargement(cells: int, pixels: int) -> Tensor:
     """Bilinear enlargement along one side, (pixels, cells) float64."""
     unit = torch.eye(cells, dtype=torch.float64)
     return F.interpolate(unit[None], pixels, mode="linear", align_corners=False)[0].mT
-
-
-def _confidence(logits: Tensor, target: Tensor) -> Tensor:
-    return logits.float().softmax(dim=-1).gather(1, target[:, None])[:, 0]
 
 
 def _generator(seed: int, number: int) -> torch.Generator:

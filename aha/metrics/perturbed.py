@@ -12,7 +12,7 @@ from torch import Tensor
 from .. import kernels, references
 from ..checks import check_answers, check_integer, check_maps, check_target
 from ..classifier import Classifier
-from ..precision import autocast
+from ..precision import autocast, confidence
 from ..protection import protected
 from . import protocols
 from .curves import density
@@ -254,8 +254,7 @@ def _swept(
 
 
 def _response(logits: Tensor, classes: Tensor) -> Response:
-    confidence = logits.float().softmax(dim=-1).gather(1, classes[:, None])[:, 0]
-    return Response(confidence, (logits.argmax(dim=-1) == classes).float())
+    return Response(confidence(logits, classes).float(), (logits.argmax(dim=-1) == classes).float())
 
 
 def respond(clf: Classifier, images: Tensor, classes: Tensor, internal_batch_size: int) -> Response:
