@@ -18,6 +18,7 @@ from ..classifier import RANDOM, Classifier, from_name
 from ..explainer import Explainer
 from ..metrics import Suite
 from ..objective import Objective
+from ..recipes import RECIPES
 from ..training.trainer import TrainConfig, make_objective
 from . import catalog
 from .catalog import Experiment
@@ -25,8 +26,7 @@ from .run import Setting, decoder, encoder, specs
 
 BACKWARD = 2.0  # a backward pass costs about two forward passes
 TRAINING_IMAGES, VALIDATION_IMAGES = 1_281_167, 50_000  # ImageNet
-# blurs that "adaptive_blur" tries per photograph: bench/results/photographs_cpu.json
-BLURS = 2.0
+BLURS = 3.4  # that "adaptive_blur" tries per photograph: bench/results/mda_table_cpu.json
 
 
 @dataclass(frozen=True)
@@ -162,5 +162,5 @@ def throughput(clf: Classifier, batch: int = 8, seconds: float = 1.0) -> float:
 
 
 def _with_random_weights(name: str) -> Classifier:
-    own = name if name == "scenes" or name.startswith((RANDOM, "hf:")) else f"{RANDOM}{name}"
+    own = name if name in RECIPES or name.startswith((RANDOM, "hf:")) else f"{RANDOM}{name}"
     return from_name(own).to("cuda" if torch.cuda.is_available() else "cpu")
