@@ -30,26 +30,10 @@ ACCENT = "#d55e00"
 PALETTE = ("#0072b2", "#009e73", "#cc79a7", "#56b4e9", "#b8860b", "#4b3f8f")
 DASHES: tuple[Any, ...] = ("-", (0, (4, 1.5)), (0, (1, 1.2)), (0, (5, 1.5, 1, 1.5)))
 INK, FAINT = "#24292f", "#6e7781"
-_STYLE: dict[Any, Any] = {
-    "font.family": "DejaVu Sans",  # ships with matplotlib: the same page everywhere
-    "font.size": 9,
+_STYLE = Path(__file__).parent / "house.mplstyle"
+_COLORS: dict[Any, Any] = {
     **dict.fromkeys(("text.color", "axes.labelcolor", "axes.titlecolor"), INK),
     **dict.fromkeys(("xtick.color", "ytick.color"), FAINT),
-    **dict.fromkeys(("xtick.major.size", "ytick.major.size"), 0),
-    **dict.fromkeys(("xtick.labelsize", "ytick.labelsize", "legend.fontsize"), 8),
-    **dict.fromkeys(("axes.spines.top", "axes.spines.right", "legend.frameon"), False),
-    **dict.fromkeys(("axes.linewidth", "grid.linewidth"), 0.8),
-    "axes.edgecolor": "#afb8c1",
-    "axes.titlesize": 10,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.labelsize": 9,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "#eaeef2",
-    "lines.linewidth": 1.4,
-    "lines.solid_capstyle": "round",
-    "figure.facecolor": "white",
 }
 
 
@@ -91,15 +75,18 @@ def _dilated(mask: np.ndarray, steps: int) -> np.ndarray:
     return np.asarray(Image.fromarray(mask.astype(np.uint8)).filter(ImageFilter.MaxFilter(2 * steps + 1))) > 0
 
 
+def weight(name: str) -> str:
+    """Of the letters of a method's name."""
+    return "bold" if is_ours(name) else "normal"
+
+
 @dataclass
 class Band:
     """Rows of panels under one line of names."""
 
     names: Sequence[str]  # of the columns
     panels: list[list[np.ndarray]]  # rows of (H, W, 3) uint8, all of one size
-    notes: Sequence[
-        Sequence[tuple[str, bool]]
-    ]  # per row what stands below its panels and whether it is bold, or nothing
+    notes: Sequence[Sequence[tuple[str, bool]]]  # per row the texts below its panels and whether bold, or nothing
 
 
 def image_grid(bands: Sequence[Band], path: str | Path, titles: Sequence[str] | None = None) -> Path:
@@ -113,34 +100,33 @@ def image_grid(bands: Sequence[Band], path: str | Path, titles: Sequence[str] | 
     columns = max(len(band.names) for band in bands)
     shrunk = [[[_shrunk(pixels, PAGE // columns) for pixels in line] for line in band.panels] for band in bands]
     height, width = shrunk[0][0][0].shape[:2]
-    gap, left = 10, 40 if titles else 10
+    gap, left, note_height = 10, 40 if titles else 10, 34
     size = _size_of_names([name for band in bands for name in band.names], width)
     heads = [[_broken(name, width, size=size) for name in band.names] for band in bands]
     tops = [14 + round(30 * size / 9) * max(head.count("\n") + 1 for head in line) for line in heads]
-    note_height = 34
     noted = sum(bool(note) for band in bands for note in band.notes)
     total_w = left + columns * (width + gap)
     total_h = sum(tops) + len(bands) * (rows * (height + gap) + 2 * gap) - 2 * gap + note_height * noted
     with sheet(path, total_w / DPI, total_h / DPI, GRID_BUDGET, layout=None) as figure:
 
-        def write_at(x: float, y: float, text: str, strong: bool = False, **style: Any) -> None:
-            weight = "bold" if strong else "normal"
-            figure.text(x / total_w, 1 - y / total_h, text, ha="center", weight=weight, **style)
+        def write_at(x: float, y: float, text: str, **style: Any) -> None:
+            figure.text(x / total_w, 1 - y / total_h, text, ha="center", **style)
 
         y = 0
         for band, pictures, head, top in zip(bands, shrunk, heads, tops, strict=True):
             y += top
             lefts = [left + column * (width + gap) for column in range(len(band.names))]
             for x, name, text in zip(lefts, band.names, head, strict=True):
-                write_at(x + width / 2, y - 13, text, is_ours(name), va="baseline", size=size, linespacing=1.1)
+                style: Any = {"weight": weight(name), "va": "baseline", "linespacing": 1.1}
+                write_at(x + width / 2, y - 13, text, size=size, **style)
             for row, (line, notes) in enumerate(zip(pictures, band.notes, strict=True)):
                 for x, pixels in zip(lefts, line, strict=True):
                     axes = figure.add_axes((x / total_w, 1 - (y + height) / total_h, width / total_w, height / total_h))
                     axes.imshow(pixels, interpolation="nearest", aspect="auto")
                     axes.set_axis_off()
                 for i, (x, (text, best)) in enumerate(zip(lefts, notes, strict=False)):
-                    style = {"va": "top", "size": min(8, size), "color": INK if i else FAINT}
-                    write_at(x + width / 2, y + height + 6, text, best, **style)
+                    style = {"weight": "bold" if best else "normal", "color": INK if i else FAINT}
+                    write_at(x + width / 2, y + height + 6, text, va="top", size=min(8, size), **style)
                 if titles:
                     title = _broken(titles[row], height, lines=1)
                     write_at(18, y + height / 2, title, rotation=90, va="center", size=8, color=FAINT)
@@ -150,10 +136,9 @@ def image_grid(bands: Sequence[Band], path: str | Path, titles: Sequence[str] | 
 
 
 def _shrunk(pixels: np.ndarray, width: int) -> np.ndarray:
-    if pixels.shape[1] <= width:
-        return pixels
-    size = (width, max(1, round(pixels.shape[0] * width / pixels.shape[1])))
-    return np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.LANCZOS))
+    picture = Image.fromarray(pixels)
+    picture.thumbnail((width, pixels.shape[0]), Image.Resampling.LANCZOS, reducing_gap=None)
+    return np.asarray(picture)
 
 
 def _size_of_names(names: Sequence[str], width: int) -> float:
@@ -184,7 +169,7 @@ def sheet(
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError("figures need matplotlib: pip install aha-attribution[report]") from error
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(_COLORS, fname=_STYLE):
         figure = Figure(figsize=(width, height), dpi=DPI, layout=layout)
         yield figure
         _write(figure, Path(path), budget)

@@ -1,15 +1,19 @@
-"""The figures of an evaluation: maps over their images, curves, intervals, and those of a training run.
+"""The figures of an evaluation: maps over their images, curves, intervals, costs, comparisons; and of a training run.
 
 Shapes: N images (N, 3, H, W) RGB in [0, 1], maps (N, 1, H, W) of any finite range, S points of a curve, T
-steps of refinement. Every figure is a PNG of at most `drawing.BUDGET` bytes, or `drawing.GRID_BUDGET` with maps;
+steps of refinement. Rows are those of a summary's "methods", results are (model, target) → summary. Every figure is
+a PNG of at most `drawing.BUDGET` bytes, or `drawing.GRID_BUDGET` with maps, and every function returns its path;
 without matplotlib, ImportError.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import math
+import re
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,16 +21,20 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from . import columns as names
-from .columns import HEADLINE, direction, heading, is_number, is_ours, plain
-from .drawing import ACCENT, FAINT, INK, PALETTE, Band, batch, image_grid, looks, outlined, sheet
+from . import tables
+from .columns import HEADLINE, Rows, direction, heading, is_number, is_ours, plain
+from .drawing import ACCENT, FAINT, INK, PALETTE, Band, batch, image_grid, looks, outlined, sheet, weight
 from .overlays import overlay, to_numpy, to_pixels
+from .table import Cell, Table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 PER_BAND = 10  # methods beside each other in a grid; more go onto further lines
 SHOWN = 10  # lines with a colour in a plot of curves
+PASSES = "passes"
 _GREY = {"color": "#ced5dc", "linewidth": 0.8}
+_WHITE, _BLUE, _ALIKE = "#ffffff", "#0072b2", "#f6c7a3"
 
 Curves = Mapping[str, Mapping[str, Mapping[str, Any]]]  # method → reference → metric → (S,), at even steps of [0, 1]
 
@@ -76,12 +84,13 @@ def qualitative(
 
 
 def refinement(images: Any, trail: Any, path: str | Path, scores: Any = None) -> Path:
-    """What test-time refinement does to the maps: input, then T = 0 … T, one row per image. Returns the path.
+    """What test-time refinement does to the maps: input, then T = 0 … T, one row per image.
 
     Args:
         images: (N, 3, H, W) in [0, 1].
         trail: (T+1, N, 1, H, W), as `aha.refine(..., every_step=True)` returns it.
-        scores: (T+1, N) Ins − Del of every map, written below them; the best of an image is bold.
+        path: of the PNG.
+        scores: (T+1, N), as those of `qualitative`.
     """
     steps = {f"T = {t}": maps for t, maps in enumerate(trail)}
     if scores is not None and len(scores) != len(steps):
@@ -104,25 +113,19 @@ def curves(curves: Curves, path: str | Path, summary: Mapping[str, Any] | None =
         path: of the PNG.
         summary: its areas stand in the legend; without it they come from the curves by the trapezoid.
 
-    Returns:
-        The path.
-
     Raises:
         ValueError: if there are no curves.
     """
-    if not curves:
-        raise ValueError("there are no curves: give at least one method")
+    means = _means(curves)
     reported = (summary or {}).get("methods", {})
-    style = looks(curves)
     with sheet(path, 8.8, 3.5 + 0.19 * math.ceil(len(curves) / 2)) as figure:
         verbs = {"deletion": "removed", "insertion": "shown"}
         for axes, (metric, verb) in zip(figure.subplots(1, 2, sharey=True), verbs.items(), strict=True):
-            means = {name: _mean_curve(of, metric) for name, of in curves.items()}
-            known = {name: reported.get(name, {}).get(metric) for name in means}
-            areas = {name: _area(means[name]) if area is None else area for name, area in known.items()}
-            order = sorted(means, key=areas.__getitem__, reverse=bool(direction(metric)))
+            areas = {name: reported.get(name, {}).get(metric) for name in curves}
+            areas |= {m: _area(means[metric][m]) for m, area in areas.items() if area is None}
+            order = sorted(curves, key=areas.__getitem__, reverse=metric == "insertion")
             # the emphasised lines are drawn last, over the others
-            lines = _lines(axes, {name: means[name] for name in sorted(means, key=is_ours)}, style)
+            lines = _lines(axes, {name: means[metric][name] for name in sorted(curves, key=is_ours)}, looks(curves))
             legend = axes.legend(
                 [lines[name] for name in order],
                 [f"{names.number(metric, areas[name], coarser=1)}  {plain(name)}" for name in order],
@@ -136,48 +139,57 @@ def curves(curves: Curves, path: str | Path, summary: Mapping[str, Any] | None =
             )
             legend.get_title().set_color(FAINT)
             for name, text in zip(order, legend.get_texts(), strict=True):
-                text.set_weight("bold" if is_ours(name) else "normal")
-            axes.set_title(heading(metric))
-            axes.set_xlabel(f"pixels {verb}, most important first")
+                text.set_weight(weight(name))
+            axes.set(title=heading(metric), xlabel=f"pixels {verb}, most important first")
         figure.axes[0].set_ylabel("probability of the explained class")
     return Path(path)
 
 
 def curves_by_reference(curves: Curves, path: str | Path) -> Path:
-    """Deletion and insertion, a row each, with a column per reference. Args, errors and return as of `curves`.
+    """Deletion and insertion, a row each, with a column per reference. Args and errors as of `curves`.
 
     With many methods, ours and the best of the others have colours, by the area between the two curves; the rest are
     grey.
     """
-    if not curves:
-        raise ValueError("there are no curves: give at least one method")
-    references = list(dict.fromkeys(reference for of in curves.values() for reference in of))
-    gains = {
-        m: np.mean(_mean_curve(of, "insertion")) - np.mean(_mean_curve(of, "deletion")) for m, of in curves.items()
-    }
+    means = _means(curves)
+    gains = {name: np.mean(means["insertion"][name]) - np.mean(means["deletion"][name]) for name in curves}
     ordered = sorted(curves, key=gains.__getitem__, reverse=True)
     others = [name for name in ordered if not is_ours(name) and name != "random"]
     named = [name for name in ordered if name not in others[SHOWN:]]
     style = looks([name for name in curves if name in named])
     shown = sorted(curves, key=lambda name: (name in named, is_ours(name)))
+    references = list(dict.fromkeys(reference for of in curves.values() for reference in of))
     lines: dict[str, Any] = {}
     rows = math.ceil((len(named) + (len(named) < len(curves))) / 5)
     with sheet(path, 0.5 + 2.6 * len(references), 4.8 + 0.17 * rows) as figure:
         grid = figure.subplots(2, len(references), sharex=True, sharey="row", squeeze=False)
-        for line, metric in zip(grid, ("deletion", "insertion"), strict=True):
-            for axes, reference in zip(line, references, strict=True):
+        for row, metric in zip(grid, means, strict=True):
+            for axes, reference in zip(row, references, strict=True):
                 found = {name: curves[name].get(reference, {}).get(metric) for name in shown}
                 lines |= _lines(axes, {name: of for name, of in found.items() if of is not None}, style)
-            line[0].set_ylabel(heading(metric))
+            row[0].set_ylabel(heading(metric))
         for top, bottom, reference in zip(*grid, references, strict=True):
             top.set_title(reference)
-            bottom.set_xlabel("pixels removed or shown")
-            bottom.set_xticks((0, 0.5, 1))
+            bottom.set(xlabel="pixels removed or shown", xticks=(0, 0.5, 1))
         handles = {plain(name): lines[name] for name in named}
         if len(named) < len(curves):
             handles[f"{len(curves) - len(named)} others"] = lines[others[-1]]
         figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=5, handlelength=2.2)
     return Path(path)
+
+
+def _means(curves: Curves) -> dict[str, dict[str, np.ndarray]]:
+    """Metric → method → mean over the references that the metric has."""
+    if not curves:
+        raise ValueError("there are no curves: give at least one method")
+    return {
+        metric: {m: np.mean([to_numpy(c[metric]) for c in of.values() if metric in c], 0) for m, of in curves.items()}
+        for metric in ("deletion", "insertion")
+    }
+
+
+def _area(curve: np.ndarray) -> float:
+    return float(np.trapezoid(curve, dx=1 / (len(curve) - 1)))
 
 
 def _lines(axes: Axes, curves: Mapping[str, Any], style: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
@@ -192,7 +204,7 @@ def _lines(axes: Axes, curves: Mapping[str, Any], style: Mapping[str, Mapping[st
 
 
 def bars(summary: Mapping[str, Any], metric: str, path: str | Path) -> Path:
-    """One metric of all methods with its 95 % confidence interval, the best on top. Returns the path."""
+    """One metric of all methods with its 95 % confidence interval, the best on top. ValueError if none has it."""
     rows = {name: row for name, row in summary.get("methods", {}).items() if is_number(row.get(metric))}
     if not rows:
         raise ValueError(f"no method has a value of {metric!r}: choose a metric of the summary")
@@ -207,8 +219,7 @@ def bars(summary: Mapping[str, Any], metric: str, path: str | Path) -> Path:
             text, at = names.number(metric, value, coarser=1), axes.get_yaxis_transform()
             axes.text(1.015, y, text, transform=at, va="center", size=8, color=INK)
         axes.set_yticks(range(len(rows)), list(map(plain, best_on_top)))
-        for name, label in zip(best_on_top, axes.get_yticklabels(), strict=True):
-            label.set(color=INK, weight="bold" if is_ours(name) else "normal")
+        _as_names(axes.get_yticklabels())
         axes.set(ylim=(-0.6, len(rows) - 0.4), xlabel=f"{heading(metric)}   (line: 95 % interval)")
         axes.grid(axis="y", visible=False)
         axes.spines["left"].set_visible(False)
@@ -216,12 +227,13 @@ def bars(summary: Mapping[str, Any], metric: str, path: str | Path) -> Path:
     return Path(path)
 
 
-def training(log_path: str | Path, path: str | Path) -> Path:
-    """Curves of a training run from its ``log.jsonl``. Returns the path.
+def _as_names(labels: Sequence[Any]) -> None:
+    for label in labels:
+        label.set(color=INK, weight=weight(label.get_text()))
 
-    Raises:
-        ValueError: if the file holds no record.
-    """
+
+def training(log_path: str | Path, path: str | Path) -> Path:
+    """Curves of a training run from its ``log.jsonl``. ValueError if the file holds no record."""
     log = _read_log(Path(log_path))
     panels = {
         "Loss": {"loss": ""},
@@ -233,20 +245,18 @@ def training(log_path: str | Path, path: str | Path) -> Path:
     }
     with sheet(path, 9.0, 4.4) as figure:
         for axes, (title, series) in zip(figure.subplots(2, 3, sharex=True).flat, panels.items(), strict=True):
-            for (key, label), color in zip(series.items(), PALETTE[::4], strict=False):
-                unit = 1e4 if key == "lr" else 1
-                points = [(r["step"], r[key] * unit) for r in log if is_number(r.get(key))]
-                if points and key in ("lr", "tau"):  # schedules do not scatter
-                    axes.plot(*zip(*points, strict=True), color=color)
-                elif points:
-                    # every batch draws its own reference and grid, so values scatter: faint, under their running mean
-                    step, value = np.array(points, dtype=np.float64).T
-                    window = np.ones(max(1, min(len(value) // 8, 25)))
-                    if len(window) > 1:
-                        axes.plot(step, value, color=color, alpha=0.25, linewidth=0.8)
-                        value = np.convolve(value, window, "same") / np.convolve(np.ones(len(value)), window, "same")
-                    axes.plot(step, value, color=color, label=label)
             axes.set_title(title)
+            for (key, label), color in zip(series.items(), PALETTE[::4], strict=False):
+                points = [(r["step"], r[key] * (1e4 if key == "lr" else 1)) for r in log if is_number(r.get(key))]
+                if not points:
+                    continue
+                step, value = np.array(points, dtype=np.float64).T
+                # every batch draws its own reference and grid, so values scatter: faint, under their running mean
+                window = np.ones(max(1, min(len(value) // 8, 25)))
+                if len(window) > 1 and key not in ("lr", "tau"):  # schedules do not scatter
+                    axes.plot(step, value, color=color, alpha=0.25, linewidth=0.8)
+                    value = np.convolve(value, window, "same") / np.convolve(np.ones(len(value)), window, "same")
+                axes.plot(step, value, color=color, label=label)
             if len(series) > 1 and axes.lines:
                 axes.legend()
         for axes in figure.axes[3:]:
@@ -270,10 +280,248 @@ def _read_log(path: Path) -> list[dict[str, Any]]:
     return [records[step] for step in sorted(records)]
 
 
-def _mean_curve(by_reference: Mapping[str, Mapping[str, Any]], metric: str) -> np.ndarray:
-    """Mean over the references that the metric has."""
-    return np.mean([to_numpy(curves[metric]) for curves in by_reference.values() if metric in curves], axis=0)
+def tradeoff(rows: Rows, path: str | Path, metric: str = HEADLINE, cost: str = "seconds_per_image") -> Path:
+    """One point per method: the metric over the cost on a log scale.
+
+    The line is the Pareto front: every method off it has one on it that is neither worse nor dearer. Vertical bars
+    are 95 % intervals. Beside others, "random" is a remark, not a point.
+
+    Args:
+        rows: method → its metrics and costs.
+        path: of the PNG.
+        metric: that `aha.metrics.catalog` knows.
+        cost: of the catalogue, for example "seconds_per_image", or "passes" (forward plus backward).
+
+    Raises:
+        ValueError: for another cost, a metric without a direction, or if no method has both.
+    """
+    if cost not in (*names.costs(), PASSES):
+        raise ValueError(f"cost={cost!r} is not known: choose one of {', '.join((*names.costs(), PASSES))}")
+    better = direction(metric)
+    if better is None:
+        raise ValueError(f"metric {metric!r} has no better direction: choose one of aha.metrics.catalog")
+    points = _points(rows, metric, cost)
+    if not points:
+        raise ValueError(f"no method has both {metric} and {cost}: choose what the rows hold")
+    remarks = ["line: Pareto front"]
+    if "random" in points and len(points) > 3:
+        # chance lies so far below that its point would take most of the plot
+        remarks.append(f"not shown: random, {names.number(metric, points.pop('random')[1], coarser=1)}")
+    bars = {name: bounds for name in points if (bounds := names.interval(rows[name], metric))}
+    if bars:
+        remarks.insert(1, "bars: 95 % intervals")
+    front = _front(points, better)
+    with sheet(path, 7.4, 4.6, layout=None) as figure:
+        from matplotlib.ticker import NullLocator
+
+        # a fixed box: the names are placed in pixels before anything is drawn
+        axes = figure.add_axes((0.09, 0.115, 0.895, 0.835))
+        axes.step(*zip(*front, strict=True), where="post", color=ACCENT, alpha=0.35, linewidth=1.2, zorder=1)
+        for name, (x, y) in points.items():
+            color = ACCENT if is_ours(name) else FAINT if name == "random" else PALETTE[0]
+            if name in bars:
+                axes.plot((x, x), bars[name], color=color, linewidth=1.6, alpha=0.35, zorder=2)
+            filled = color if (x, y) in front else "white"
+            axes.plot(x, y, "o", color=color, markerfacecolor=filled, markersize=5.5, markeredgewidth=1.3, zorder=3)
+        if any(x == 0 for x, _ in points.values()):  # which a log scale has no place for
+            least = min((x for x, _ in points.values() if x > 0), default=1.0)
+            axes.set_xscale("symlog", linthresh=least, linscale=0.6)
+        else:
+            axes.set_xscale("log")
+        axes.margins(0.09, 0.08)
+        axes.xaxis.set_major_formatter(lambda x, _: names.significant(x))
+        axes.xaxis.set_minor_locator(NullLocator())
+        unit = "forward and backward passes per image ↓" if cost == PASSES else heading(cost)
+        axes.set(xlabel=unit, ylabel=heading(metric))
+        style: Any = {"ha": "right", "va": "bottom", "size": 7.5, "color": FAINT}
+        axes.text(1, 1.012, "    ".join(remarks), transform=axes.transAxes, **style)
+        _name_points(axes, points, [((points[m][0],) * 2, bounds) for m, bounds in bars.items()], front)
+    return Path(path)
 
 
-def _area(curve: np.ndarray) -> float:
-    return float(np.mean((curve[1:] + curve[:-1]) / 2))
+def _points(rows: Rows, metric: str, cost: str) -> dict[str, tuple[float, float]]:
+    parts = ("forward_per_image", "backward_per_image") if cost == PASSES else (cost,)
+    scales = {part: found.scale for part in parts if (found := names.row(part))}
+    points = {}
+    for name, row in rows.items():
+        counted = [row[part] * scale for part, scale in scales.items() if is_number(row.get(part))]
+        if counted and is_number(row.get(metric)):
+            points[name] = float(sum(counted)), float(row[metric])
+    return points
+
+
+def _front(points: Mapping[str, tuple[float, float]], better: bool) -> list[tuple[float, float]]:
+    """The points that none beats in one respect without being worse in the other, the cheapest first."""
+    sign = 1 if better else -1
+    front: list[tuple[float, float]] = []
+    for x, y in sorted(set(points.values()), key=lambda point: (point[0], -sign * point[1])):
+        if not front or sign * y > sign * front[-1][1]:
+            front.append((x, y))
+    return front
+
+
+def _name_points(axes: Axes, points: Mapping[str, tuple[float, float]], bars: Any, front: Any) -> None:
+    """A name beside every point, covering no other name, point, bar or the front where there is room.
+
+    ``bars`` are lines (xs, ys), ``front`` the corners of steps. Limits and size of the axes must be the final ones.
+    """
+    try:
+        import textalloc
+    except ImportError as error:
+        raise ImportError("names beside points need textalloc: pip install aha-attribution[report]") from error
+    axes.autoscale_view()
+    steps = [((x, u, u), (y, y, v)) for (x, y), (u, v) in itertools.pairwise(front)]
+    pixels = {name: axes.transData.transform(point) for name, point in points.items()}
+    crowd = {n: sum(math.dist(pixels[n], other) < 120 for other in pixels.values()) for n in points}
+    order = sorted(points, key=lambda name: (is_ours(name), crowd[name]), reverse=True)  # those choose first
+    x, y = np.array([points[name] for name in order]).T
+    lines: dict[str, Any] = {
+        f"{axis}_lines": [np.array(line[i]) for line in (*bars, *steps)] or None for i, axis in enumerate("xy")
+    }
+    style: dict[str, Any] = {"textsize": 7.5, "textcolor": INK, "linecolor": FAINT, "linewidth": 0.6}
+    style |= {"fontweight": list(map(weight, order)), "margin": 0.006, "max_distance": 0.3, "nbr_candidates": 600}
+    textalloc.allocate(axes, x, y, list(map(plain, order)), x_scatter=x, y_scatter=y, **lines, **style)
+
+
+def significance_matrix(summary: Mapping[str, Any], path: str | Path) -> Path:
+    """Rows are methods, columns metrics: the difference to the best of the column, and whether it may be chance.
+
+    Args and errors as in `tables.differences`.
+    """
+    table = tables.differences(summary)
+    columns = zip(*(row.cells for row in table.rows), strict=True)
+    widest = [max((abs(cell.value or 0) for cell in column), default=0) or 1 for column in columns]
+
+    def color(cell: Cell, column: int) -> str:
+        if cell.value is None or cell.place:
+            return ACCENT if cell.place else _WHITE
+        return _ALIKE if cell.mark else _mixed(_BLUE, 0.06 + 0.5 * abs(cell.value) / widest[column])
+
+    colors = [[color(cell, column) for column, cell in enumerate(row.cells)] for row in table.rows]
+    chance, worse = f"may be chance (corrected p ≥ {names.LEVEL})", "worse (deeper: further)"
+    legend = {"best": ACCENT, chance: _ALIKE, worse: _mixed(_BLUE, 0.4)}
+    return _matrix(path, table, colors, legend, "difference to the best")
+
+
+def models(results: Mapping[tuple[str, str], Mapping[str, Any]], path: str | Path, metric: str = HEADLINE) -> Path:
+    """One metric of every method on every classifier and explained class: the deeper, the better in its column.
+
+    Raises:
+        ValueError: if no result holds the metric.
+    """
+    several = len({target for _, target in results}) > 1
+    heads = (f"{model} {target}" if several else model for model, target in results)
+    table = tables.overview(dict(zip(heads, results.values(), strict=True)), metric)
+    values = np.array([[np.nan if c.value is None else c.value for c in row.cells] for row in table.rows])
+    low, high = np.nanmin(values, 0), np.nanmax(values, 0)
+    share = np.where(high > low, (values - low) / np.where(high > low, high - low, 1), 1)
+    if direction(metric) is False:
+        share = 1 - share
+    colors = [[_WHITE if np.isnan(s) else _mixed(_BLUE, 0.02 + 0.5 * s) for s in line] for line in share]
+    return _matrix(path, table, colors, {}, heading(metric))
+
+
+def _mixed(color: str, share: float) -> str:
+    """The colour on white, ``share`` of it in [0, 1]."""
+    return "#" + "".join(f"{round(255 + share * (part - 255)):02x}" for part in bytes.fromhex(color[1:]))
+
+
+def _matrix(
+    path: str | Path, table: Table, colors: Sequence[Sequence[str]], legend: Mapping[str, str], title: str
+) -> Path:
+    """The cells of a table on colours, names at the left, heads above, turned where they do not fit on four lines."""
+    rows = [plain(row.name) for row in table.rows]
+    # an arrow stays with its word
+    heads = [re.sub(" (?=[↑↓])", "\N{NO-BREAK SPACE}", plain(" ".join(c.path).strip())) for c in table.columns]
+    wrapped = [textwrap.wrap(head, 11, break_long_words=False) for head in heads]
+    turned = any(len(lines) > 4 or max(map(len, lines)) > 11 for lines in wrapped)
+    longest = max(map(len, heads)) if turned else 0
+    depth = 0.045 * longest + 0.15 * (1 if turned else max(map(len, wrapped)))
+    width = 0.4 + 0.068 * max(map(len, rows)) + 0.78 * len(heads) + 0.035 * longest
+    width = max(width, 0.3 + sum(0.42 + 0.068 * len(text) for text in legend))
+    with sheet(path, width, 0.35 + depth + 0.235 * len(rows) + 0.3 * bool(legend)) as figure:
+        from matplotlib.patches import Patch, Rectangle
+
+        axes = figure.subplots()
+        axes.set(xlim=(0, len(heads)), ylim=(len(rows), 0))
+        axes.grid(visible=False)
+        axes.spines[:].set_visible(False)
+        for y, (row, tints) in enumerate(zip(table.rows, colors, strict=True)):
+            for x, (cell, color) in enumerate(zip(row.cells, tints, strict=True)):
+                axes.add_patch(Rectangle((x, y), 1, 1, facecolor=color, edgecolor="white", linewidth=1.2))
+                style: Any = {"size": 7.5, "ha": "center", "va": "center_baseline"}
+                style["color"] = "white" if sum(bytes.fromhex(color[1:])) < 400 else INK
+                text = tables.ABSENT if cell.value is None else cell.text
+                axes.text(x + 0.5, y + 0.52, text, weight="bold" if cell.place == 1 else "normal", **style)
+        axes.xaxis.tick_top()
+        axes.set_xticks(np.arange(len(heads)) + 0.5, heads if turned else map("\n".join, wrapped))
+        axes.set_yticks(np.arange(len(rows)) + 0.5, rows)
+        _as_names([*axes.get_yticklabels(), *axes.get_xticklabels()])
+        for label in axes.get_xticklabels() if turned else ():
+            label.set(rotation=40, ha="left", va="bottom", rotation_mode="anchor")
+        figure.suptitle(title, x=0.01, ha="left", weight="bold", size=9)
+        if legend:
+            patches = [Patch(facecolor=c, edgecolor="#afb8c1", linewidth=0.5, label=t) for t, c in legend.items()]
+            where: Any = {"loc": "outside lower left", "ncols": len(patches)}
+            figure.legend(handles=patches, handlelength=1.2, columnspacing=1.4, **where)
+    return Path(path)
+
+
+def ablation(
+    values: Mapping[str, Mapping[float, Mapping[str, Any]]],
+    path: str | Path,
+    metrics: Sequence[str] = (HEADLINE, "insertion", "deletion"),
+    xlabel: str = "refinement steps T",
+) -> Path:
+    """Metrics over a setting, a panel each, with 95 % intervals.
+
+    Args:
+        values: line → setting → row, as {"ViT-B/16": {0: row, 1: row, 3: row}}.
+        path: of the PNG.
+        metrics: of the panels.
+        xlabel: what the setting is. Settings that span a factor of 8 stand on a log scale.
+
+    Raises:
+        ValueError: if no row has one of the metrics.
+    """
+    shown = [m for m in metrics if any(is_number(row.get(m)) for of in values.values() for row in of.values())]
+    if not shown:
+        raise ValueError(f"no row has a value of {', '.join(metrics)}: choose metrics of the rows")
+    settings = sorted({setting for of in values.values() for setting in of})
+    colors = [ACCENT, *PALETTE]
+    with sheet(path, 2.75 * len(shown) + 0.2, 2.6 + 0.2 * (len(values) > 1)) as figure:
+        from matplotlib.ticker import NullLocator
+
+        for axes, metric in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
+            for i, (line, of) in enumerate(values.items()):
+                color = colors[i % len(colors)]
+                found = {x: of[x] for x in sorted(of) if is_number(of[x].get(metric))}
+                means = [row[metric] for row in found.values()]
+                axes.plot(list(found), means, marker="osD^v"[i % 5], markersize=4, color=color, label=line)
+                spread = [(x, *bounds) for x, row in found.items() if (bounds := names.interval(row, metric))]
+                if spread:
+                    axes.fill_between(*zip(*spread, strict=True), color=color, alpha=0.13, linewidth=0)
+            if settings[0] > 0 and settings[-1] / settings[0] >= 8:
+                axes.set_xscale("log", base=2)
+                axes.xaxis.set_minor_locator(NullLocator())
+            axes.set_xticks(settings, [f"{x:g}" for x in settings])
+            axes.set(title=heading(metric), xlabel=xlabel)
+        if len(values) > 1:
+            figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    return Path(path)
+
+
+def draw(results: Mapping[tuple[str, str], Mapping[str, Any]], folder: str | Path) -> None:
+    """Draw the figures that follow from summaries alone into ``folder``, as far as they hold what is needed: of one
+    tradeoff, tradeoff_passes and significance, of several models."""
+    folder = Path(folder)
+    if len(results) > 1:
+        if HEADLINE in names.measured(row for summary in results.values() for row in summary["methods"].values()):
+            models(results, folder / "models.png")
+        return
+    (summary,) = results.values()
+    for cost, stem in (("seconds_per_image", "tradeoff"), (PASSES, "tradeoff_passes")):
+        if len(_points(summary["methods"], HEADLINE, cost)) > 1:
+            tradeoff(summary["methods"], folder / f"{stem}.png", cost=cost)
+    if any((summary.get("significance") or {}).values()):
+        significance_matrix(summary, folder / "significance.png")

@@ -16,7 +16,8 @@ from PIL import Image
 
 from ..files import write_atomically
 from . import columns as names
-from . import comparison_figures, tables
+from . import figures as drawn
+from . import tables
 from .columns import HEADLINE, is_number
 from .table import ABSENT, Block, Cell, Column, Row, Table
 
@@ -84,7 +85,7 @@ def _drawn(folder: Path, results: Mapping[Key, Mapping[str, Any]]) -> dict[str, 
     """The figures of a folder, after drawing what can be drawn: file stem → path, those with captions first."""
     # without matplotlib the page shows what is there
     with contextlib.suppress(ImportError):
-        comparison_figures.draw(results, folder)
+        drawn.draw(results, folder)
     rank = {stem: place for place, stem in enumerate(CAPTIONS)}
     found = sorted(folder.glob("*.png"), key=lambda path: (rank.get(path.stem, len(rank)), path.stem))
     return {path.stem: path for path in found}

@@ -19,7 +19,7 @@ from ..explainer import Explainer
 from ..explainer.decoder import DecoderConfig
 from ..files import slug, write_atomically
 from ..report import comparison as pages
-from ..report import comparison_figures, figures, html
+from ..report import figures, html
 from ..source import Source
 from ..training import TrainConfig, Trainer
 from . import catalog
@@ -221,12 +221,12 @@ def _draw_ablation(experiment: Experiment, done: Comparison, folder: Path) -> No
             }
             for variant in experiment.variants
         }
-        comparison_figures.ablation(lines, place / "figures" / "ablation_steps.png", xlabel="refinement steps T")
+        figures.ablation(lines, place / "figures" / "ablation_steps.png", xlabel="refinement steps T")
         placed = [(variant.x, variant.name) for variant in experiment.variants if variant.x is not None]
         if placed:
             lines = {
                 f"T={t}": {x: rows[row_name(name, t)] for x, name in placed if row_name(name, t) in rows}
                 for t in experiment.steps
             }
-            comparison_figures.ablation(lines, place / "figures" / "ablation.png", xlabel=experiment.axis)
+            figures.ablation(lines, place / "figures" / "ablation.png", xlabel=experiment.axis)
         html.write(place)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from aha.report import columns, comparison_figures, drawing, figures, html, labels, overlays
+from aha.report import columns, drawing, figures, html, overlays
 
 METHODS = ("random", "grad_cam", "aha T=0", "aha T=3")
 METRICS = ("deletion", "insertion", "ins_minus_del", "adp", "pic", "seconds_per_image")
@@ -255,7 +255,7 @@ def test_front_holds_what_nothing_beats(better):
         return a[0] <= b[0] and gain >= 0 and a != b
 
     expected = {b for b in points.values() if not any(beats(a, b) for a in points.values())}
-    front = comparison_figures._front(points, better)
+    front = figures._front(points, better)
     assert set(front) == expected
     assert front == sorted(front)
 
@@ -269,10 +269,10 @@ def test_names_cover_neither_names_nor_points():
     points["some_method_26"] = points["some_method_0"]  # two at one place
     figure = Figure(figsize=(7.4, 4.6), dpi=drawing.DPI)
     axes = figure.add_axes((0.1, 0.1, 0.85, 0.85), xlim=(-0.1, 1.1), ylim=(-0.1, 1.1))
-    labels.place(figure, axes, points, dict.fromkeys(points), sorted(points.values())[:3])
+    figures._name_points(axes, points, [((0.5, 0.5), (0.2, 0.4))], sorted(points.values())[:3])
     renderer = FigureCanvasAgg(figure).get_renderer()
     frame = axes.get_window_extent(renderer)
-    boxes = {text.get_text().replace(" ", "_"): text.get_window_extent(renderer) for text in figure.texts}
+    boxes = {text.get_text().replace(" ", "_"): text.get_window_extent(renderer) for text in axes.texts}
     assert set(boxes) == set(points)
     for name, box in boxes.items():
         assert frame.x0 <= box.x0 < box.x1 <= frame.x1
@@ -285,26 +285,26 @@ def test_names_cover_neither_names_nor_points():
 def test_tradeoff(tmp_path):
     rows = many()["methods"]
     for cost in ("seconds_per_image", "passes", "peak_bytes_per_image"):
-        opened(comparison_figures.tradeoff(rows, tmp_path / f"{cost}.png", cost=cost))
+        opened(figures.tradeoff(rows, tmp_path / f"{cost}.png", cost=cost))
     few = {name: rows[name] for name in ("random", "method_1")}  # random costs no pass
-    opened(comparison_figures.tradeoff(few, tmp_path / "few.png", "rise/deletion", "passes"))
+    opened(figures.tradeoff(few, tmp_path / "few.png", "rise/deletion", "passes"))
     one = {"a": {"ins_minus_del": 0.5, "seconds_per_image": 0.0}}
-    opened(comparison_figures.tradeoff(one, tmp_path / "one.png"))
+    opened(figures.tradeoff(one, tmp_path / "one.png"))
     for arguments, words in (
         ({"cost": "money"}, "choose one of"),
         ({"metric": "mystery"}, "no better direction"),
         ({"metric": "iou"}, "no method has both"),
     ):
         with pytest.raises(ValueError, match=words):
-            comparison_figures.tradeoff(rows, tmp_path / "bad.png", **arguments)
+            figures.tradeoff(rows, tmp_path / "bad.png", **arguments)
 
 
 def test_matrices_say_what_may_be_chance(tmp_path, monkeypatch):
     summary = many(8)
     seen = []
-    draw = comparison_figures._matrix
-    monkeypatch.setattr(comparison_figures, "_matrix", lambda *given: seen.append(given) or draw(*given))
-    opened(comparison_figures.significance_matrix(summary, tmp_path / "significance.png"))
+    draw = figures._matrix
+    monkeypatch.setattr(figures, "_matrix", lambda *given: seen.append(given) or draw(*given))
+    opened(figures.significance_matrix(summary, tmp_path / "significance.png"))
     _, table, colors, *_ = seen.pop()
     rows = list(table.rows)
     assert [column.path[-1] for column in table.columns] == ["Deletion ↓", "Insertion ↑", "Ins − Del ↑"]
@@ -313,12 +313,12 @@ def test_matrices_say_what_may_be_chance(tmp_path, monkeypatch):
     assert [cell.text for cell in rows[1].cells] == ["+0.0100", "−0.0100", "−0.0200"]
     assert [cell.small for cell in rows[1].cells] == ["p 0.5"] * 3
     assert set(colors[0]) == {drawing.ACCENT}
-    assert set(colors[1]) == {comparison_figures._ALIKE}
-    assert comparison_figures._ALIKE not in colors[2]
+    assert set(colors[1]) == {figures._ALIKE}
+    assert figures._ALIKE not in colors[2]
     # the further from the best, the darker
     assert all(sum(bytes.fromhex(colors[2][i][1:])) > sum(bytes.fromhex(colors[7][i][1:])) for i in range(3))
     results = {("vit", "true"): summary, ("a_very_long_name_of_a_model", "true"): many(5)}
-    opened(comparison_figures.models(results, tmp_path / "models.png", "deletion"))
+    opened(figures.models(results, tmp_path / "models.png", "deletion"))
     _, table, colors, *_ = seen.pop()
     assert [column.path for column in table.columns] == [("vit",), ("a_very_long_name_of_a_model",)]
     found = {row.name: row.cells for row in table.rows}
@@ -329,8 +329,8 @@ def test_matrices_say_what_may_be_chance(tmp_path, monkeypatch):
     assert shades["aha T=7"][0] == shades["aha T=4"][1] < shades["random"][0]  # deletion: the lowest is the deepest
     assert shades["aha T=7"][1] == "#ffffff"
     for call in (
-        lambda: comparison_figures.significance_matrix({"methods": {}}, tmp_path / "bad.png"),
-        lambda: comparison_figures.models(results, tmp_path / "bad.png", "iou"),
+        lambda: figures.significance_matrix({"methods": {}}, tmp_path / "bad.png"),
+        lambda: figures.models(results, tmp_path / "bad.png", "iou"),
     ):
         with pytest.raises(ValueError, match=r"no significance|no result"):
             call()
@@ -376,10 +376,10 @@ def test_many_methods_go_onto_further_lines(images, maps, tmp_path, grids):
 def test_ablation_and_curves_by_reference(tmp_path):
     rows = many(6)["methods"]
     lines = {"one": dict(enumerate(rows.values())), "two": {4: rows["random"], 32: rows["method_1"]}}
-    opened(comparison_figures.ablation(lines, tmp_path / "ablation.png"))
-    opened(comparison_figures.ablation({"two": lines["two"]}, tmp_path / "log.png", ["adp"], "fractions S"))
+    opened(figures.ablation(lines, tmp_path / "ablation.png"))
+    opened(figures.ablation({"two": lines["two"]}, tmp_path / "log.png", ["adp"], "fractions S"))
     with pytest.raises(ValueError, match="no row has a value of iou"):
-        comparison_figures.ablation(lines, tmp_path / "bad.png", ["iou"])
+        figures.ablation(lines, tmp_path / "bad.png", ["iou"])
     ramp = np.linspace(0, 1, 21)
     curves = {}
     for i, name in enumerate(many()["methods"]):
