@@ -39,7 +39,7 @@ class Comparison:
     Attributes:
         results: (classifier, target) → its evaluation.
         engines: (classifier, target) → what measured it with the first protocol; its store holds the maps.
-        skipped: methods that do not accept a classifier, one line each.
+        skipped: methods that do not accept a classifier, and protocols that no image takes part in, one line each.
     """
 
     results: dict[tuple[str, str], Evaluation] = field(default_factory=dict)
@@ -133,6 +133,7 @@ def compare(
         if not rows:
             done.skipped.append(f"{clf.name}: none of the methods accepts it")
             continue
+        made = []
         for number, (preprocessing, group) in enumerate(_by_preprocessing(presets, source).items()):
             data, indices, about = _images(source, clf, seed, preprocessing)
             if number == 0 and localisation not in group:
@@ -158,15 +159,21 @@ def compare(
                     memory=number == 0,
                 )
                 engines.setdefault((clf.name, target), []).append(engine)
-                engine.run(announcing(progress if state.is_main_process else None, engine))
+                made.append(engine)
+        announce = announcing(progress if state.is_main_process else None, *made)
+        for engine in made:
+            engine.run(announce)
     state.wait_for_everyone()
     if not state.is_main_process:
         return None
     for key, (first, *others) in engines.items():
-        done.engines[key] = first
-        done.results[key] = first.result(seed, described(first.data))
+        result = first.result(seed, described(first.data))
         for engine in others:
-            done.results[key].extend(engine.result(seed, described(engine.data)))
+            result.extend(engine.result(seed, described(engine.data)))
+        asked = [name for name in result.unmeasured if any(preset.name == name for preset in presets)]
+        done.skipped += [f"{', '.join(key)}: no image takes part in protocol {name!r}" for name in asked]
+        if len(result.unmeasured) < len(result.protocols):
+            done.engines[key], done.results[key] = first, result
     if not done.results:
         raise ValueError(f"nothing could be measured ({'; '.join(done.skipped)})")
     return done

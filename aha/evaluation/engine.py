@@ -411,11 +411,13 @@ def _piece(scores: Scores) -> Arrays:
     }
 
 
-def announcing(progress: Progress | None, engine: Engine) -> Callable[[str, int], None]:
-    """What `Engine.run` tells of its work; nobody where ``progress`` is None or False."""
-    if not progress:
+def announcing(progress: Progress | None, *engines: Engine) -> Callable[[str, int], None]:
+    """Whom `Engine.run` of each of ``engines``, of one classifier, tells of its work; nobody where ``progress`` is None
+    or False."""
+    if not progress or not engines:
         return lambda method, images: None
-    return functools.partial(progress, engine.clf.name, sum(map(len, engine.own_batches)) * len(engine.rows))
+    maps = sum(sum(map(len, engine.own_batches)) * len(engine.rows) for engine in engines)
+    return functools.partial(progress, engines[0].clf.name, maps)
 
 
 def _printable(path: Any) -> str:

@@ -49,7 +49,8 @@ def evaluate(
         internal_batch_size: perturbed images in one forward pass of the metrics.
 
     Raises:
-        ValueError: for bad arguments, in one line, or if no image could be measured by any method.
+        ValueError: for bad arguments, in one line, or if no image could be measured by any method, also because none
+            takes part in the protocol.
     """
     if not isinstance(methods, Mapping):
         raise ValueError(f"methods is a {type(methods).__name__}: give a dict of names and methods")
@@ -57,13 +58,16 @@ def evaluate(
     if limit is not None:
         check_integer("limit", limit, 1)
     data = fit_labels(data, clf)
-    suites = {name: Suite(clf, name, internal_batch_size) for name in (protocol, "localisation")}
-    keyed = {suite.protocol.name: suite for suite in suites.values()}
+    suites = [Suite(clf, name, internal_batch_size) for name in (protocol, "localisation")]
+    keyed = {suite.protocol.name: suite for suite in suites}
     rows = [Row(name, name, method) for name, method in methods.items()]
     indices = choose(len(data), limit, seed)  # type: ignore[arg-type]
     engine = Engine(clf, rows, data, indices, target, keyed, batch_size)
     engine.run(announcing(progress, engine))
-    return engine.result(seed, described(data))
+    result = engine.result(seed, described(data))
+    if len(result.unmeasured) == len(result.protocols):
+        raise ValueError(f"nothing could be measured: no image takes part in protocol {suites[0].protocol.name!r}")
+    return result
 
 
 def choose(size: int, limit: int | None, seed: int) -> list[int]:

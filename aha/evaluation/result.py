@@ -77,8 +77,8 @@ class Evaluation:
             mask is empty or missing.
         images: one row per image that could be used, as equally long columns: index (into the data), path, label,
             predicted, target, confidence (of the target in the unperturbed image).
-        curves: method → reference → "deletion" (↓), "insertion" (↑), "positive" (↓), "negative" (↑) → (S,),
-            the means over images at evenly spaced fractions of [0, 1], of the first protocol.
+        curves: method → reference → curve → (S,), those that the first protocol's metrics draw (`Metric.curves`): the
+            means over images at evenly spaced fractions of `Protocol.span`.
         failures: what could not be computed.
         classifier: its name, its accuracy on the labelled images (None without labels), and the number of
             images.
@@ -129,6 +129,12 @@ class Evaluation:
     def metrics(self) -> list[str]:
         """Names of the metrics that any image has; localisation only where masks exist."""
         return list(self._columns)
+
+    @property
+    def unmeasured(self) -> list[str]:
+        """Names of the protocols that no image has a value of: none takes part, or there are no masks."""
+        measured = {key.protocol for key, series in self.records.items() if series.known()}
+        return [protocol.name for protocol in self.protocols if protocol.name not in measured]
 
     @property
     def headline(self) -> str:

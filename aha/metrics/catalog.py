@@ -25,6 +25,7 @@ from .localization import Located, average_precision, best_overlap, overlap, poi
 if TYPE_CHECKING:
     from .perturbed import Probe
 
+READS = ("deleted", "inserted", "ends", "shown", "masks")  # see `Metric.reads`
 COSTS = "cost"  # family of what an evaluation counts itself: time, passes, memory
 ByReference = dict[str, Tensor]  # reference → one value, or one curve, per image
 
@@ -83,9 +84,12 @@ METRICS: dict[str, Metric] = {}
 
 
 def add(metric: Metric) -> Metric:
-    """Enter ``metric`` behind the others, which is its place in tables. ValueError if its key is taken or is none."""
+    """Enter ``metric`` behind the others, which is its place in tables. ValueError if its key is taken or is none, or
+    its sides or what it reads are not known."""
     if not metric.key or "/" in metric.key:
         raise ValueError(f"metric {metric.key!r}: give a key without /, which parts a protocol from a metric")
+    if not set(READS).issuperset(metric.reads):
+        raise ValueError(f"metric {metric.key!r} reads {metric.reads}: give a tuple of {', '.join(READS)}")
     for part in metric.difference or ():
         if get(part).measure is None:
             raise ValueError(f"metric {metric.key!r} is a difference of {part!r}: give two metrics that are measured")

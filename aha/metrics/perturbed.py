@@ -20,6 +20,7 @@ from .localization import Located
 from .protocols import Protocol, pixel_counts
 
 INTERNAL_BATCH_SIZE = 128  # perturbed images in one forward pass
+_SIDES = ("deleted", "inserted")  # of a `Probe`
 
 
 class Response(NamedTuple):
@@ -326,6 +327,7 @@ class Probe(Located):
 
         Ā is the map min-max scaled to [0, 1] per image. A constant map points at nothing: its Ā is 0, so x' = I0.
         """
+        self._must_read("shown")
         low, high = self.maps.flatten(1).aminmax(dim=1)
         span = (high - low)[:, None, None]
         shade = torch.where(span > 0, (self.maps - low[:, None, None]) / span, 0)[:, None].to(self.images.dtype)
@@ -338,10 +340,15 @@ class Probe(Located):
 
     def _side(self, side: int) -> dict[str, Response]:
         """Curves of one side; those of the other come along where the protocol reads them too, in the same batches."""
-        if side not in self._curves:
-            read = {i for i, name in enumerate(("deleted", "inserted")) if name in self.protocol.reads}
-            self._sweep({side, *read} - self._curves.keys())
+        self._must_read(_SIDES[side])
+        if not self._curves:
+            self._sweep({i for i, name in enumerate(_SIDES) if name in self.protocol.reads})
         return self._curves[side]
+
+    def _must_read(self, what: str) -> None:
+        # or `Protocol.passes` would not know of it
+        if what not in self.protocol.reads:
+            raise ValueError(f'a metric reads {what} images and does not say so: put "{what}" into its reads')
 
     def _sweep(self, wanted: set[int]) -> None:
         served = self.protocol.deleting, self.protocol.inserting

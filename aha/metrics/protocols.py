@@ -74,9 +74,11 @@ class Protocol:
         perturbed = not self.reads.isdisjoint(("deleted", "inserted", "shown"))
         if not set(MEASURED).issuperset(self.references) or (perturbed and not self.references):
             raise ValueError(f"references={self.references}: give one or more of {', '.join(MEASURED)}")
-        for side in ("deletion", "insertion"):
+        for side, read in (("deletion", "deleted"), ("insertion", "inserted")):
             if not set(self.references).issuperset(getattr(self, side) or ()):
                 raise ValueError(f"{side}={getattr(self, side)}: give names out of references={self.references}")
+            if getattr(self, side) is not None and not getattr(self, side) and read in self.reads:
+                raise ValueError(f"{side}=(): give a reference or more, metrics={self.metrics} measure that side")
         low, high = self.span
         if not 0 <= low < high <= 1:
             raise ValueError(f"span={self.span}: give two fractions in [0, 1], the smaller one first")

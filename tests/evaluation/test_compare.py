@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import numpy as np
+import PIL.Image
 import pytest
 import torch
 
@@ -266,9 +267,7 @@ def test_the_cap_per_class_is_of_the_whole_data_set(clf, tmp_path):
     engine = Engine(clf, rows, Images(), range(7), "predicted", {"s": Suite(clf, capped)}, 2, Folder(tmp_path))
     engine.run()
     result = engine.result(0)
-    shown = [
-        i for i, value in zip(wide(result)["index"], wide(result)["deletion"], strict=True) if value == value
-    ]
+    shown = [i for i, value in zip(wide(result)["index"], wide(result)["deletion"], strict=True) if value == value]
     assert shown == [0, 1, 2]  # labels are 0, 1, 2, 0, …
     assert result.summary()["methods"]["random"]["deletion"] == pytest.approx(sum(wide(result)["deletion"][:3]) / 3)
 
@@ -349,6 +348,35 @@ def test_compare_resumes_and_keeps_settings_apart(tmp_path):
     key = Key("scenes", "predicted", "random", "short", "", "deletion")
     assert other.records[key].values.tolist() != first.records[key].values.tolist()
     assert written(run().records) == table
+
+
+def test_progress_is_of_all_that_a_classifier_is_measured_with(tmp_path):
+    told = []
+    compare(
+        [Source(limit=3)],
+        parse(["random", "input_x_gradient"])[0],
+        tmp_path,
+        protocols=(SHORT,),
+        targets=("predicted", "true"),
+        progress=lambda *about: told.append(about),
+        batch_size=2,
+    )
+    assert {(name, maps) for name, maps, _, _ in told} == {("scenes", 2 * 2 * 3)}
+    assert {method for _, _, method, _ in told} == {"random", "input_x_gradient"}
+    assert sum(more for *_, more in told) == 2 * 2 * 3
+
+
+def test_compare_says_which_protocol_no_image_takes_part_in(tmp_path):
+    specs, _ = parse(["random"])
+    sure = dataclasses.replace(SHORT, name="sure", confidence=1.1)
+    done = compare([Source(limit=2)], specs, tmp_path / "both", protocols=(sure, SHORT))
+    assert done.skipped == ["scenes, predicted: no image takes part in protocol 'sure'"]
+    assert done.results["scenes", "predicted"].headline == "short/deletion"
+    folder = tmp_path / "images"  # without masks
+    folder.mkdir()
+    PIL.Image.new("RGB", (80, 70)).save(folder / "one.png")
+    with pytest.raises(ValueError, match=r"nothing could be measured \(scenes, predicted: no image takes part in"):
+        compare([Source(data=str(folder), labels=False)], specs, tmp_path / "none", protocols=(sure,))
 
 
 def test_compare_refusals(tmp_path):

@@ -1,5 +1,6 @@
 """Evaluation: what is recorded, what a failure costs, and the statistics."""
 
+import dataclasses
 import json
 import math
 import statistics
@@ -162,6 +163,21 @@ def test_every_protocol_can_be_evaluated(clf, name):
     for metric, values in expected.items():
         assert wide(result)[metric][:7] == pytest.approx(values.tolist(), abs=1e-4, nan_ok=True), metric
     json.dumps(result.summary(), allow_nan=False)
+
+
+def test_a_protocol_that_no_image_takes_part_in(clf):
+    sure = dataclasses.replace(SHORT, name="sure", confidence=1.1)
+    result = run(clf, {"bright": bright}, Images(), protocol=sure)
+    assert result.metrics == list(LOCALIZATION)
+    assert result.unmeasured == ["sure"]
+    assert result.headline == LOCALIZATION[0]
+    with pytest.raises(ValueError, match="nothing could be measured: no image takes part in protocol 'sure'"):
+        run(clf, {"bright": bright}, Images(masks=False), protocol=sure)
+
+
+def test_a_protocol_may_hold_lists(clf):
+    listed = metrics.Protocol("listed", points=3, references=["black"], metrics=["deletion"])
+    assert run(clf, {"bright": bright}, Images(masks=False), protocol=listed).metrics == ["deletion"]
 
 
 def test_limit_draws_images_with_the_seed(clf):

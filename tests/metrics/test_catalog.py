@@ -141,9 +141,10 @@ def test_a_metric_from_outside_that_reads_the_curves(clf, batch):
     deletion.update(images, maps)
     area = deletion.per_image()["references"]["mean"]["deletion"]
     assert torch.allclose(named["beyond"], named["half"] - area, atol=1e-6)
-    # undeclared, it is measured all the same
+    # undeclared, it would cost what `passes` does not tell
     catalog.METRICS["half"] = dataclasses.replace(row, reads=())
-    assert torch.equal(suite.measure(shared, maps).values["half"], scores.values["half"])
+    with pytest.raises(ValueError, match='reads deleted images and does not say so: put "deleted" into its reads'):
+        Suite(clf, dataclasses.replace(protocol, metrics=("half",))).measure(shared, maps)
 
 
 def test_rows_that_cannot_be(clf, batch):
@@ -153,6 +154,7 @@ def test_rows_that_cannot_be(clf, batch):
         (Metric("rise/mine", "Mine", True, "curves"), "without /"),
         (Metric("mine", "Mine", True, "curves", difference=("insertion", "nothing")), "'nothing' is not known"),
         (Metric("mine", "Mine", True, "curves", difference=("insertion", "ins_minus_del")), "two metrics that are"),
+        (Metric("mine", "Mine", True, "curves", reads=("deletion",)), "give a tuple of deleted, inserted"),
     ):
         with pytest.raises(ValueError, match=reason):
             catalog.add(row)
@@ -166,6 +168,8 @@ def test_rows_that_cannot_be(clf, batch):
         ("nothing", lambda probe: {}, "'nothing' measured"),
         ("number", lambda probe: 1.0, "'number' measured"),
         ("masked", lambda probe: probe.masks.flatten(1).sum(dim=1), 'put "masks" into its reads'),
+        ("inserted", lambda probe: probe.inserted["black"].confidence[:, 0], 'put "inserted" into its reads'),
+        ("shown", lambda probe: probe.shown["black"].confidence, 'put "shown" into its reads'),
     ):
         catalog.add(Metric(key, key, True, "curves", measure=measure))
         suite = Suite(clf, Protocol("test", metrics=(key,)))

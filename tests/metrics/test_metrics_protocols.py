@@ -543,6 +543,7 @@ def test_protocols_refuse_what_they_cannot_do(small):
         ({"references": ()}, "give one or more of black"),
         ({"deletion": ("zero",)}, "names out of references"),
         ({"span": (0.5, 0.5)}, "two fractions"),
+        ({"deletion": ()}, r"deletion=\(\): give a reference or more"),
         ({"span": (0.1, 1), "monotone": True}, "need both ends"),
         ({"scored": "top5"}, "choose target or label"),
     ):
