@@ -30,8 +30,7 @@ def split(metric: str) -> tuple[str, str]:
     return protocol, name
 
 
-def catalogue() -> ModuleType:
-    """Where the properties of metrics stand."""
+def _catalog() -> ModuleType:
     # torchmetrics, and with it matplotlib, are not needed to write an overlay
     from ..metrics import catalog
 
@@ -40,13 +39,17 @@ def catalogue() -> ModuleType:
 
 def row(metric: str) -> Metric | None:
     """The metric's row of the catalogue; None for one that it does not know."""
-    return catalogue().METRICS.get(split(metric)[1])
+    return _catalog().METRICS.get(split(metric)[1])
+
+
+def costs() -> tuple[str, ...]:
+    """What a map takes: time, passes, memory."""
+    return _catalog().names(_catalog().COSTS)
 
 
 def direction(metric: str) -> bool | None:
     """Whether higher is better; None for a metric that the catalogue does not know."""
-    found = row(metric)
-    return None if found is None else found.higher_is_better
+    return found.higher_is_better if (found := row(metric)) else None
 
 
 def plain(name: str) -> str:
@@ -56,8 +59,7 @@ def plain(name: str) -> str:
 
 def label(metric: str) -> str:
     """The metric in words, without its protocol, with ↑ where higher is better and ↓ where lower is."""
-    found = row(metric)
-    return plain(split(metric)[1]) if found is None else f"{found.title} {found.arrow}"
+    return f"{found.title} {found.arrow}" if (found := row(metric)) else plain(split(metric)[1])
 
 
 def heading(metric: str) -> str:
@@ -66,16 +68,11 @@ def heading(metric: str) -> str:
     return f"{PROTOCOLS.get(protocol, protocol)} {label(metric)}".strip()
 
 
-def costs() -> tuple[str, ...]:
-    """What a map takes: time, passes, memory."""
-    return catalogue().names(catalogue().COSTS)
-
-
 def ordered(metrics: Iterable[str]) -> list[str]:
     """Metrics in the catalogue's order: protocols in order of appearance, costs last."""
     found = dict.fromkeys(metrics)
     protocols = list(dict.fromkeys(["", *(split(metric)[0] for metric in found)]))
-    rank = {key: place for place, key in enumerate(catalogue().names())}
+    rank = {key: place for place, key in enumerate(_catalog().names())}
 
     def place(metric: str) -> tuple[bool, int, int]:
         protocol, name = split(metric)
@@ -90,10 +87,8 @@ def measured(rows: Iterable[Mapping[str, Any]]) -> list[str]:
 
 
 def best_first(results: Sequence[Rows], metric: str) -> list[str]:
-    """The methods of all results, the best mean of ``metric`` first.
-
-    Methods that more results have a value of come before the others: a mean of fewer does not compare.
-    """
+    """The methods of all results, the best mean of ``metric`` first, behind those that more results have a value of: a
+    mean of fewer does not compare."""
     sign = {True: -1, False: 1, None: 0}[direction(metric)]
 
     def place(method: str) -> tuple[int, float]:
@@ -104,8 +99,7 @@ def best_first(results: Sequence[Rows], metric: str) -> list[str]:
 
 
 def number(metric: str, value: float, coarser: int = 0) -> str:
-    """A value as text, in the metric's unit and digits, ``coarser`` decimals less; costs with three significant
-    digits."""
+    """A value as text, in the metric's unit and digits, ``coarser`` decimals less; costs with three significant."""
     found = row(metric)
     scale, digits = (found.scale, found.digits) if found else (1.0, 4)
     if digits is None:
@@ -135,26 +129,21 @@ def places(values: Mapping[str, Any], metric: str) -> dict[str, int]:
     if found is None or not found.ranked:
         return {}
     printed = {name: float(number(metric, value)) for name, value in values.items() if is_number(value)}
-    distinct = sorted(set(printed.values()), reverse=found.higher_is_better)
-    if len(distinct) < 2:
-        return {}
-    return {name: distinct.index(value) + 1 for name, value in printed.items() if value in distinct[:2]}
+    first = sorted(set(printed.values()), reverse=found.higher_is_better)[:2]
+    return {name: first.index(value) + 1 for name, value in printed.items() if value in first and len(first) == 2}
 
 
 def interval(of: Mapping[str, Any], metric: str) -> tuple[float, float] | None:
     """The method's 95 % interval of the metric, if it has a finite one."""
-    bounds = (of.get("ci95") or {}).get(metric)
-    if not isinstance(bounds, (list, tuple)) or len(bounds) != 2 or not all(map(is_number, bounds)):
-        return None
-    return bounds[0], bounds[1]
+    bounds: Sequence[Any] = (of.get("ci95") or {}).get(metric) or ()
+    return (bounds[0], bounds[1]) if len(bounds) == 2 and all(map(is_number, bounds)) else None
 
 
 def interval_text(of: Mapping[str, Any], metric: str) -> str:
     """The method's 95 % interval of the metric as text, "" if it has none."""
-    bounds = interval(of, metric)
     # narrow: twelve columns share a page
     between = "\N{THIN SPACE}…\N{THIN SPACE}"
-    return between.join(number(metric, bound, coarser=1) for bound in bounds) if bounds else ""
+    return between.join(number(metric, bound, coarser=1) for bound in interval(of, metric) or ())
 
 
 def inseparable(found: Mapping[str, Any] | None) -> bool:

@@ -16,10 +16,10 @@ from PIL import Image
 
 from ..files import write_atomically
 from . import columns as names
-from . import figures as drawn
+from . import figures as drawings
 from . import tables
 from .columns import HEADLINE, is_number
-from .table import ABSENT, Block, Cell, Column, Row, Table
+from .table import ABSENT, template
 
 # file stem → title. Caption; other files are shown after these under their own name
 CAPTIONS = {
@@ -85,7 +85,7 @@ def _drawn(folder: Path, results: Mapping[Key, Mapping[str, Any]]) -> dict[str, 
     """The figures of a folder, after drawing what can be drawn: file stem → path, those with captions first."""
     # without matplotlib the page shows what is there
     with contextlib.suppress(ImportError):
-        drawn.draw(results, folder)
+        drawings.draw(results, folder)
     rank = {stem: place for place, stem in enumerate(CAPTIONS)}
     found = sorted(folder.glob("*.png"), key=lambda path: (rank.get(path.stem, len(rank)), path.stem))
     return {path.stem: path for path in found}
@@ -112,28 +112,19 @@ def render(
     """
     if not results:
         raise ValueError("there are no results: give (model, target) → summary")
-    for summary in results.values():
-        _methods(summary)
-    try:
-        import jinja2
-    except ImportError as error:
-        raise ImportError("the report needs jinja2: pip install aha-attribution[report]") from error
-    loader, strict = jinja2.FileSystemLoader(Path(__file__).parent), jinja2.StrictUndefined
-    make = jinja2.Environment(loader=loader, autoescape=True, undefined=strict, trim_blocks=True, lstrip_blocks=True)
+    page = template("report.html.j2")
     parts = [_part(key, summary, figures.get(key, {})) for key, summary in results.items()]
     named = next((str(summary["title"]) for summary in results.values() if summary.get("title")), None)
-    several = len(parts) > 1 and HEADLINE in names.measured(
-        of for s in results.values() for of in s["methods"].values()
-    )
+    several = len(parts) > 1 and any(part["headline"] for part in parts)
     beside = dict(zip((part["name"] for part in parts), results.values(), strict=True))
-    page = make.get_template("report.html.j2").render(
+    text = page.render(
         title=named or (parts[0]["classifier"] if len(parts) == 1 else f"{len(parts)} comparisons"),
         parts=parts,
         headline=names.heading(HEADLINE),
         overview=tables.overview(beside) if several else None,
-        overview_figures=[_figure(title, Path(path)) for title, path in (overview or {}).items()],
+        overview_figures=_pictures(overview or {}),
     )
-    write_atomically(Path(out), page.encode())
+    write_atomically(Path(out), text.encode())
     return Path(out)
 
 
@@ -146,15 +137,17 @@ def _methods(summary: Any) -> Mapping[str, Mapping[str, Any]]:
 
 def _part(key: Key, summary: Mapping[str, Any], figures: Mapping[str, str | Path]) -> dict[str, Any]:
     """What the page says about one result."""
-    methods = _methods(summary)
-    classifier = summary.get("classifier") or {}
+    methods, classifier = _methods(summary), summary.get("classifier") or {}
     significance = summary.get("significance") or {}
     metrics = names.measured(methods.values())
     own, others = ([m for m in metrics if bool(names.split(m)[0]) is other] for other in (False, True))
-
-    def pick(*keys: str) -> dict[str, Any]:
-        return {key: summary.get(key) for key in keys}
-
+    known = {row.key: row for metric in metrics if (row := names.row(metric)) and row.about}
+    run = {
+        "Protocol": {**(summary.get("protocol") or {}), "target": summary.get("target"), "seed": summary.get("seed")},
+        **{f"Protocol {of['name']}": of for of in summary.get("protocols") or ()},
+        "Classifier": classifier,
+        "Versions": {**(summary.get("versions") or {}), "device": summary.get("device")},
+    }
     return {
         "name": f"{key[0]}, {key[1]} class" if all(key) else key[0],
         "classifier": classifier.get("name", "classifier"),
@@ -162,33 +155,19 @@ def _part(key: Key, summary: Mapping[str, Any], figures: Mapping[str, str | Path
         "headline": _headline(methods, significance),
         "table": tables.ranked(methods, own, significance, MEAN) if own else None,
         "protocols": tables.ranked(methods, others, significance, APART) if others else None,
-        "explanations": _explanations(metrics),
+        "explanations": [(f"{row.title} {row.arrow}", row.about) for row in known.values()],
         "references": {
             name: tables.ranked(of, measured)
             for name, of in (summary.get("references") or {}).items()
             if isinstance(of, Mapping) and (measured := names.measured(of.values()))
         },
         "differences": tables.differences(summary) if any(significance.values()) else None,
-        "shortcut": _shortcut(summary.get("shortcut")),
-        "figures": [_figure(title, Path(path)) for title, path in figures.items()],
+        "shortcut": _shortcut(summary["shortcut"]) if summary.get("shortcut") else None,
+        "figures": _pictures(figures),
         "comparisons": tables.paired(summary["comparisons"]) if summary.get("comparisons") else None,
-        "failures": _failures(summary.get("failures")),
-        "run": [
-            (title, list(_flat(facts)))
-            for title, facts in (
-                ("Protocol", {**(summary.get("protocol") or {}), **pick("target", "seed")}),
-                *((f"Protocol {of['name']}", of) for of in summary.get("protocols") or ()),
-                ("Classifier", classifier),
-                ("Versions", {**(summary.get("versions") or {}), **pick("device")}),
-            )
-            if facts
-        ],
+        "failures": summary.get("failures") or (),
+        "run": [(title, list(_flat(facts))) for title, facts in run.items() if facts],
     }
-
-
-def _explanations(metrics: list[str]) -> list[tuple[str, str]]:
-    rows = {found.key: found for metric in metrics if (found := names.row(metric)) is not None}
-    return [(f"{row.title} {row.arrow}", row.about) for row in rows.values() if row.about]
 
 
 def _headline(methods: Mapping[str, Mapping[str, Any]], significance: Mapping[str, Any]) -> str | None:
@@ -214,39 +193,29 @@ def _facts(summary: Mapping[str, Any], classifier: Mapping[str, Any]) -> list[st
     ]
 
 
-def _failures(values: Any) -> list[tuple[str, str]]:
-    """What failed on how many images, and why, of records {"method", "images", "reason"}."""
-    rows = []
-    for record in values or ():
-        count = len(record.get("images") or ())
-        where = f" ({count} image{'s' * (count != 1)})" if count else ""
-        rows.append((f"{record.get('method') or 'not used'}{where}", str(record["reason"])))
-    return rows
-
-
-def _shortcut(values: Any) -> dict[str, Any] | None:
+def _shortcut(values: Mapping[str, Any]) -> dict[str, Any]:
     """Single numbers as a list of facts, lists of numbers as the rows of one table over the steps."""
-    if not isinstance(values, Mapping) or not values:
-        return None
     series = {k: v for k, v in values.items() if isinstance(v, (list, tuple)) and v and all(map(is_number, v))}
-    facts = list(_flat({k: v for k, v in values.items() if k not in series}))
     steps = range(max(map(len, series.values()), default=0))
-    rows = tuple(
-        Row(names.plain(name), tuple(Cell(_plain(of[t]) if t < len(of) else ABSENT) for t in steps))
-        for name, of in series.items()
-    )
-    heads = tuple(Column((str(t),)) for t in steps)
-    return {"facts": facts, "series": Table(heads, (Block(rows),), "T") if rows else None}
+    rows = {names.plain(k): [_plain(of[t]) if t < len(of) else ABSENT for t in steps] for k, of in series.items()}
+    return {
+        "facts": list(_flat({k: v for k, v in values.items() if k not in series})),
+        "series": tables.listed(rows, [str(t) for t in steps], "T") if rows else None,
+    }
 
 
-def _figure(title: str, path: Path) -> dict[str, Any]:
-    name, _, caption = CAPTIONS.get(title, names.plain(title)).partition(". ")
-    with Image.open(path) as picture:
-        kind, dpi = Image.MIME[picture.format or "PNG"], picture.info.get("dpi", (0, 0))[0]
-        # at this many dots per inch the letters of our figures are as large as the page's
-        size = [round(side * 124 / dpi) if dpi > 1 else side for side in picture.size]
-    data = base64.b64encode(path.read_bytes()).decode("ascii")
-    return {"title": name, "caption": caption, "size": size, "source": f"data:{kind};base64,{data}"}
+def _pictures(figures: Mapping[str, str | Path]) -> list[dict[str, Any]]:
+    """Title or file stem → image file, as the page shows them."""
+    found = []
+    for title, path in figures.items():
+        name, _, caption = CAPTIONS.get(title, names.plain(title)).partition(". ")
+        with Image.open(path) as picture:
+            kind, dpi = Image.MIME[picture.format or "PNG"], picture.info.get("dpi", (0, 0))[0]
+            # at this many dots per inch the letters of our figures are as large as the page's
+            size = [round(side * 124 / dpi) if dpi > 1 else side for side in picture.size]
+        source = f"data:{kind};base64,{base64.b64encode(Path(path).read_bytes()).decode('ascii')}"
+        found.append({"title": name, "caption": caption, "size": size, "source": source})
+    return found
 
 
 def _flat(values: Any, prefix: str = "") -> Iterator[tuple[str, str]]:

@@ -2,17 +2,18 @@ r"""One table, written for a README (Markdown), a paper (LaTeX with booktabs), a
 
 from __future__ import annotations
 
+import functools
 import itertools
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..files import write_atomically
 
 if TYPE_CHECKING:
+    import jinja2
     import rich.table
 
 ABSENT, UNMEASURED, ALIKE = "–", "not measured", "†"
@@ -56,26 +57,14 @@ class Block:
 
 @dataclass(frozen=True)
 class Table:
-    """Columns, blocks of rows, and what stands around them; all texts unescaped.
+    """Columns, blocks of rows, and what stands around them. ValueError where they do not fit together."""
 
-    Attributes:
-        columns: paths of one length.
-        blocks: every row holds one cell per column.
-        stub: heading of the names.
-        caption: of the table.
-        label: for \\ref in LaTeX: letters, digits and ``: . - _ /``.
-        notes: sentences under the table.
-
-    Raises:
-        ValueError: where the parts do not fit together.
-    """
-
-    columns: tuple[Column, ...]
-    blocks: tuple[Block, ...]
-    stub: str = "method"
+    columns: tuple[Column, ...]  # paths of one length
+    blocks: tuple[Block, ...]  # every row holds one cell per column
+    stub: str = "method"  # heading of the names
     caption: str = ""
-    label: str = ""
-    notes: tuple[str, ...] = ()
+    label: str = ""  # for \ref in LaTeX: letters, digits and : . - _ /
+    notes: tuple[str, ...] = ()  # sentences under the table
 
     def __post_init__(self) -> None:
         if len({len(column.path) for column in self.columns}) != 1 or not self.columns[0].path:
@@ -99,17 +88,12 @@ class Table:
             if block.title:
                 lines.append([f"*{_markdown(block.title)}*", *([""] * len(self.columns))])
             for row in block.rows:
-                line = [_marked(_markdown(row.name), int(row.strong), "**{}**", "{}")]
-                for cell in row.cells:
-                    text = _marked(_markdown(cell.text) + cell.mark, cell.place, "**{}**", "<ins>{}</ins>")
-                    line.append(_joined((text, cell.small)))
-                lines.append(line)
+                name = _marked(_markdown(row.name), int(row.strong), "**{}**")
+                lines.append([name, *map(_markdown_cell, row.cells)])
         widths = [max(4, *map(len, column)) for column in zip(*lines, strict=True)]
         lines.insert(1, [f":{'-' * (widths[0] - 1)}", *(f"{'-' * (width - 1)}:" for width in widths[1:])])
-        padded = (
-            [line[0].ljust(widths[0]), *(text.rjust(w) for text, w in zip(line[1:], widths[1:], strict=True))]
-            for line in lines
-        )
+        sides = ["<", *(">" * len(self.columns))]
+        padded = ([f"{t:{side}{w}}" for t, side, w in zip(line, sides, widths, strict=True)] for line in lines)
         table = "\n".join(f"| {' | '.join(line)} |" for line in padded)
         return _joined((_markdown(self.caption), table, " ".join(map(_markdown, self.notes))), "\n\n") + "\n"
 
@@ -122,7 +106,7 @@ class Table:
             if block.title:
                 body.append(rf"\multicolumn{{{len(self.columns) + 1}}}{{l}}{{\emph{{{_latex(block.title)}}}}} \\")
             for row in block.rows:
-                name = _marked(_latex(row.name), int(row.strong), r"\textbf{{{}}}", "{}")
+                name = _marked(_latex(row.name), int(row.strong), r"\textbf{{{}}}")
                 body.append(" & ".join([name, *map(_latex_cell, row.cells)]) + r" \\")
         spec = "l" + "".join(r"@{\hskip 1.6em}r" if c.apart else "r" for c in self.columns)
         environment = "table*" if len(self.columns) > 6 else "table"
@@ -162,29 +146,7 @@ class Table:
 
     def to_html(self) -> str:
         """A scrolling ``div`` with the table, and its notes; classes wide, ours, small and faint are the page's."""
-        heads = (
-            f'<th scope="col">{escape(text)}</th>' for text in (self.stub, *(_joined(c.path) for c in self.columns))
-        )
-        lines = ['<div class="wide"><table>']
-        if self.caption:
-            lines.append(f"<caption>{escape(self.caption)}</caption>")
-        lines += [f"<thead><tr>{''.join(heads)}</tr></thead>", "<tbody>"]
-        across = len(self.columns) + 1
-        for block in self.blocks:
-            if block.title:
-                lines.append(f'<tr><th scope="rowgroup" colspan="{across}">{escape(block.title)}</th></tr>')
-            for row in block.rows:
-                ours = ' class="ours"' if row.strong else ""
-                lines.append(f'<tr{ours}><th scope="row">{escape(row.name)}</th>')
-                for cell in row.cells:
-                    text = _marked(escape(cell.text), cell.place, "<b>{}</b>", "<u>{}</u>")
-                    mark, small = _tagged("sup", cell.mark), _tagged("small", cell.small)
-                    lines.append(f"<td>{text}{mark}{small}</td>")
-                lines.append("</tr>")
-        lines.append("</tbody></table></div>")
-        if self.notes:
-            lines.append(f'<p class="small faint">{escape(" ".join(self.notes))}</p>')
-        return "\n".join(lines)
+        return template("table.html.j2").render(table=self).strip()
 
     def to_rich(self) -> rich.table.Table:
         """The table for a terminal."""
@@ -211,11 +173,7 @@ class Table:
         return table
 
     def write(self, path: str | Path) -> Path:
-        """Write the table as the suffix says, ``.md`` or ``.tex``. Returns the path.
-
-        Raises:
-            ValueError: for another suffix.
-        """
+        """Write the table as the suffix says, ``.md`` or ``.tex``, and return the path. ValueError for another one."""
         path = Path(path)
         makers = {".md": self.to_markdown, ".tex": self.to_latex}
         if path.suffix not in makers:
@@ -224,22 +182,34 @@ class Table:
         return path
 
 
+@functools.cache
+def template(name: str) -> jinja2.Template:
+    """One of the templates of this folder. ImportError with what to install if there is no jinja2."""
+    try:
+        import jinja2
+    except ImportError as error:
+        raise ImportError("the report needs jinja2: pip install aha-attribution[report]") from error
+    loader, strict = jinja2.FileSystemLoader(Path(__file__).parent), jinja2.StrictUndefined
+    made = jinja2.Environment(loader=loader, autoescape=True, undefined=strict, trim_blocks=True, lstrip_blocks=True)
+    return made.get_template(name)
+
+
 def _joined(parts: Sequence[str], between: str = " ") -> str:
     return between.join(filter(None, parts))
 
 
-def _marked(text: str, place: int, best: str, second: str) -> str:
+def _marked(text: str, place: int, best: str, second: str = "{}") -> str:
     return {1: best, 2: second}.get(place, "{}").format(text)
-
-
-def _tagged(tag: str, text: str) -> str:
-    return f"<{tag}>{escape(text)}</{tag}>" if text else ""
 
 
 def _markdown(text: str) -> str:
     # an underscore inside a word is plain in Markdown: names stay as they are typed
     text = re.sub(r"&(?=#?\w+;)", "&amp;", " ".join(text.split()))
     return re.sub(r"[\\`*\[\]<>|~$]|(?<!\w)_|_(?!\w)", r"\\\g<0>", text)
+
+
+def _markdown_cell(cell: Cell) -> str:
+    return _joined((_marked(_markdown(cell.text) + cell.mark, cell.place, "**{}**", "<ins>{}</ins>"), cell.small))
 
 
 _WORDS = "textbackslash textasciitilde textasciicircum textless textgreater textbar ldots"

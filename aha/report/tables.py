@@ -64,10 +64,9 @@ def references(summary: Mapping[str, Any], metrics: Sequence[str] | None = None,
 
     Args and errors as in `comparison`; ``summary`` holds "references": reference → method → {metric: mean}.
     """
-    of = summary.get("references") or {}
-    if not of:
+    if not summary.get("references"):
         raise ValueError("the summary has no references: give one of an evaluation")
-    return _build({name: {"": (rows, None)} for name, rows in of.items()}, metrics, None, caption)
+    return _build({name: {"": (rows, None)} for name, rows in summary["references"].items()}, metrics, None, caption)
 
 
 def models(
@@ -96,14 +95,8 @@ def ranked(rows: Rows, metrics: Sequence[str], significance: Significance | None
 
 
 def overview(results: Mapping[str, Mapping[str, Any]], metric: str = HEADLINE) -> Table:
-    """One metric of every method in every result, the best mean first, with 95 % intervals below the values.
-
-    Args:
-        results: heading of a column → summary.
-
-    Raises:
-        ValueError: if no result holds the metric.
-    """
+    """One metric of every method, the best mean first, with 95 % intervals below the values; ``results`` is heading
+    of a column → summary. ValueError if no result holds the metric."""
     found = {title: _measured(summary) for title, summary in results.items()}
     holding = {m for rows, _ in found.values() for m, row in rows.items() if is_number(row.get(metric))}
     if not holding:
@@ -116,11 +109,8 @@ def overview(results: Mapping[str, Mapping[str, Any]], metric: str = HEADLINE) -
 def differences(summary: Mapping[str, Any]) -> Table:
     """Every method minus the best of each metric, with p below, corrected for the number of methods.
 
-    Args:
-        summary: "methods", and "significance": metric → method → {"best", "difference", "p"}.
-
-    Raises:
-        ValueError: if none was tested.
+    ``summary`` holds "methods", and "significance": metric → method → {"best", "difference", "p"}. ValueError if none
+    was tested.
     """
     tested = summary.get("significance") or {}
     chosen = names.ordered(metric for metric in tested if tested[metric])
@@ -145,26 +135,28 @@ def differences(summary: Mapping[str, Any]) -> Table:
 
 def paired(pairs: Mapping[str, Mapping[str, Any]]) -> Table:
     """Differences of Ins − Del on the same images, {"a − b": {"difference", "ci95", "p"}}."""
-    rows = []
+    rows = {}
     for pair, found in pairs.items():
         interval = " … ".join(names.signed(HEADLINE, bound) for bound in found["ci95"])
-        texts = names.signed(HEADLINE, found["difference"]), interval, f"{found['p']:.2g}"
-        rows.append(Row(pair, tuple(map(Cell, texts))))
-    heads = tuple(Column((text,)) for text in ("difference", "95 % interval", "p"))
+        rows[pair] = names.signed(HEADLINE, found["difference"]), interval, f"{found['p']:.2g}"
     note = "Paired bootstrap over the images; p is two-sided."
-    return Table(heads, (Block(tuple(rows)),), "Ins − Del", notes=(note,))
+    return listed(rows, ("difference", "95 % interval", "p"), "Ins − Del", note)
+
+
+def listed(rows: Mapping[str, Sequence[str]], heads: Sequence[str], stub: str, *notes: str) -> Table:
+    """Texts as they are: name of a row → its cells; ``stub`` is the heading of the names."""
+    lines = tuple(Row(name, tuple(map(Cell, texts))) for name, texts in rows.items())
+    return Table(tuple(Column((head,)) for head in heads), (Block(lines),), stub, notes=notes)
 
 
 def of(evaluation: Evaluation) -> Table:
     """What an evaluation measured, for a terminal: the first protocol, localisation where masks exist and seconds."""
     summary = evaluation.summary()
-    shown = {*summary["protocol"]["metrics"], *LOCALISATION, "seconds_per_image"}
-    rows = summary["methods"]
-    info = summary["classifier"]
+    shown, info = {*summary["protocol"]["metrics"], *LOCALISATION, "seconds_per_image"}, summary["classifier"]
     accuracy = "" if info["accuracy"] is None else f", accuracy {info['accuracy']:.3f} ↑"
     caption = f"{info['name']}: {info['images']} images, {summary['target']} class{accuracy}"
-    metrics = [metric for metric in names.measured(rows.values()) if metric in shown]
-    table = comparison(rows, summary["significance"], metrics, caption=caption)
+    metrics = [metric for metric in names.measured(summary["methods"].values()) if metric in shown]
+    table = comparison(*_measured(summary), metrics, caption=caption)
     return dataclasses.replace(table, notes=(*table.notes, *evaluation.failure_lines()))
 
 
@@ -210,7 +202,7 @@ def _build(
     blocks = []
     for title, groups in sections.items():
         methods = order or list(dict.fromkeys(method for rows, _ in groups.values() for method in rows))
-        filled = [cells for of in groups.values() for cells in _columns(*of, chosen, small)]
+        filled = [_cells(*of, metric, small) for of in groups.values() for metric in chosen]
         lines = [Row(m, tuple(cells.get(m, Cell(ABSENT)) for cells in filled), names.is_ours(m)) for m in methods]
         parts = [lines] if order else [[line for line in lines if line.strong is ours] for ours in (False, True)]
         blocks += [Block(tuple(part), title if i == 0 else "") for i, part in enumerate(filter(None, parts))]
@@ -245,23 +237,18 @@ def _headings(groups: Iterable[str], metrics: Sequence[str]) -> tuple[Column, ..
     return tuple(found)
 
 
-def _columns(
-    rows: Rows, significance: Significance | None, metrics: Sequence[str], small: Small | None
-) -> Iterable[dict[str, Cell]]:
-    """Method → cell, for every metric."""
-    for metric in metrics:
-        places = names.places({method: row.get(metric) for method, row in rows.items()}, metric)
-        compared = (significance or {}).get(metric) or {}
-        cells = {}
-        for method, row in rows.items():
-            value, place = row.get(metric), places.get(method, 0)
-            if is_number(value):
-                mark = ALIKE if place != 1 and names.inseparable(compared.get(method)) else ""
-                beside = small(row, metric) if small else ""
-                cells[method] = Cell(names.number(metric, value), place, beside, mark, value)
-            elif metric in row:
-                cells[method] = Cell(UNMEASURED)
-        yield cells
+def _cells(rows: Rows, significance: Significance | None, metric: str, small: Small | None) -> dict[str, Cell]:
+    """Method → its cell."""
+    known = {method: row for method, row in rows.items() if metric in row}
+    places = names.places({method: row[metric] for method, row in known.items()}, metric)
+    compared = (significance or {}).get(metric) or {}
+    cells = dict.fromkeys(known, Cell(UNMEASURED))
+    for method, row in known.items():
+        if is_number(value := row[metric]):
+            place = places.get(method, 0)
+            mark = ALIKE if place != 1 and names.inseparable(compared.get(method)) else ""
+            cells[method] = Cell(names.number(metric, value), place, small(row, metric) if small else "", mark, value)
+    return cells
 
 
 def _half(row: Mapping[str, Any], metric: str) -> str:
