@@ -178,7 +178,7 @@ def compare(
         explainer: folders written by train, one per classifier; adds AHA's rows.
         steps: refinement steps T of those rows.
         protocols: aha, rise, chefer, mda, mas, monotonicity; the first leads. A folder's images are resized and
-            cropped as each was published.
+            cropped as each asks.
         references: black, mean, blur: only these instead of the first protocol's.
         target: explain the predicted class, the true one, or both.
         output: results folder.

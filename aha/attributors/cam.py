@@ -384,7 +384,7 @@ class ScoreCam(CamAttributor):
     needs_gradients = False
     metadata = Metadata(
         paper="Wang et al., CVPR workshops 2020",
-        cost="C F",
+        cost="1F, C F",
         architectures=ARCHITECTURES,
         licence="MIT",
         notes="C channels; scores are logits; the paper's baseline score f(0) drops out of the softmax; "

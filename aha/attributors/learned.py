@@ -96,7 +96,7 @@ class AHA(LearnedAttributor):
     objective = "ranking"
     metadata = Metadata(
         paper="Schinagl et al., Learn to Rank, ECCV 2026 (arXiv 2604.05819)",
-        cost="1F, and per refinement step 2·S·references F and B",
+        cost="1F; of T refinement steps, S fractions and R references (T + 1)·2·(S − 1)·R F and T·2·(S − 2)·R B",
         architectures="any classifier, with an explainer trained for it",
         licence="own implementation from the paper",
         notes="class-conditioned maps, standardized scores",
