@@ -134,7 +134,7 @@ def compare(
             done.skipped.append(f"{clf.name}: none of the methods accepts it")
             continue
         made = []
-        for number, (preprocessing, group) in enumerate(_by_preprocessing(presets, source).items()):
+        for number, (preprocessing, group) in enumerate(by_preprocessing(presets, source).items()):
             data, indices, about = _images(source, clf, seed, preprocessing)
             if number == 0 and localisation not in group:
                 group = [*group, localisation]
@@ -179,7 +179,7 @@ def compare(
     return done
 
 
-def _by_preprocessing(presets: Sequence[Protocol], source: Source) -> dict[Preprocessing | None, list[Protocol]]:
+def by_preprocessing(presets: Sequence[Protocol], source: Source) -> dict[Preprocessing | None, list[Protocol]]:
     """Protocols that see the same images; scenes are made in the classifier's size, there is nothing to crop."""
     groups: dict[Preprocessing | None, list[Protocol]] = {}
     for preset in presets:

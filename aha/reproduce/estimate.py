@@ -15,8 +15,9 @@ from rich.table import Table
 from .. import terminal
 from ..attributors import Passes, count_passes
 from ..classifier import RANDOM, Classifier, from_name
+from ..evaluation.compare import by_preprocessing
 from ..explainer import Explainer
-from ..metrics import Suite
+from ..metrics import PROTOCOLS, Suite
 from ..objective import Objective
 from ..recipes import RECIPES
 from ..training.trainer import TrainConfig, make_objective
@@ -76,11 +77,12 @@ def estimate(name: str, setting: Setting) -> list[Work]:
             shared, per_map = of_protocols(experiment, clf, sample)
             add("what all methods share", count, shared, 0)
             height, width = clf.input_size
+            crops = len(by_preprocessing([PROTOCOLS[name] for name in experiment.protocols], source))
             for spec in specs(experiment, setting, {variant.name: explainer for variant in experiment.explainers}):
                 own = spec.create(clf, setting.seed).passes(sample["image"])
-                # memory is measured on one image more; maps are kept in half precision
+                # every crop has maps of its own, kept in half precision; memory is measured on one image more
                 once = own * (len(experiment.targets) / count)
-                add(spec.label, count, own + once + per_map, count * height * width * 2)
+                add(spec.label, count, crops * own + once + per_map, crops * count * height * width * 2)
         work.append(Work(f"{clf.name.removeprefix(RANDOM)}: weights", 0, 0, 0, 0, weights))
     return work
 

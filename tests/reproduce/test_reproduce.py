@@ -1,18 +1,20 @@
 """The papers' tables and figures: the catalogue, what it would take, and the same path on scenes."""
 
 import contextlib
+import dataclasses
 import functools
 import json
 
+import PIL.Image
 import pytest
 import torch
 
 from aha import attributors, cli, shortcut
 from aha.classifier import Classifier, from_name
-from aha.data import Scenes
+from aha.data import Preprocessing, Scenes
 from aha.demo import shortcut as demo_shortcut
 from aha.evaluation import MethodSpec, Records
-from aha.metrics import PROTOCOLS
+from aha.metrics import PROTOCOLS, Protocol
 from aha.reproduce import EXPERIMENTS, catalog, estimate, run
 from aha.source import Source
 from aha.training import TrainConfig
@@ -110,6 +112,34 @@ def test_the_estimate_is_what_is_counted(name, tmp_path, monkeypatch):
     for side in ("forward", "backward"):
         expected = sum(part.images * getattr(part, side) for part in work)
         assert getattr(counted, side) == pytest.approx(expected, rel=0.02), side
+
+
+def test_the_estimate_counts_every_crop_of_a_folder(tmp_path, monkeypatch):
+    """Protocols that crop differently have the methods explain twice; scenes, of one size, do not show it."""
+    monkeypatch.setattr(estimate, "throughput", lambda clf: 100.0)
+    short = Protocol("wide", points=4, references=("black",), metrics=("deletion",))
+    tight = dataclasses.replace(short, name="tight", preprocessing=Preprocessing(1.0))
+    for protocol in (short, tight):
+        monkeypatch.setitem(PROTOCOLS, protocol.name, protocol)
+    experiment = catalog.Experiment(
+        "crops",
+        "Two crops",
+        classifiers=("random:test_vit",),
+        methods=("attention_ig:n_steps=3", "rollout"),
+        steps=(),
+        protocols=("wide", "tight"),
+    )
+    monkeypatch.setitem(EXPERIMENTS, "crops", experiment)
+    (tmp_path / "val").mkdir()
+    for number in range(2):
+        PIL.Image.new("RGB", (90, 70), (90 * number, 40, 200)).save(tmp_path / "val" / f"{number}.png")
+    (tmp_path / "val" / "labels.csv").write_text("file,label\n0.png,1\n1.png,2\n")
+    paper = run.Setting("paper", str(tmp_path), tmp_path / "out", images=2, batch_size=2)
+    work = estimate.estimate("crops", paper)
+    with passes_of_all_classifiers(monkeypatch) as counted:
+        run.reproduce("crops", paper)
+    for side in ("forward", "backward"):
+        assert getattr(counted, side) == pytest.approx(sum(part.images * getattr(part, side) for part in work)), side
 
 
 @pytest.fixture(scope="module")
