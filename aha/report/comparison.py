@@ -35,9 +35,8 @@ def write(
       figures/ and report.html, and one report.html over all of them;
     - tables/: Markdown and LaTeX in the papers' layout.
 
-    Args:
-        title: of the report.
-        published: classifier → method → metric → the paper's figure, shown beside what was measured.
+    ``title`` is the report's; ``published``, classifier → method → metric → the paper's figure, is shown beside what
+    was measured.
     """
     done.records.write(folder)
     write_columns(done.images, folder / IMAGES)
@@ -46,13 +45,11 @@ def write(
     places = {
         (model, target): folder if len(summaries) == 1 else folder / slug(model) / target for model, target in summaries
     }
-    for key, summary in summaries.items():
-        write_summary(summary, places[key])
     tables.write(summaries, folder / "tables")
     for (model, target), summary in summaries.items():
-        theirs = (published or {}).get(model)
+        write_summary(summary, places[model, target])
         # the papers' figures are of the predicted class
-        if theirs and target == "predicted":
+        if target == "predicted" and (theirs := (published or {}).get(model)):
             _beside(summary["methods"], theirs).write(folder / "tables" / f"published_{slug(model)}.md")
     # last, for they need the extra ``report``
     for key, summary in summaries.items():
@@ -93,15 +90,10 @@ def _draw_maps(result: Evaluation, engine: Engine, path: Path) -> None:
     if not maps:
         return
     items = [engine.data[index] for index in shown]
-    scores = {m: [result.values(m, result.headline).get(index, math.nan) for index in shown] for m in maps}
-    targets = dict(zip(result.images["index"], result.images["target"], strict=True))
-    names = engine.clf.class_names
-    masks = [item["mask"] for item in items if item.get("mask") is not None]
-    figures.qualitative(
-        torch.stack([item["image"] for item in items]),
-        maps,
-        path,
-        titles=[names[targets[i]] if names else f"class {targets[i]}" for i in shown],
-        scores=scores if result.headline == HEADLINE else None,
-        masks=torch.stack(masks) if len(masks) == len(items) else None,
-    )
+    images = torch.stack([item["image"] for item in items])
+    known = [item["mask"] for item in items if item.get("mask") is not None]
+    masks = torch.stack(known) if len(known) == len(items) else None
+    targets, names = dict(zip(result.images["index"], result.images["target"], strict=True)), engine.clf.class_names
+    titles = [names[targets[i]] if names else f"class {targets[i]}" for i in shown]
+    scores = {m: [result.values(m, HEADLINE).get(i, math.nan) for i in shown] for m in maps}
+    figures.qualitative(images, maps, path, titles, scores if result.headline == HEADLINE else None, masks)

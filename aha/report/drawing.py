@@ -6,9 +6,8 @@ import contextlib
 import io
 import textwrap
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageFilter
@@ -80,8 +79,7 @@ def weight(name: str) -> str:
     return "bold" if is_ours(name) else "normal"
 
 
-@dataclass
-class Band:
+class Band(NamedTuple):
     """Rows of panels under one line of names."""
 
     names: Sequence[str]  # of the columns
@@ -101,37 +99,36 @@ def image_grid(bands: Sequence[Band], path: str | Path, titles: Sequence[str] | 
     shrunk = [[[_shrunk(pixels, PAGE // columns) for pixels in line] for line in band.panels] for band in bands]
     height, width = shrunk[0][0][0].shape[:2]
     gap, left, note_height = 10, 40 if titles else 10, 34
-    size = _size_of_names([name for band in bands for name in band.names], width)
+    longest = max(len(word) for band in bands for name in band.names for word in plain(name).split() or [""])
+    size = next((points for points in (9, 8, 7.5) if longest <= _letters(width, points)), 7)  # breaks no word
     heads = [[_broken(name, width, size=size) for name in band.names] for band in bands]
     tops = [14 + round(30 * size / 9) * max(head.count("\n") + 1 for head in line) for line in heads]
     noted = sum(bool(note) for band in bands for note in band.notes)
     total_w = left + columns * (width + gap)
     total_h = sum(tops) + len(bands) * (rows * (height + gap) + 2 * gap) - 2 * gap + note_height * noted
     with sheet(path, total_w / DPI, total_h / DPI, GRID_BUDGET, layout=None) as figure:
-
-        def write_at(x: float, y: float, text: str, **style: Any) -> None:
-            figure.text(x / total_w, 1 - y / total_h, text, ha="center", **style)
-
+        axes = figure.add_axes((0, 0, 1, 1))  # in pixels
+        axes.set_axis_off()
         y = 0
         for band, pictures, head, top in zip(bands, shrunk, heads, tops, strict=True):
             y += top
             lefts = [left + column * (width + gap) for column in range(len(band.names))]
             for x, name, text in zip(lefts, band.names, head, strict=True):
-                style: Any = {"weight": weight(name), "va": "baseline", "linespacing": 1.1}
-                write_at(x + width / 2, y - 13, text, size=size, **style)
+                style: Any = {"ha": "center", "va": "baseline", "linespacing": 1.1, "weight": weight(name)}
+                axes.text(x + width / 2, y - 13, text, size=size, **style)
             for row, (line, notes) in enumerate(zip(pictures, band.notes, strict=True)):
                 for x, pixels in zip(lefts, line, strict=True):
-                    axes = figure.add_axes((x / total_w, 1 - (y + height) / total_h, width / total_w, height / total_h))
-                    axes.imshow(pixels, interpolation="nearest", aspect="auto")
-                    axes.set_axis_off()
+                    axes.imshow(pixels, interpolation="nearest", aspect="auto", extent=(x, x + width, y + height, y))
                 for i, (x, (text, best)) in enumerate(zip(lefts, notes, strict=False)):
-                    style = {"weight": "bold" if best else "normal", "color": INK if i else FAINT}
-                    write_at(x + width / 2, y + height + 6, text, va="top", size=min(8, size), **style)
+                    style = {"ha": "center", "va": "top", "weight": "bold" if best else "normal"}
+                    style |= {"size": min(8, size), "color": INK if i else FAINT}
+                    axes.text(x + width / 2, y + height + 6, text, **style)
                 if titles:
-                    title = _broken(titles[row], height, lines=1)
-                    write_at(18, y + height / 2, title, rotation=90, va="center", size=8, color=FAINT)
+                    style = {"ha": "center", "va": "center", "rotation": 90, "size": 8, "color": FAINT}
+                    axes.text(18, y + height / 2, _broken(titles[row], height, lines=1), **style)
                 y += height + gap + (note_height if notes else 0)
             y += 2 * gap
+        axes.set(xlim=(0, total_w), ylim=(total_h, 0))
     return Path(path)
 
 
@@ -139,12 +136,6 @@ def _shrunk(pixels: np.ndarray, width: int) -> np.ndarray:
     picture = Image.fromarray(pixels)
     picture.thumbnail((width, pixels.shape[0]), Image.Resampling.LANCZOS, reducing_gap=None)
     return np.asarray(picture)
-
-
-def _size_of_names(names: Sequence[str], width: int) -> float:
-    """The largest size in points, 9 at most and 7 at least, that breaks no word in a panel of ``width`` pixels."""
-    longest = max(len(word) for name in names for word in plain(name).split() or [""])
-    return next((size for size in (9, 8, 7.5) if longest <= _letters(width, size)), 7)
 
 
 def _letters(pixels: int, size: float) -> int:
@@ -160,10 +151,7 @@ def _broken(name: str, pixels: int, lines: int = 3, size: float = 9) -> str:
 def sheet(
     path: str | Path, width: float, height: float, budget: int = BUDGET, layout: Any = "constrained"
 ) -> Iterator[Figure]:
-    """A figure of so many inches in the house style, written as PNG of at most ``budget`` bytes at the end.
-
-    ImportError with what to install if there is no matplotlib.
-    """
+    """A figure of so many inches in the house style, written as PNG of at most ``budget`` bytes at the end."""
     try:
         import matplotlib
         from matplotlib.figure import Figure

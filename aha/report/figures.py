@@ -1,15 +1,14 @@
 """The figures of an evaluation: maps over their images, curves, intervals, costs, comparisons; and of a training run.
 
 Shapes: N images (N, 3, H, W) RGB in [0, 1], maps (N, 1, H, W) of any finite range, S points of a curve, T
-steps of refinement. Rows are those of a summary's "methods", results are (model, target) → summary. Every figure is
-a PNG of at most `drawing.BUDGET` bytes, or `drawing.GRID_BUDGET` with maps, and every function returns its path;
-without matplotlib, ImportError.
+steps of refinement. Rows are those of a summary's "methods", results are (model, target) → summary. Every function
+writes a PNG of at most `drawing.BUDGET` bytes, or `drawing.GRID_BUDGET` with maps, to ``path`` and returns that;
+ImportError without matplotlib, ValueError where the figure would be empty or shapes do not fit.
 """
 
 from __future__ import annotations
 
 import contextlib
-import itertools
 import json
 import math
 import re
@@ -52,13 +51,9 @@ def qualitative(
     Args:
         images: (N, 3, H, W) in [0, 1].
         maps: method → (N, 1, H, W).
-        path: of the PNG.
         titles: N lines at the left of the rows, for example the explained class.
         scores: method → (N,) Ins − Del of its maps, written below them; the best of an image is bold.
         masks: (N, 1, H, W) bool, the evidence where it is known: outlined in every panel.
-
-    Raises:
-        ValueError: for other shapes, or if there are no maps.
     """
     if not maps:
         raise ValueError("there are no maps: give at least one method")
@@ -84,13 +79,10 @@ def qualitative(
 
 
 def refinement(images: Any, trail: Any, path: str | Path, scores: Any = None) -> Path:
-    """What test-time refinement does to the maps: input, then T = 0 … T, one row per image.
+    """What test-time refinement does to the maps: input, then T = 0 … T, one row per image (N, 3, H, W).
 
-    Args:
-        images: (N, 3, H, W) in [0, 1].
-        trail: (T+1, N, 1, H, W), as `aha.refine(..., every_step=True)` returns it.
-        path: of the PNG.
-        scores: (T+1, N), as those of `qualitative`.
+    ``trail`` is (T+1, N, 1, H, W), as `aha.refine(..., every_step=True)` returns it; ``scores`` (T+1, N) as those of
+    `qualitative`.
     """
     steps = {f"T = {t}": maps for t, maps in enumerate(trail)}
     if scores is not None and len(scores) != len(steps):
@@ -110,11 +102,7 @@ def curves(curves: Curves, path: str | Path, summary: Mapping[str, Any] | None =
 
     Args:
         curves: method → reference → {"deletion": (S,), "insertion": (S,)}, at S even steps of [0, 1].
-        path: of the PNG.
         summary: its areas stand in the legend; without it they come from the curves by the trapezoid.
-
-    Raises:
-        ValueError: if there are no curves.
     """
     means = _means(curves)
     reported = (summary or {}).get("methods", {})
@@ -126,17 +114,11 @@ def curves(curves: Curves, path: str | Path, summary: Mapping[str, Any] | None =
             order = sorted(curves, key=areas.__getitem__, reverse=metric == "insertion")
             # the emphasised lines are drawn last, over the others
             lines = _lines(axes, {name: means[metric][name] for name in sorted(curves, key=is_ours)}, looks(curves))
-            legend = axes.legend(
-                [lines[name] for name in order],
-                [f"{names.number(metric, areas[name], coarser=1)}  {plain(name)}" for name in order],
-                loc="upper center",
-                bbox_to_anchor=(0.5, -0.17),
-                ncols=2 if len(order) > 3 else 1,
-                columnspacing=1.2,
-                handlelength=2,
-                title="area under the curve, best first",
-                title_fontproperties={"size": 8},
-            )
+            texts = [f"{names.number(metric, areas[name], coarser=1)}  {plain(name)}" for name in order]
+            below: dict[str, Any] = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.17)}
+            below |= {"ncols": 2 if len(order) > 3 else 1, "columnspacing": 1.2, "handlelength": 2}
+            legend = axes.legend([lines[name] for name in order], texts, **below)
+            legend.set_title("area under the curve, best first", {"size": 8})
             legend.get_title().set_color(FAINT)
             for name, text in zip(order, legend.get_texts(), strict=True):
                 text.set_weight(weight(name))
@@ -146,10 +128,9 @@ def curves(curves: Curves, path: str | Path, summary: Mapping[str, Any] | None =
 
 
 def curves_by_reference(curves: Curves, path: str | Path) -> Path:
-    """Deletion and insertion, a row each, with a column per reference. Args and errors as of `curves`.
+    """Deletion and insertion, a row each, with a column per reference; ``curves`` as of the function `curves`.
 
-    With many methods, ours and the best of the others have colours, by the area between the two curves; the rest are
-    grey.
+    With many methods, only ours and the best others, by the area between their curves, have colours.
     """
     means = _means(curves)
     gains = {name: np.mean(means["insertion"][name]) - np.mean(means["deletion"][name]) for name in curves}
@@ -160,7 +141,7 @@ def curves_by_reference(curves: Curves, path: str | Path) -> Path:
     shown = sorted(curves, key=lambda name: (name in named, is_ours(name)))
     references = list(dict.fromkeys(reference for of in curves.values() for reference in of))
     lines: dict[str, Any] = {}
-    rows = math.ceil((len(named) + (len(named) < len(curves))) / 5)
+    rows = math.ceil((len(named) + (len(named) < len(curves))) / 5)  # of the legend
     with sheet(path, 0.5 + 2.6 * len(references), 4.8 + 0.17 * rows) as figure:
         grid = figure.subplots(2, len(references), sharex=True, sharey="row", squeeze=False)
         for row, metric in zip(grid, means, strict=True):
@@ -204,7 +185,7 @@ def _lines(axes: Axes, curves: Mapping[str, Any], style: Mapping[str, Mapping[st
 
 
 def bars(summary: Mapping[str, Any], metric: str, path: str | Path) -> Path:
-    """One metric of all methods with its 95 % confidence interval, the best on top. ValueError if none has it."""
+    """One metric of all methods with its 95 % confidence interval, the best on top."""
     rows = {name: row for name, row in summary.get("methods", {}).items() if is_number(row.get(metric))}
     if not rows:
         raise ValueError(f"no method has a value of {metric!r}: choose a metric of the summary")
@@ -233,7 +214,7 @@ def _as_names(labels: Sequence[Any]) -> None:
 
 
 def training(log_path: str | Path, path: str | Path) -> Path:
-    """Curves of a training run from its ``log.jsonl``. ValueError if the file holds no record."""
+    """Curves of a training run from its ``log.jsonl``."""
     log = _read_log(Path(log_path))
     panels = {
         "Loss": {"loss": ""},
@@ -286,14 +267,7 @@ def tradeoff(rows: Rows, path: str | Path, metric: str = HEADLINE, cost: str = "
     The line is the Pareto front: every method off it has one on it that is neither worse nor dearer. Vertical bars
     are 95 % intervals. Beside others, "random" is a remark, not a point.
 
-    Args:
-        rows: method → its metrics and costs.
-        path: of the PNG.
-        metric: that `aha.metrics.catalog` knows.
-        cost: of the catalogue, for example "seconds_per_image", or "passes" (forward plus backward).
-
-    Raises:
-        ValueError: for another cost, a metric without a direction, or if no method has both.
+    ``metric`` is one that `aha.metrics.catalog` knows, ``cost`` one of its costs, or "passes" (forward plus backward).
     """
     if cost not in (*names.costs(), PASSES):
         raise ValueError(f"cost={cost!r} is not known: choose one of {', '.join((*names.costs(), PASSES))}")
@@ -316,7 +290,8 @@ def tradeoff(rows: Rows, path: str | Path, metric: str = HEADLINE, cost: str = "
 
         # a fixed box: the names are placed in pixels before anything is drawn
         axes = figure.add_axes((0.09, 0.115, 0.895, 0.835))
-        axes.step(*zip(*front, strict=True), where="post", color=ACCENT, alpha=0.35, linewidth=1.2, zorder=1)
+        steps = np.repeat([x for x, _ in front], 2)[1:], np.repeat([y for _, y in front], 2)[:-1]
+        axes.plot(*steps, color=ACCENT, alpha=0.35, linewidth=1.2, zorder=1)
         for name, (x, y) in points.items():
             color = ACCENT if is_ours(name) else FAINT if name == "random" else PALETTE[0]
             if name in bars:
@@ -335,7 +310,7 @@ def tradeoff(rows: Rows, path: str | Path, metric: str = HEADLINE, cost: str = "
         axes.set(xlabel=unit, ylabel=heading(metric))
         style: Any = {"ha": "right", "va": "bottom", "size": 7.5, "color": FAINT}
         axes.text(1, 1.012, "    ".join(remarks), transform=axes.transAxes, **style)
-        _name_points(axes, points, [((points[m][0],) * 2, bounds) for m, bounds in bars.items()], front)
+        _name_points(axes, points)
     return Path(path)
 
 
@@ -360,34 +335,29 @@ def _front(points: Mapping[str, tuple[float, float]], better: bool) -> list[tupl
     return front
 
 
-def _name_points(axes: Axes, points: Mapping[str, tuple[float, float]], bars: Any, front: Any) -> None:
-    """A name beside every point, covering no other name, point, bar or the front where there is room.
+def _name_points(axes: Axes, points: Mapping[str, tuple[float, float]]) -> None:
+    """A name beside every point, covering no other name, point or line of the axes where there is room.
 
-    ``bars`` are lines (xs, ys), ``front`` the corners of steps. Limits and size of the axes must be the final ones.
+    Limits and size of the axes must be the final ones.
     """
     try:
         import textalloc
     except ImportError as error:
         raise ImportError("names beside points need textalloc: pip install aha-attribution[report]") from error
     axes.autoscale_view()
-    steps = [((x, u, u), (y, y, v)) for (x, y), (u, v) in itertools.pairwise(front)]
     pixels = {name: axes.transData.transform(point) for name, point in points.items()}
     crowd = {n: sum(math.dist(pixels[n], other) < 120 for other in pixels.values()) for n in points}
     order = sorted(points, key=lambda name: (is_ours(name), crowd[name]), reverse=True)  # those choose first
     x, y = np.array([points[name] for name in order]).T
-    lines: dict[str, Any] = {
-        f"{axis}_lines": [np.array(line[i]) for line in (*bars, *steps)] or None for i, axis in enumerate("xy")
-    }
+    lines = [line for line in (np.asarray(line.get_xydata()) for line in axes.lines) if len(line) > 1]
     style: dict[str, Any] = {"textsize": 7.5, "textcolor": INK, "linecolor": FAINT, "linewidth": 0.6}
     style |= {"fontweight": list(map(weight, order)), "margin": 0.006, "max_distance": 0.3, "nbr_candidates": 600}
-    textalloc.allocate(axes, x, y, list(map(plain, order)), x_scatter=x, y_scatter=y, **lines, **style)
+    style |= {f"{axis}_lines": [line[:, i] for line in lines] or None for i, axis in enumerate("xy")}
+    textalloc.allocate(axes, x, y, list(map(plain, order)), x_scatter=x, y_scatter=y, **style)
 
 
 def significance_matrix(summary: Mapping[str, Any], path: str | Path) -> Path:
-    """Rows are methods, columns metrics: the difference to the best of the column, and whether it may be chance.
-
-    Args and errors as in `tables.differences`.
-    """
+    """`tables.differences` in colours: rows are methods, columns metrics; whether a difference may be chance."""
     table = tables.differences(summary)
     columns = zip(*(row.cells for row in table.rows), strict=True)
     widest = [max((abs(cell.value or 0) for cell in column), default=0) or 1 for column in columns]
@@ -404,11 +374,7 @@ def significance_matrix(summary: Mapping[str, Any], path: str | Path) -> Path:
 
 
 def models(results: Mapping[tuple[str, str], Mapping[str, Any]], path: str | Path, metric: str = HEADLINE) -> Path:
-    """One metric of every method on every classifier and explained class: the deeper, the better in its column.
-
-    Raises:
-        ValueError: if no result holds the metric.
-    """
+    """One metric of every method on every classifier and explained class: the deeper, the better in its column."""
     several = len({target for _, target in results}) > 1
     heads = (f"{model} {target}" if several else model for model, target in results)
     table = tables.overview(dict(zip(heads, results.values(), strict=True)), metric)
@@ -477,12 +443,8 @@ def ablation(
 
     Args:
         values: line → setting → row, as {"ViT-B/16": {0: row, 1: row, 3: row}}.
-        path: of the PNG.
         metrics: of the panels.
         xlabel: what the setting is. Settings that span a factor of 8 stand on a log scale.
-
-    Raises:
-        ValueError: if no row has one of the metrics.
     """
     shown = [m for m in metrics if any(is_number(row.get(m)) for of in values.values() for row in of.values())]
     if not shown:

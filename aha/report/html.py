@@ -1,7 +1,4 @@
-"""One HTML file with everything a run has measured: no script, no font, no image from elsewhere.
-
-jinja2 (extra ``report``) is imported when a page is made.
-"""
+"""One HTML file with everything a run has measured: no script, no font, no image from elsewhere."""
 
 from __future__ import annotations
 
@@ -22,26 +19,8 @@ from .columns import HEADLINE, is_number
 from .table import ABSENT, template
 
 # file stem → title. Caption; other files are shown after these under their own name
-CAPTIONS = {
-    "maps": "Maps. Attribution over the image, one row per image. Warm is important. Where the evidence is known, it "
-    "is outlined; a number below a map is its own insertion minus deletion.",
-    "refinement": "Test-time refinement. The explainer's head takes T gradient steps of the same objective on one "
-    "image; T = 0 is a single forward pass.",
-    "curves": "Deletion and insertion. Probability of the explained class while pixels are removed or shown, the most "
-    "important first; mean over images and references.",
-    "curves_by_reference": "Curves by reference. The same for every reference image on its own.",
-    "ins_minus_del": "Faithfulness. Insertion minus deletion with its 95 % confidence interval.",
-    "tradeoff": "Faithfulness and time. Insertion minus deletion over the time to make one map; up and to the left is "
-    "better.",
-    "tradeoff_passes": "Faithfulness and passes. The same over the passes through the classifier, which do not depend "
-    "on the machine.",
-    "significance": "Difference to the best. The method's mean minus the best one's, on the same images.",
-    "models": "Classifiers. Insertion minus deletion; the deeper the blue, the better in its column.",
-    "ablation": "Ablation. Band: 95 % interval.",
-    "shortcut": "Shortcut experiment. Refinement against a classifier that has learned a shortcut.",
-    "training": "Training. Faint: single values. Solid: running mean.",
-}
-
+_LINES = (Path(__file__).parent / "captions.txt").read_text(encoding="utf-8").splitlines()
+CAPTIONS = dict(line.split(": ", 1) for line in _LINES)
 MEAN, APART = "Mean over references.", "Values of different protocols do not compare."
 
 Key = tuple[str, str]  # model and explained class
@@ -54,10 +33,7 @@ def write(folder: str | Path) -> Path:
     sub-folder, at most two levels down, for several. The figures that follow from a summary alone (cost,
     significance, classifiers side by side) are drawn anew if matplotlib is there.
 
-    Raises:
-        FileNotFoundError: if there is no summary.json.
-        ValueError: if one is not a summary.
-        ImportError: without jinja2.
+    FileNotFoundError if there is no summary.json, ValueError if one is not a summary, ImportError without jinja2.
     """
     folder = Path(folder)
     found = {path.parent for pattern in ("*", "*/*") for path in folder.glob(f"{pattern}/summary.json")}
@@ -86,9 +62,8 @@ def _drawn(folder: Path, results: Mapping[Key, Mapping[str, Any]]) -> dict[str, 
     # without matplotlib the page shows what is there
     with contextlib.suppress(ImportError):
         drawings.draw(results, folder)
-    rank = {stem: place for place, stem in enumerate(CAPTIONS)}
-    found = sorted(folder.glob("*.png"), key=lambda path: (rank.get(path.stem, len(rank)), path.stem))
-    return {path.stem: path for path in found}
+    found = {path.stem: path for path in sorted(folder.glob("*.png"))}
+    return {stem: found[stem] for stem in dict.fromkeys((*CAPTIONS, *found)) if stem in found}
 
 
 def render(
@@ -106,9 +81,7 @@ def render(
         out: the HTML file; its folder is made.
         overview: figures of all results together.
 
-    Raises:
-        ValueError: if there are no results or one has no methods.
-        ImportError: without jinja2.
+    ValueError if there are no results or one has no methods, ImportError without jinja2.
     """
     if not results:
         raise ValueError("there are no results: give (model, target) → summary")
@@ -151,7 +124,7 @@ def _part(key: Key, summary: Mapping[str, Any], figures: Mapping[str, str | Path
     return {
         "name": f"{key[0]}, {key[1]} class" if all(key) else key[0],
         "classifier": classifier.get("name", "classifier"),
-        "facts": _facts(summary, classifier),
+        "facts": {"methods": len(methods), **classifier, "target": summary.get("target")},
         "headline": _headline(methods, significance),
         "table": tables.ranked(methods, own, significance, MEAN) if own else None,
         "protocols": tables.ranked(methods, others, significance, APART) if others else None,
@@ -159,7 +132,7 @@ def _part(key: Key, summary: Mapping[str, Any], figures: Mapping[str, str | Path
         "references": {
             name: tables.ranked(of, measured)
             for name, of in (summary.get("references") or {}).items()
-            if isinstance(of, Mapping) and (measured := names.measured(of.values()))
+            if (measured := names.measured(of.values()))
         },
         "differences": tables.differences(summary) if any(significance.values()) else None,
         "shortcut": _shortcut(summary["shortcut"]) if summary.get("shortcut") else None,
@@ -178,19 +151,9 @@ def _headline(methods: Mapping[str, Mapping[str, Any]], significance: Mapping[st
     interval = names.interval_text(methods[best], HEADLINE)
     text = f"Most faithful: {best}, insertion − deletion {names.number(HEADLINE, score)}"
     text += f" (95 % interval {interval})." if interval else "."
-    tested = significance.get(HEADLINE) or {}
-    alike = [name for name, found in tested.items() if name != best and names.inseparable(found)]
+    tested = (significance.get(HEADLINE) or {}).items()
+    alike = [name for name, found in tested if name != best and names.inseparable(found)]
     return text + (f" Not separable from it: {', '.join(alike)}." if alike else "")
-
-
-def _facts(summary: Mapping[str, Any], classifier: Mapping[str, Any]) -> list[str]:
-    images, accuracy, target = classifier.get("images"), classifier.get("accuracy"), summary.get("target")
-    return [
-        f"{len(summary['methods'])} methods",
-        *([f"{images} images"] if is_number(images) else []),
-        *([f"classifier accuracy {100 * accuracy:.1f} %"] if is_number(accuracy) else []),
-        *([f"explained class: {target}"] if target is not None else []),
-    ]
 
 
 def _shortcut(values: Mapping[str, Any]) -> dict[str, Any]:

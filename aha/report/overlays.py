@@ -26,12 +26,9 @@ def overlay(image: Any, map: Any, scale: int | None = None) -> np.ndarray:
     show the image, nearly grey so that a strong colour is the map's. A constant map shows the image alone.
 
     Args:
-        image: (3, H, W) tensor or array in [0, 1].
-        map: (1, H, W) or (H, W).
+        image: (3, H, W) tensor or array in [0, 1]; ValueError for another shape.
+        map: (1, H, W) or (H, W), finite; otherwise ValueError.
         scale: whole enlargement ≥ 1; None enlarges images up to 96 px to at least 256, others not.
-
-    Raises:
-        ValueError: for other shapes, or a map with NaN or infinite values.
     """
     rgb, heat = _image(image), _map(map)
     if rgb.shape[:2] != heat.shape:
@@ -40,8 +37,9 @@ def overlay(image: Any, map: Any, scale: int | None = None) -> np.ndarray:
     grey = rgb @ np.array([[0.299], [0.587], [0.114]], dtype=np.float32)
     opacity = 0.92 * (0.55 * heat + 0.45 * heat**2)[..., None]
     faded = 0.12 + 0.8 * (0.25 * rgb + 0.75 * grey)
-    mixed = faded * (1 - opacity) + _color(heat) * opacity
-    return enlarge(_bytes(mixed), scale)
+    place = np.linspace(0, 1, len(_COLORS))
+    color = np.stack([np.interp(heat, place, channel) for channel in _COLORS.T], axis=-1) / 255
+    return enlarge(_bytes(faded * (1 - opacity) + color * opacity), scale)
 
 
 def save_strip(image: Any, maps: Any, path: str | Path) -> Path:
@@ -86,13 +84,11 @@ def _image(image: Any) -> np.ndarray:
 def _map(map: Any) -> np.ndarray:
     """(1, H, W) or (H, W) → (H, W) float32."""
     values = to_numpy(map)
-    if values.ndim == 3 and values.shape[0] == 1:
-        values = values[0]
-    if values.ndim != 2:
+    if values.ndim != 2 and (values.ndim, *values.shape[:1]) != (3, 1):
         raise ValueError(f"map has shape {values.shape}: give (1, H, W) or (H, W)")
     if not np.isfinite(values).all():
         raise ValueError("map holds NaN or infinite values: an attribution must be finite")
-    return values
+    return values.reshape(values.shape[-2:])
 
 
 def _stretch(heat: np.ndarray) -> np.ndarray:
@@ -101,12 +97,6 @@ def _stretch(heat: np.ndarray) -> np.ndarray:
     if not high > low:
         low, high = heat.min(), heat.max()
     return np.clip((heat - low) / (high - low), 0, 1) if high > low else np.zeros_like(heat)
-
-
-def _color(heat: np.ndarray) -> np.ndarray:
-    """Heat in [0, 1] (H, W) → (H, W, 3) in [0, 1], interpolated in the table."""
-    position = np.linspace(0, 1, len(_COLORS))
-    return np.stack([np.interp(heat, position, channel) for channel in _COLORS.T], axis=-1) / 255
 
 
 def _bytes(values: np.ndarray) -> np.ndarray:

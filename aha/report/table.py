@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from ..files import write_atomically
 
@@ -19,8 +19,7 @@ if TYPE_CHECKING:
 ABSENT, UNMEASURED, ALIKE = "–", "not measured", "†"
 
 
-@dataclass(frozen=True)
-class Cell:
+class Cell(NamedTuple):
     """One value as text."""
 
     text: str  # the value; like all texts of a table unescaped
@@ -30,16 +29,14 @@ class Cell:
     value: float | None = None  # the number that the text says, if it says one
 
 
-@dataclass(frozen=True)
-class Column:
+class Column(NamedTuple):
     """A column of values."""
 
     path: tuple[str, ...]  # headings from the widest group to its own; equal ones side by side become one
     apart: bool = False  # a wider gap before it
 
 
-@dataclass(frozen=True)
-class Row:
+class Row(NamedTuple):
     """A named row; ``strong`` sets the name bold."""
 
     name: str
@@ -47,8 +44,7 @@ class Row:
     strong: bool = False
 
 
-@dataclass(frozen=True)
-class Block:
+class Block(NamedTuple):
     """Rows that stand together, under a title or, without one, set apart by a rule."""
 
     rows: tuple[Row, ...]
@@ -111,19 +107,13 @@ class Table:
         spec = "l" + "".join(r"@{\hskip 1.6em}r" if c.apart else "r" for c in self.columns)
         environment = "table*" if len(self.columns) > 6 else "table"
         lines = [
-            r"% \usepackage{booktabs}",
-            rf"\begin{{{environment}}}[t]",
-            r"\centering",
+            *(r"% \usepackage{booktabs}", rf"\begin{{{environment}}}[t]", r"\centering"),
             *([rf"\caption{{{_latex(self.caption)}}}"] if self.caption else []),
             *([rf"\label{{{self.label}}}"] if self.label else []),
-            r"\small",
-            r"\setlength{\tabcolsep}{4pt}",
-            rf"\begin{{tabular}}{{{spec}}}",
-            r"\toprule",
+            *(r"\small", r"\setlength{\tabcolsep}{4pt}", rf"\begin{{tabular}}{{{spec}}}", r"\toprule"),
             *self._latex_head(),
             *body,
-            r"\bottomrule",
-            r"\end{tabular}",
+            *(r"\bottomrule", r"\end{tabular}"),
             *([rf"\par\smallskip{{\footnotesize {_latex(' '.join(self.notes))}\par}}"] if self.notes else []),
             rf"\end{{{environment}}}",
         ]

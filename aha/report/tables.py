@@ -11,11 +11,12 @@ was asked for and none came out (None or NaN).
 from __future__ import annotations
 
 import dataclasses
-import re
+import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..files import slug
 from . import columns as names
 from .columns import HEADLINE, Rows, is_number
 from .table import ABSENT, ALIKE, UNMEASURED, Block, Cell, Column, Row, Table
@@ -52,8 +53,7 @@ def comparison(
         caption: of the table.
         label: for \\ref in LaTeX.
 
-    Raises:
-        ValueError: if there are no rows, or no row knows any of the metrics.
+    ValueError if there are no rows, or no row knows any of the metrics.
     """
     table = _build({"": {"": (rows, significance)}}, metrics, _half if intervals else None, caption)
     return dataclasses.replace(table, label=label)
@@ -74,8 +74,7 @@ def models(
 ) -> Table:
     """Several classifiers side by side, a block of rows per explained class where there are two.
 
-    Args and errors as in `comparison`; ``results`` is (model, target) → summary, target "predicted" or "true". Best
-    and second are those of one model and target.
+    Args and errors as in `comparison`; ``results`` is (model, target) → summary. Best and second are those of one.
     """
     if not results:
         raise ValueError("there are no results: give (model, target) → summary")
@@ -169,7 +168,7 @@ def write(results: Mapping[tuple[str, str], Mapping[str, Any]], folder: str | Pa
     folder = Path(folder)
     made: dict[Path, Table] = {}
     for (model, target), summary in results.items():
-        place = folder if len(results) == 1 else folder / re.sub(r"[^\w.-]+", "_", model) / target
+        place = folder if len(results) == 1 else folder / slug(model) / target
         caption = f"{model}, {target} class"
         made[place / "comparison"] = comparison(*_measured(summary), intervals=True, caption=f"{caption}.")
         if summary.get("references"):
@@ -226,14 +225,13 @@ def _headings(groups: Iterable[str], metrics: Sequence[str]) -> tuple[Column, ..
     protocols = any(names.split(metric)[0] for metric in metrics)
     found: list[Column] = []
     before: Any = None
-    for group in groups:
-        for metric in metrics:
-            protocol, row = names.split(metric)[0], names.row(metric)
-            middle = (names.PROTOCOLS.get(protocol, protocol),) if protocols else ()
-            family = group, protocol, row and row.family
-            path = (*([group] if group else []), *middle, names.label(metric))
-            found.append(Column(path, apart=bool(found) and family != before))
-            before = family
+    for group, metric in itertools.product(groups, metrics):
+        protocol, row = names.split(metric)[0], names.row(metric)
+        middle = (names.PROTOCOLS.get(protocol, protocol),) if protocols else ()
+        family = group, protocol, row and row.family
+        path = (*([group] if group else []), *middle, names.label(metric))
+        found.append(Column(path, apart=bool(found) and family != before))
+        before = family
     return tuple(found)
 
 

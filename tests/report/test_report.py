@@ -269,7 +269,8 @@ def test_names_cover_neither_names_nor_points():
     points["some_method_26"] = points["some_method_0"]  # two at one place
     figure = Figure(figsize=(7.4, 4.6), dpi=drawing.DPI)
     axes = figure.add_axes((0.1, 0.1, 0.85, 0.85), xlim=(-0.1, 1.1), ylim=(-0.1, 1.1))
-    figures._name_points(axes, points, [((0.5, 0.5), (0.2, 0.4))], sorted(points.values())[:3])
+    axes.plot((0.5, 0.5), (0.2, 0.4))
+    figures._name_points(axes, points)
     renderer = FigureCanvasAgg(figure).get_renderer()
     frame = axes.get_window_extent(renderer)
     boxes = {text.get_text().replace(" ", "_"): text.get_window_extent(renderer) for text in axes.texts}
