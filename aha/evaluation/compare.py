@@ -136,7 +136,7 @@ def compare(
         made = []
         for number, (preprocessing, group) in enumerate(by_preprocessing(presets, source).items()):
             data, indices, about = _images(source, clf, seed, preprocessing)
-            if number == 0 and localisation not in group:
+            if number == 0 and localisation not in presets:
                 group = [*group, localisation]
             for target in targets:
                 where = {"classifier": _identity(clf), "target": target, "batch_size": batch_size, **about}

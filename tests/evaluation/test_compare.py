@@ -15,11 +15,12 @@ import torch
 from aha import attributors, bootstrap
 from aha.attributors.specs import MethodSpec, parse
 from aha.classifier import Classifier
+from aha.data import Preprocessing
 from aha.evaluation import Key, evaluate
 from aha.evaluation.compare import compare
 from aha.evaluation.engine import Engine, Row
 from aha.evaluation.store import Folder, Memory, pack_maps, unpack_maps
-from aha.metrics import Protocol, Suite
+from aha.metrics import PROTOCOLS, Protocol, Suite
 from aha.source import Source
 
 from ..toys import SmallNet, wide
@@ -379,6 +380,22 @@ def test_compare_says_which_protocol_no_image_takes_part_in(tmp_path):
         compare([Source(data=str(folder), labels=False)], specs, tmp_path / "none", protocols=(sure,))
 
 
+def test_localisation_that_is_asked_for_is_measured_once(tmp_path):
+    """On its own crop of a folder's images, not on that of the first protocol besides."""
+    folders = tmp_path / "images", tmp_path / "masks"
+    for folder in folders:
+        folder.mkdir()
+        PIL.Image.new("RGB", (90, 70), (200, 90, 30)).save(folder / "one.png")
+    tight = dataclasses.replace(SHORT, name="tight", metrics=("deletion",), preprocessing=Preprocessing(1.0))
+    source = Source(data=str(folders[0]), masks=folders[1], labels=False)
+    done = compare([source], parse(["random"])[0], tmp_path / "out", protocols=(tight, "localisation"))
+    (result,) = done.results.values()
+    assert [protocol.name for protocol in result.protocols] == ["tight", "localisation"]
+    assert [column.name for column in result.columns] == ["deletion", *PROTOCOLS["localisation"].metrics]
+    assert result.series("random", "iou").images.tolist() == [0]
+    assert "73 px" in result.prepared["localisation"]
+
+
 def test_compare_refusals(tmp_path):
     specs, _ = parse(["random"])
     with pytest.raises(ValueError, match="given twice"):
@@ -392,7 +409,7 @@ import sys
 from pathlib import Path
 from aha.evaluation.compare import compare
 from aha.attributors.specs import parse
-from aha.metrics import Protocol, Suite
+from aha.metrics import PROTOCOLS, Protocol, Suite
 from aha.source import Source
 
 done = compare([Source(limit=5)], parse(["random", "rollout"])[0], Path(sys.argv[1]), (Protocol("short", points=4),),
