@@ -73,12 +73,8 @@ def ordered(metrics: Iterable[str]) -> list[str]:
     found = dict.fromkeys(metrics)
     protocols = list(dict.fromkeys(["", *(split(metric)[0] for metric in found)]))
     rank = {key: place for place, key in enumerate(_catalog().names())}
-
-    def place(metric: str) -> tuple[bool, int, int]:
-        protocol, name = split(metric)
-        return name in costs(), protocols.index(protocol), rank.get(name, len(rank))
-
-    return sorted(found, key=place)
+    named = sorted(map(split, found), key=lambda of: (protocols.index(of[0]), rank.get(of[1], len(rank))))
+    return ["/".join(filter(None, of)) for of in sorted(named, key=lambda of: of[1] in costs())]
 
 
 def measured(rows: Iterable[Mapping[str, Any]]) -> list[str]:

@@ -95,5 +95,7 @@ def _draw_maps(result: Evaluation, engine: Engine, path: Path) -> None:
     masks = torch.stack(known) if len(known) == len(items) else None
     targets, names = dict(zip(result.images["index"], result.images["target"], strict=True)), engine.clf.class_names
     titles = [names[targets[i]] if names else f"class {targets[i]}" for i in shown]
-    scores = {m: [result.values(m, HEADLINE).get(i, math.nan) for i in shown] for m in maps}
-    figures.qualitative(images, maps, path, titles, scores if result.headline == HEADLINE else None, masks)
+    scores = None
+    if result.headline == HEADLINE:
+        scores = {m: [result.values(m, HEADLINE).get(i, math.nan) for i in shown] for m in maps}
+    figures.qualitative(images, maps, path, titles, scores, masks)

@@ -24,7 +24,6 @@ from . import tables
 from .columns import HEADLINE, Rows, direction, heading, is_number, is_ours, plain
 from .drawing import ACCENT, FAINT, INK, PALETTE, Band, batch, image_grid, looks, outlined, sheet, weight
 from .overlays import overlay, to_numpy, to_pixels
-from .table import Cell, Table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -100,9 +99,8 @@ def _per_image(name: str, values: Any, count: int) -> list[str]:
 def curves(curves: Curves, path: str | Path, summary: Mapping[str, Any] | None = None) -> Path:
     """Deletion and insertion: the classifier's response over the share of pixels, mean of the references.
 
-    Args:
-        curves: method → reference → {"deletion": (S,), "insertion": (S,)}, at S even steps of [0, 1].
-        summary: its areas stand in the legend; without it they come from the curves by the trapezoid.
+    ``curves`` is method → reference → {"deletion": (S,), "insertion": (S,)}, at S even steps of [0, 1]. The areas of
+    ``summary`` stand in the legend; without it they come from the curves by the trapezoid.
     """
     means = _means(curves)
     reported = (summary or {}).get("methods", {})
@@ -362,7 +360,7 @@ def significance_matrix(summary: Mapping[str, Any], path: str | Path) -> Path:
     columns = zip(*(row.cells for row in table.rows), strict=True)
     widest = [max((abs(cell.value or 0) for cell in column), default=0) or 1 for column in columns]
 
-    def color(cell: Cell, column: int) -> str:
+    def color(cell: tables.Cell, column: int) -> str:
         if cell.value is None or cell.place:
             return ACCENT if cell.place else _WHITE
         return _ALIKE if cell.mark else _mixed(_BLUE, 0.06 + 0.5 * abs(cell.value) / widest[column])
@@ -393,7 +391,7 @@ def _mixed(color: str, share: float) -> str:
 
 
 def _matrix(
-    path: str | Path, table: Table, colors: Sequence[Sequence[str]], legend: Mapping[str, str], title: str
+    path: str | Path, table: tables.Table, colors: Sequence[Sequence[str]], legend: Mapping[str, str], title: str
 ) -> Path:
     """The cells of a table on colours, names at the left, heads above, turned where they do not fit on four lines."""
     rows = [plain(row.name) for row in table.rows]
@@ -406,17 +404,18 @@ def _matrix(
     width = 0.4 + 0.068 * max(map(len, rows)) + 0.78 * len(heads) + 0.035 * longest
     width = max(width, 0.3 + sum(0.42 + 0.068 * len(text) for text in legend))
     with sheet(path, width, 0.35 + depth + 0.235 * len(rows) + 0.3 * bool(legend)) as figure:
-        from matplotlib.patches import Patch, Rectangle
+        from matplotlib.patches import Patch
 
         axes = figure.subplots()
-        axes.set(xlim=(0, len(heads)), ylim=(len(rows), 0))
         axes.grid(visible=False)
         axes.spines[:].set_visible(False)
-        for y, (row, tints) in enumerate(zip(table.rows, colors, strict=True)):
-            for x, (cell, color) in enumerate(zip(row.cells, tints, strict=True)):
-                axes.add_patch(Rectangle((x, y), 1, 1, facecolor=color, edgecolor="white", linewidth=1.2))
+        tints = np.array([[[*bytes.fromhex(color[1:])] for color in line] for line in colors])
+        axes.pcolormesh(tints / 255, edgecolors="white", linewidth=1.2)
+        axes.invert_yaxis()
+        for y, row in enumerate(table.rows):
+            for x, cell in enumerate(row.cells):
                 style: Any = {"size": 7.5, "ha": "center", "va": "center_baseline"}
-                style["color"] = "white" if sum(bytes.fromhex(color[1:])) < 400 else INK
+                style["color"] = "white" if tints[y, x].sum() < 400 else INK
                 text = tables.ABSENT if cell.value is None else cell.text
                 axes.text(x + 0.5, y + 0.52, text, weight="bold" if cell.place == 1 else "normal", **style)
         axes.xaxis.tick_top()
@@ -441,10 +440,8 @@ def ablation(
 ) -> Path:
     """Metrics over a setting, a panel each, with 95 % intervals.
 
-    Args:
-        values: line → setting → row, as {"ViT-B/16": {0: row, 1: row, 3: row}}.
-        metrics: of the panels.
-        xlabel: what the setting is. Settings that span a factor of 8 stand on a log scale.
+    ``values`` is line → setting → row, as {"ViT-B/16": {0: row, 1: row, 3: row}}; ``xlabel`` says what the setting is.
+    Settings that span a factor of 8 stand on a log scale.
     """
     shown = [m for m in metrics if any(is_number(row.get(m)) for of in values.values() for row in of.values())]
     if not shown:

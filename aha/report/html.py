@@ -74,12 +74,9 @@ def render(
 ) -> Path:
     """Write one self-contained page on one or several classifiers or explained classes. Returns the path.
 
-    Args:
-        results: (model, target) → what `aha evaluate` writes to summary.json; with several the page starts with all of
-            them side by side.
-        figures: (model, target) → title → image file; a title that `CAPTIONS` knows is replaced and captioned.
-        out: the HTML file; its folder is made.
-        overview: figures of all results together.
+    ``results`` is (model, target) → what `aha evaluate` writes to summary.json; with several the page starts with all
+    of them side by side. ``figures`` is (model, target) → title → image file, where a title that `CAPTIONS` knows is
+    replaced and captioned; ``overview`` holds those of all results together. The folder of ``out`` is made.
 
     ValueError if there are no results or one has no methods, ImportError without jinja2.
     """

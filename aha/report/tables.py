@@ -160,11 +160,8 @@ def of(evaluation: Evaluation) -> Table:
 
 
 def write(results: Mapping[tuple[str, str], Mapping[str, Any]], folder: str | Path) -> list[Path]:
-    """Write all tables of a comparison into ``folder``, as Markdown and as LaTeX. Returns their paths.
-
-    For one result ``comparison`` (with intervals) and ``references``; for several ``models``, and both of each in a
-    folder ``model/target``.
-    """
+    """Write all tables of a comparison into ``folder``, as Markdown and as LaTeX: for one result ``comparison`` (with
+    intervals) and ``references``; for several ``models``, and both of each in ``model/target``. Returns their paths."""
     folder = Path(folder)
     made: dict[Path, Table] = {}
     for (model, target), summary in results.items():
