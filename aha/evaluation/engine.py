@@ -413,9 +413,11 @@ def _piece(scores: Scores) -> Arrays:
 
 def announcing(progress: Progress | None, *engines: Engine) -> Callable[[str, int], None]:
     """Whom `Engine.run` of each of ``engines``, of one classifier, tells of its work; nobody where ``progress`` is None
-    or False."""
+    or False. ValueError if it cannot be called."""
     if not progress or not engines:
         return lambda method, images: None
+    if not callable(progress):
+        raise ValueError(f"progress={progress!r}: give a function, such as a bar of aha.terminal.progress(), or None")
     maps = sum(sum(map(len, engine.own_batches)) * len(engine.rows) for engine in engines)
     return functools.partial(progress, engines[0].clf.name, maps)
 

@@ -8,7 +8,7 @@ import statistics
 import pytest
 import torch
 
-from aha import metrics
+from aha import metrics, terminal
 from aha.classifier import Classifier
 from aha.evaluation import RESAMPLES, Failure, Key, evaluate
 from aha.files import read_columns
@@ -173,6 +173,15 @@ def test_a_protocol_that_no_image_takes_part_in(clf):
     assert result.headline == LOCALIZATION[0]
     with pytest.raises(ValueError, match="nothing could be measured: no image takes part in protocol 'sure'"):
         run(clf, {"bright": bright}, Images(masks=False), protocol=sure)
+
+
+def test_progress_is_a_bar_or_any_function(clf, capsys):
+    with terminal.progress() as bar:
+        run(clf, {"bright": bright, "dark": dark}, Images(), progress=bar)
+    assert "dark" in (printed := capsys.readouterr().out)
+    assert "14/14" in printed
+    with pytest.raises(ValueError, match="progress=True: give a function"):
+        run(clf, {"bright": bright}, Images(), progress=True)
 
 
 def test_a_protocol_may_hold_lists(clf):
