@@ -117,10 +117,8 @@ def signed(metric: str, value: float) -> str:
 
 
 def places(values: Mapping[str, Any], metric: str) -> dict[str, int]:
-    """Method → 1 for the best value, 2 for the second. Values printed alike share a place.
-
-    Empty without a direction, where all values are alike, and for passes and memory: many methods share the least.
-    """
+    """Method → 1 for the best value, 2 for the second; values printed alike share a place. Empty without a direction,
+    where all values are alike, and for passes and memory: many methods share the least."""
     found = row(metric)
     if found is None or not found.ranked:
         return {}

@@ -40,8 +40,7 @@ def write(
     """
     done.records.write(folder)
     write_columns(done.images, folder / IMAGES)
-    titled = {"title": title} if title else {}
-    summaries = {key: {**result.summary(), **titled} for key, result in done.results.items()}
+    summaries = {key: result.summary() | ({"title": title} if title else {}) for key, result in done.results.items()}
     places = {
         (model, target): folder if len(summaries) == 1 else folder / slug(model) / target for model, target in summaries
     }

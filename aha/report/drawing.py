@@ -88,10 +88,8 @@ class Band(NamedTuple):
 
 
 def image_grid(bands: Sequence[Band], path: str | Path, titles: Sequence[str] | None = None) -> Path:
-    """Panels edge to edge at whole pixels, so that repeated pixels stay square; names above, notes below.
-
-    Bands stand under each other; ``titles`` stand at the left of the rows of each.
-    """
+    """Panels edge to edge at whole pixels, so that repeated pixels stay square, names above and notes below. Bands
+    stand under each other, ``titles`` at the left of the rows of each."""
     rows = len(bands[0].panels)
     if titles is not None and len(titles) != rows:
         raise ValueError(f"{len(titles)} titles for {rows} images: give one per image")

@@ -78,10 +78,9 @@ def qualitative(
 
 
 def refinement(images: Any, trail: Any, path: str | Path, scores: Any = None) -> Path:
-    """What test-time refinement does to the maps: input, then T = 0 … T, one row per image (N, 3, H, W).
+    """What test-time refinement does to the maps: input, then T = 0 … T, one row per image of (N, 3, H, W).
 
-    ``trail`` is (T+1, N, 1, H, W), as `aha.refine(..., every_step=True)` returns it; ``scores`` (T+1, N) as those of
-    `qualitative`.
+    ``trail`` is (T+1, N, 1, H, W), of `aha.refine(..., every_step=True)`; ``scores`` (T+1, N) as in `qualitative`.
     """
     steps = {f"T = {t}": maps for t, maps in enumerate(trail)}
     if scores is not None and len(scores) != len(steps):
@@ -126,10 +125,8 @@ def curves(curves: Curves, path: str | Path, summary: Mapping[str, Any] | None =
 
 
 def curves_by_reference(curves: Curves, path: str | Path) -> Path:
-    """Deletion and insertion, a row each, with a column per reference; ``curves`` as of the function `curves`.
-
-    With many methods, only ours and the best others, by the area between their curves, have colours.
-    """
+    """Deletion and insertion, a row each, with a column per reference; ``curves`` as of the function `curves`. With
+    many methods, only ours and the best others, by the area between their curves, have colours."""
     means = _means(curves)
     gains = {name: np.mean(means["insertion"][name]) - np.mean(means["deletion"][name]) for name in curves}
     ordered = sorted(curves, key=gains.__getitem__, reverse=True)
@@ -334,10 +331,8 @@ def _front(points: Mapping[str, tuple[float, float]], better: bool) -> list[tupl
 
 
 def _name_points(axes: Axes, points: Mapping[str, tuple[float, float]]) -> None:
-    """A name beside every point, covering no other name, point or line of the axes where there is room.
-
-    Limits and size of the axes must be the final ones.
-    """
+    """A name beside every point, covering no other name, point or line of the axes where there is room. Limits and
+    size of the axes must be the final ones."""
     try:
         import textalloc
     except ImportError as error:

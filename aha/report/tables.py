@@ -106,11 +106,8 @@ def overview(results: Mapping[str, Mapping[str, Any]], metric: str = HEADLINE) -
 
 
 def differences(summary: Mapping[str, Any]) -> Table:
-    """Every method minus the best of each metric, with p below, corrected for the number of methods.
-
-    ``summary`` holds "methods", and "significance": metric → method → {"best", "difference", "p"}. ValueError if none
-    was tested.
-    """
+    """Every method minus the best of each metric, with p below, corrected for the number of methods: of a summary's
+    "significance", metric → method → {"best", "difference", "p"}. ValueError if none was tested."""
     tested = summary.get("significance") or {}
     chosen = names.ordered(metric for metric in tested if tested[metric])
     if not chosen:
