@@ -9,10 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 from ..classifier import Classifier
-from ..explainer.encoder import Encoder
+from ..explainer.encoder import READING, Encoder
 
 
 @dataclass
@@ -62,25 +61,19 @@ def count_passes(clf: Classifier) -> Iterator[Passes]:
     def returned(gradient: Tensor) -> None:
         passes.backward += len(gradient)
 
-    # an encoder asks the module for features by other ways than calling it, but not always
-    before: list[float] = []
+    @contextmanager
+    def read(encoder: Encoder, images: Tensor) -> Iterator[None]:
+        if encoder.module is not clf.module or threading.get_ident() != thread:
+            yield
+            return
+        # an encoder asks the module for features by other ways than calling it, but not always
+        before = passes.forward
+        yield
+        passes.forward = before + len(images)
 
-    def reads_features(module: nn.Module) -> bool:
-        return isinstance(module, Encoder) and module.module is clf.module and threading.get_ident() == thread
-
-    def asked(module: nn.Module, _args: Any) -> None:
-        if reads_features(module):
-            before.append(passes.forward)
-
-    def encoded(module: nn.Module, args: Any, _levels: Any) -> None:
-        if reads_features(module):
-            passes.forward = before.pop() + len(args[0])
-
+    # no hook on all modules: it would slow down what is timed
     with ExitStack() as stack:
-        for handle in (
-            clf.module.register_forward_hook(arrived),
-            register_module_forward_pre_hook(asked),
-            register_module_forward_hook(encoded),
-        ):
-            stack.callback(handle.remove)
+        stack.callback(clf.module.register_forward_hook(arrived).remove)
+        READING.append(read)
+        stack.callback(READING.remove, read)
         yield passes

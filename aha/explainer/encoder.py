@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,9 @@ from ..protection import protected, steady
 from ..structure import feature_count, uniform_patch
 from ..weights import load_weights, numbers, read_weights
 from .stages import LEVELS, find_stages, quarters, seen_at
+
+# (encoder, images) → a context that its features are read in, for who counts passes
+READING: list[Callable[[Encoder, Tensor], AbstractContextManager]] = []
 
 
 class Encoder(nn.Module):
@@ -85,7 +89,9 @@ class Encoder(nn.Module):
         if full != (height, width):
             pixels = F.pad(pixels, (0, full[1] - width, 0, full[0] - height), mode="replicate")
         try:
-            with steady(self.module):
+            with steady(self.module), ExitStack() as stack:
+                for context in tuple(READING):
+                    stack.enter_context(context(self, images))
                 levels = self._levels_of(pixels.to(self.dtype))
         except AssertionError as error:  # how timm's fixed-size models refuse
             raise ValueError(
