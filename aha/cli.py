@@ -411,10 +411,10 @@ def _explain(
     import torch
     from rich.progress import track
 
+    from . import overlays
     from .checks import check_answers, check_integer, check_number, check_target
     from .data import find_images, load_image, output_names
     from .refinement import refine
-    from .report import overlays
 
     check_integer("steps", steps, 0)
     if lr is not None:

@@ -23,11 +23,11 @@ from ..files import slug, write_atomically
 from ..metrics import INTERNAL_BATCH_SIZE, Protocol, Suite
 from ..metrics.protocols import get as get_protocol
 from ..source import Source
+from ..store import Folder
 from .engine import TARGETS, Engine, Progress, Row, announcing
 from .evaluate import choose, described
 from .records import Records
 from .result import Evaluation, protocol_settings
-from .store import Folder
 
 CELLS = "cells"
 

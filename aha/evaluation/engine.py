@@ -23,10 +23,10 @@ from ..classifier import Classifier, check_classifier
 from ..data import label_note
 from ..memory import peak_bytes
 from ..metrics import Endpoints, Scores, Suite
+from ..store import Arrays, Memory, Store, pack_maps, unpack_maps
 from .records import Key, Records
 from .result import BACKWARD, FORWARD, SECONDS, Evaluation, Failure
 from .result import PEAK as PEAK_BYTES
-from .store import Arrays, Memory, Store, pack_maps, unpack_maps
 
 TARGETS = ("predicted", "true")
 MAPS, COST, IMAGES, PEAK = "maps", "cost", "images", "peak"

@@ -61,11 +61,6 @@ class Column:
     protocol: str
     references: tuple[str, ...] = ()
 
-    @property
-    def higher_is_better(self) -> bool:
-        """Its direction."""
-        return catalog.get(self.metric).higher_is_better
-
 
 @dataclass
 class Evaluation:
@@ -245,7 +240,7 @@ class Evaluation:
 
     def best(self, metric: str) -> str | None:
         """The method with the best mean of ``metric``; None where no method has it."""
-        sign = 1 if self._columns[metric].higher_is_better else -1
+        sign = 1 if catalog.get(metric).higher_is_better else -1
         means = {method: _mean(self.values(method, metric).values()) for method in self.methods}
         known = {method: sign * mean for method, mean in means.items() if mean is not None}
         return max(known, key=known.__getitem__, default=None)

@@ -1,8 +1,8 @@
-"""What a reader sees: overlays, figures, tables and one self-contained HTML page.
+"""What a reader sees: figures, tables and one self-contained HTML page.
 
-Overlays and tables need the core dependencies only; figures and the page need the extra ``report``.
+Tables need the core dependencies only; figures and the page need the extra ``report``.
 """
 
-from . import figures, html, overlays, tables
+from . import figures, html, tables
 
-__all__ = ["figures", "html", "overlays", "tables"]
+__all__ = ["figures", "html", "tables"]

@@ -13,8 +13,8 @@ import numpy as np
 from PIL import Image, ImageFilter
 
 from ..files import write_atomically
+from ..overlays import enlarge, to_numpy
 from .columns import is_ours, plain
-from .overlays import enlarge, to_numpy
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

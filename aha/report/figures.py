@@ -19,11 +19,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..overlays import overlay, to_numpy, to_pixels
 from . import columns as names
 from . import tables
 from .columns import HEADLINE, Rows, direction, heading, is_number, is_ours, plain
 from .drawing import ACCENT, FAINT, INK, PALETTE, Band, batch, image_grid, looks, outlined, sheet, weight
-from .overlays import overlay, to_numpy, to_pixels
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

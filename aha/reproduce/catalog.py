@@ -6,8 +6,10 @@ The numbers of tables 2 to 7 follow this catalogue: each holds what its title sa
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 VIT_B16 = "vit_base_patch16_224.orig_in21k_ft_in1k"
@@ -54,10 +56,7 @@ MDA_METHODS = (
 )
 # with --scale small: options that keep every method's path and cut its passes
 SMALL_OPTIONS: dict[str, dict[str, Any]] = {
-    "attention_ig": {"n_steps": 2},
-    "transition_attention": {"n_steps": 2},
-    "bi_attention": {"n_steps": 2},
-    "integrated_gradients": {"n_steps": 2},
+    **{key: {"n_steps": 2} for key in ("attention_ig", "transition_attention", "bi_attention", "integrated_gradients")},
     "tis": {"n_masks": 8},
     "rise": {"n_masks": 8},
     "mda": {"window": 1, "prior": "input_x_gradient", "cells": 4},
@@ -97,7 +96,6 @@ class Experiment:
         variants: of an ablation, each trained and measured.
         axis: what the variants' x is.
         decided: which settings are ours because the paper's are not known.
-        published: classifier → row → metric → the paper's figure, to be shown beside ours.
     """
 
     name: str
@@ -113,7 +111,11 @@ class Experiment:
     variants: tuple[Variant, ...] = ()
     axis: str = ""
     decided: str = "number of images"
-    published: Mapping[str, Mapping[str, Mapping[str, float]]] = field(default_factory=dict)
+
+    @property
+    def published(self) -> Mapping[str, Mapping[str, Mapping[str, float]]]:
+        """Classifier → row → metric → the paper's figure, to be shown beside ours."""
+        return PUBLISHED.get(self.name, {})
 
     @property
     def explainers(self) -> tuple[Variant, ...]:
@@ -121,54 +123,13 @@ class Experiment:
         return self.variants or ((Variant(""),) if self.steps or self.kind == "shortcut" else ())
 
 
-def _row(*figures: float) -> dict[str, float]:
-    names = (
-        "deletion",
-        "insertion",
-        "ins_minus_del",
-        "positive",
-        "negative",
-        "neg_minus_pos",
-        "adp",
-        "pic",
-        "seconds_per_image",
-    )
-    return dict(zip(names, figures, strict=True))
-
-
-_PUBLISHED_B16 = {
-    "Grad-CAM": _row(0.2858, 0.4982, 0.2124, 0.3346, 0.5788, 0.2442, 84.33, 4.36, 0.014),
-    "IG": _row(0.1857, 0.5544, 0.3686, 0.2248, 0.6347, 0.4099, 22.93, 33.44, 0.251),
-    "Trans-Att.": _row(0.1654, 0.5833, 0.4178, 0.2022, 0.6654, 0.4633, 25.70, 30.85, 0.254),
-    "Bi-Att.": _row(0.1600, 0.5958, 0.4358, 0.1961, 0.6789, 0.4828, 28.46, 28.26, 0.254),
-    "TIS": _row(0.1420, 0.6381, 0.4961, 0.1731, 0.7222, 0.5492, 11.25, 45.57, 1.167),
-    "ViT-CX": _row(0.1750, 0.5714, 0.3964, 0.2149, 0.6478, 0.4328, 12.55, 43.50, 0.860),
-    "MDA": _row(0.1556, 0.6112, 0.4556, 0.1933, 0.6983, 0.5050, 48.67, 13.27, 13.645),
-    "LeGrad": _row(0.1666, 0.5666, 0.4000, 0.2036, 0.6461, 0.4425, 20.39, 34.34, 0.006),
-    "AHA T=0": _row(0.1381, 0.6112, 0.4731, 0.1714, 0.6947, 0.5233, 15.87, 36.82, 0.016),
-    "AHA T=3": _row(0.1215, 0.6485, 0.5271, 0.1491, 0.7378, 0.5887, 12.47, 42.27, 0.547),
-}
-_PUBLISHED_B32 = {
-    "AHA T=0": {"deletion": 0.1471, "insertion": 0.5649},
-    "AHA T=3": {"deletion": 0.1261, "insertion": 0.6080},
-}
-_PUBLISHED_CONVNEXT = {
-    "Grad-CAM": {"deletion": 0.2748, "insertion": 0.6267},
-    "AHA T=0": {"deletion": 0.1741, "insertion": 0.5911},
-    "AHA T=3": {"deletion": 0.1576, "insertion": 0.6079},
-}
-_PUBLISHED_MDA = {
-    "MDA": {"insertion": 0.856, "deletion": 0.232, "mas_insertion": 0.775, "mas_deletion": 0.279},
-    "IG": {"insertion": 0.741, "deletion": 0.222},
-    "Bi-Att.": {"insertion": 0.760, "deletion": 0.218},
-    "TIS": {"insertion": 0.761, "deletion": 0.196},
-}
+# experiment → classifier → row → metric → the figure of its paper
+PUBLISHED = json.loads(Path(__file__).with_name("published.json").read_text(encoding="utf-8"))
 
 _ALL = (
     Experiment(
         "table1",
         "ViT-B/16, predicted class, mean of the three references",
-        published={VIT_B16: _PUBLISHED_B16},
     ),
     Experiment("table2", "ViT-B/16, true class, mean of the three references", targets=("true",)),
     Experiment(
@@ -177,7 +138,6 @@ _ALL = (
         classifiers=(VIT_B32,),
         targets=("predicted", "true"),
         decided="number of images; weights",
-        published={VIT_B32: _PUBLISHED_B32},
     ),
     Experiment(
         "table4",
@@ -186,7 +146,6 @@ _ALL = (
         methods=CNN_METHODS,
         targets=("predicted", "true"),
         decided="number of images; weights",
-        published={CONVNEXT_S: _PUBLISHED_CONVNEXT},
     ),
     Experiment("table5", "ViT-B/16, predicted class, every reference by itself (tables/references)"),
     Experiment(
@@ -238,7 +197,6 @@ _ALL = (
         methods=MDA_METHODS,
         steps=(),
         protocols=("mas",),
-        published={VIT_B16: _PUBLISHED_MDA},
     ),
 )
 EXPERIMENTS = {experiment.name: experiment for experiment in _ALL}

@@ -212,21 +212,17 @@ def _shortcut(experiment: Experiment, setting: Setting, folder: Path) -> Path:
 
 def _draw_ablation(experiment: Experiment, done: Comparison, folder: Path) -> None:
     """Over T with a line per variant; where variants have a place on an axis, over that with a line per T."""
+    steps, placed = experiment.steps, [variant for variant in experiment.variants if variant.x is not None]
     for (model, target), result in done.results.items():
         rows = result.summary()["methods"]
         place = folder if len(done.results) == 1 else folder / slug(model) / target
-        lines: dict[str, dict[float, Any]] = {
-            variant.name: {
-                t: rows[row_name(variant.name, t)] for t in experiment.steps if row_name(variant.name, t) in rows
-            }
-            for variant in experiment.variants
-        }
+
+        def line(points: Any, rows: Mapping[str, Any] = rows) -> dict[float, Any]:
+            return {x: rows[name] for x, name in points if name in rows}
+
+        lines = {v.name: line((t, row_name(v.name, t)) for t in steps) for v in experiment.variants}
         figures.ablation(lines, place / "figures" / "ablation_steps.png", xlabel="refinement steps T")
-        placed = [(variant.x, variant.name) for variant in experiment.variants if variant.x is not None]
         if placed:
-            lines = {
-                f"T={t}": {x: rows[row_name(name, t)] for x, name in placed if row_name(name, t) in rows}
-                for t in experiment.steps
-            }
+            lines = {f"T={t}": line((v.x, row_name(v.name, t)) for v in placed) for t in steps}
             figures.ablation(lines, place / "figures" / "ablation.png", xlabel=experiment.axis)
         html.write(place)

@@ -19,9 +19,9 @@ from aha.data import Preprocessing
 from aha.evaluation import Key, evaluate
 from aha.evaluation.compare import compare
 from aha.evaluation.engine import Engine, Row
-from aha.evaluation.store import Folder, Memory, pack_maps, unpack_maps
-from aha.metrics import PROTOCOLS, Protocol, Suite
+from aha.metrics import PROTOCOLS, Protocol, Suite, catalog
 from aha.source import Source
+from aha.store import Folder, Memory, pack_maps, unpack_maps
 
 from ..toys import SmallNet, wide
 
@@ -316,9 +316,7 @@ def test_significance_against_the_best(clf):
         pair = result.compare(other, best, metric)
         assert of[other]["p"] == pair["p"]
         assert of[other]["ci95"] == pair["ci95"]
-        assert (pair["difference"] <= 0) == result.columns[
-            [c.name for c in result.columns].index(metric)
-        ].higher_is_better
+        assert (pair["difference"] <= 0) == catalog.get(metric).higher_is_better
 
 
 def written(records):
@@ -409,7 +407,7 @@ import sys
 from pathlib import Path
 from aha.evaluation.compare import compare
 from aha.attributors.specs import parse
-from aha.metrics import PROTOCOLS, Protocol, Suite
+from aha.metrics import PROTOCOLS, Protocol, Suite, catalog
 from aha.source import Source
 
 done = compare([Source(limit=5)], parse(["random", "rollout"])[0], Path(sys.argv[1]), (Protocol("short", points=4),),

@@ -10,7 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from aha.report import columns, drawing, figures, html, overlays
+from aha import overlays
+from aha.report import columns, drawing, figures, html
 
 METHODS = ("random", "grad_cam", "aha T=0", "aha T=3")
 METRICS = ("deletion", "insertion", "ins_minus_del", "adp", "pic", "seconds_per_image")
@@ -162,7 +163,8 @@ class Blocked:
             raise ModuleNotFoundError(name)
 sys.meta_path.insert(0, Blocked())
 import numpy as np
-from aha.report import figures, html, overlays
+from aha import overlays
+from aha.report import figures, html
 image = np.random.rand(3, 64, 64)
 overlays.save_strip(image, image[None, :1], {str(tmp_path / "overlay.png")!r})
 for call in (

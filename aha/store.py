@@ -1,4 +1,4 @@
-"""Where the pieces of an evaluation are kept while it is being made: in memory, or in a folder that outlives it.
+"""Where the pieces of long work are kept while it is done: in memory, or in a folder that outlives it.
 
 A piece is what was computed for one shard, a fixed run of images, as named numpy arrays. Its key is a path of
 names. Pieces are complete or absent, so a run that was interrupted continues where it stopped, and processes that
@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..files import write_atomically
+from .files import write_atomically
 
 Arrays = Mapping[str, np.ndarray]
 Key = tuple[str, ...]
