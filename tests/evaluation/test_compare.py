@@ -407,7 +407,7 @@ import sys
 from pathlib import Path
 from aha.evaluation.compare import compare
 from aha.attributors.specs import parse
-from aha.metrics import PROTOCOLS, Protocol, Suite, catalog
+from aha.metrics import PROTOCOLS, Protocol, Suite
 from aha.source import Source
 
 done = compare([Source(limit=5)], parse(["random", "rollout"])[0], Path(sys.argv[1]), (Protocol("short", points=4),),
