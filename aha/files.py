@@ -54,10 +54,11 @@ def write_columns(columns: Mapping[str, Sequence[Any] | Any], path: Path) -> Pat
         stream = io.BytesIO()
         pq.write_table(table, stream, compression="zstd")
         content, ending = stream.getvalue(), ".parquet"
-    for other in TABLES:  # of an earlier run with or without pyarrow
-        path.with_name(path.name + other).unlink(missing_ok=True)
     file = path.with_name(path.name + ending)
     write_atomically(file, content)
+    for other in TABLES:  # of an earlier run with or without pyarrow
+        if other != ending:
+            path.with_name(path.name + other).unlink(missing_ok=True)
     return file
 
 

@@ -30,6 +30,8 @@ from .records import Records
 from .result import Evaluation, protocol_settings
 
 CELLS = "cells"
+# of what methods and metrics compute: raised where maps or scores of the same settings change
+REVISION = 2
 
 
 @dataclass
@@ -140,7 +142,8 @@ def compare(
                 group = [*group, localisation]
             for target in targets:
                 where = {"classifier": _identity(clf), "target": target, "batch_size": batch_size, **about}
-                folder = output / CELLS / slug(clf.name) / f"{target}-{identity.of_settings([where, __version__])}"
+                made_by = identity.of_settings([where, __version__, REVISION])
+                folder = output / CELLS / slug(clf.name) / f"{target}-{made_by}"
                 if state.is_main_process:
                     write_atomically(folder / "settings.json", (json.dumps(where, indent=2) + "\n").encode())
                 named = {f"{preset.name}-{identity.of_settings(protocol_settings(preset))}": preset for preset in group}

@@ -393,8 +393,7 @@ class _Curves:
 
 
 def _piece(scores: Scores) -> Arrays:
-    """A suite's scores as a piece of the store: values per image, and of curves the sum over the images and their
-    number."""
+    """A suite's scores as a piece of the store: values per image; of curves the sum over images and their number."""
     values = {("", name): value for name, value in scores.values.items()}
     values |= {(reference, name): v for reference, of in scores.by_reference.items() for name, v in of.items()}
     curves = {(reference, name): curve for reference, of in scores.curves.items() for name, curve in of.items()}

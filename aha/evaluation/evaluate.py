@@ -71,8 +71,7 @@ def evaluate(
 
 
 def choose(size: int, limit: int | None, seed: int) -> list[int]:
-    """Indices in ascending order. Random, because folders are sorted by class: the first few would be of
-    one."""
+    """Indices in ascending order; random, for folders are sorted by class: the first few would be of one."""
     if limit is None or limit >= size:
         return list(range(size))
     generator = torch.Generator().manual_seed(seed)

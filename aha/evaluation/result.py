@@ -75,8 +75,7 @@ class Evaluation:
         curves: method → reference → curve → (S,), those that the first protocol's metrics draw (`Metric.curves`): the
             means over images at evenly spaced fractions of `Protocol.span`.
         failures: what could not be computed.
-        classifier: its name, its accuracy on the labelled images (None without labels), and the number of
-            images.
+        classifier: its name, its accuracy on the labelled images (None without labels), the number of images.
         protocols: the settings behind the metrics, the first one's metrics carry no prefix.
         target: "predicted" or "true", the class that was explained.
         seed: of the choice of images and of the bootstrap.
