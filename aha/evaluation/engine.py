@@ -276,28 +276,26 @@ class Engine:
                 total.add(complete[0])
             if total.sums:
                 curves[row.name] = total.means()
-            if (peak := self.store.get((row.key, PEAK))) is not None and len(
-                measured := records[of("", "", SECONDS)].images
-            ):
-                records.add(of("", "", PEAK_BYTES), measured[:1], peak["bytes"].reshape(1))
+            peak, images = self.store.get((row.key, PEAK)), records[of("", "", SECONDS)].images
+            if peak is not None and len(images):
+                records.add(of("", "", PEAK_BYTES), images[:1], peak["bytes"].reshape(1))
         if not records:
             reasons = "; ".join(f"{f.method or 'images'}: {f.reason}" for f in failures) or "the data set is empty"
             raise ValueError(f"nothing could be measured ({reasons})")
-        images = {
-            name: np.concatenate([piece[name] for piece in facts.values()]) for name in next(iter(facts.values()))
-        }
-        labelled = int((images["label"] >= 0).sum())
+        pieces = list(facts.values())
+        about = {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
+        labelled = int((about["label"] >= 0).sum())
         classifier = {
-            "accuracy": int((images["predicted"] == images["label"]).sum()) / labelled if labelled else None,
+            "accuracy": int((about["predicted"] == about["label"]).sum()) / labelled if labelled else None,
             "name": self.clf.name,
-            "images": len(images["label"]),
+            "images": len(about["label"]),
         }
         if (note := label_note(self.data)) is not None:
             classifier["labels"] = note
         protocols = [suite.protocol for suite in self.suites.values()]
         return Evaluation(
             records,
-            {name: column.tolist() for name, column in images.items()},
+            {name: column.tolist() for name, column in about.items()},
             curves,
             failures,
             classifier,

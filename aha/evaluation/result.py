@@ -26,7 +26,7 @@ from .records import Key, Records, Series
 SECONDS = "seconds_per_image"
 FORWARD, BACKWARD = "forward_per_image", "backward_per_image"
 PEAK = "peak_bytes_per_image"
-HEADLINE = "ins_minus_del"
+HEADLINE = "ins_minus_del"  # the metric that methods are ordered by
 IMAGES = "images"
 
 
@@ -112,6 +112,12 @@ class Evaluation:
         return found
 
     @functools.cached_property
+    def _named(self) -> dict[str, Column]:
+        """Name → metric or cost."""
+        costs = {key.metric: Column(key.metric, key.metric, "") for key in self.records if not key.protocol}
+        return {**costs, **{column.name: column for column in self.columns}}
+
+    @functools.cached_property
     def _columns(self) -> dict[str, Column]:
         return {
             column.name: column
@@ -142,11 +148,9 @@ class Evaluation:
         """A metric or cost of a method image by image, by one ``reference`` or in the mean of them."""
         if method not in self.methods:
             raise ValueError(f"method {method!r} was not measured: choose one of {', '.join(self.methods)}")
-        costs = {key.metric: Column(key.metric, key.metric, "") for key in self.records if not key.protocol}
-        column = {column.name: column for column in self.columns}.get(metric, costs.get(metric))
-        if column is None:
+        if metric not in self._named:
             raise ValueError(f"metric {metric!r} is not known: choose one of {', '.join(self.metrics)}")
-        return self.records[self._key(method, column, reference)]
+        return self.records[self._key(method, self._named[metric], reference)]
 
     def values(self, method: str, metric: str, reference: str = "") -> dict[int, float]:
         """Image index → value of `series`, finite values only."""
@@ -155,9 +159,8 @@ class Evaluation:
     def _means(self, method: str) -> dict[str, float | None]:
         means = {metric: _mean(self.values(method, metric).values()) for metric in self.metrics}
         means[SECONDS] = statistics.median(self.values(method, SECONDS).values())
-        costs = {key.metric for key in self.records if key.method == method and not key.protocol}
         for name in (FORWARD, BACKWARD, PEAK):
-            if name in costs and (known := self.values(method, name)):
+            if name in self._named and (known := self.values(method, name)):
                 means[name] = _mean(known.values())
         return means
 
