@@ -42,10 +42,12 @@ sanitize: $(INSTALLED)
 	LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libubsan.so)" \
 	../../$(PY) -m pytest tests/kernels -m "not slow and not gpu" $(ARGS)
 
+# for glibc 2.28 on, or a warning that says what stands against it, which pip would hide
 # build/lib is never cleaned by setuptools: what a module left there would be shipped
 wheel: $(INSTALLED)
-	rm -rf build/lib* build/bdist*
-	$(PY) -m pip wheel . --no-deps --no-build-isolation -w dist
+	rm -rf build/lib* build/bdist* build/wheel
+	$(PY) setup.py -q bdist_wheel -d build/wheel
+	@mkdir -p dist && cp -v build/wheel/*.whl dist
 
 # mypy reads a tree laid out as it installs, where kernels/ is aha/kernels/
 lint: $(INSTALLED)

@@ -10,6 +10,7 @@ Also read: CUDA_HOME, TORCH_CUDA_ARCH_LIST, MAX_JOBS, CXX. A GPU need not be pre
 import importlib.util
 import logging
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -17,10 +18,13 @@ import sys
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 
 ROOT = Path(__file__).parent.resolve()
 ARCHITECTURES = "8.0;8.6;8.9;9.0;10.0+PTX"
 TORCH_TARGET = "0x020b000000000000"  # libtorch stable ABI 2.11
+# the newest versions that manylinux_2_28 (PEP 600) allows: those of RHEL 8, and what torch itself needs
+MANYLINUX = {"GLIBC": (2, 28), "GLIBCXX": (3, 4, 24)}
 
 
 def warn(line: str) -> None:
@@ -141,9 +145,10 @@ def extension(name: str) -> Extension:
         link_args = ["-fsanitize=address,undefined"]
     compile_args = {"cxx": [define, "-O3", "-std=c++20", *flags]}
     if name == "_C":
-        sources, libraries = [ROOT / "csrc/ops.cpp", *ROOT.glob("csrc/cpu/*.cpp")], ["torch_cpu"]
+        sources, libraries = [*ROOT.glob("csrc/*.cpp"), *ROOT.glob("csrc/cpu/*.cpp")], ["torch_cpu"]
     else:
-        sources, libraries = [*ROOT.glob("csrc/cuda/*.cu")], ["torch_cpu", "torch_cuda", "cudart"]
+        sources = [ROOT / "csrc/glibc_2_28.cpp", *ROOT.glob("csrc/cuda/*.cu")]
+        libraries = ["torch_cpu", "torch_cuda", "cudart"]
         toolkit = find_toolkit()
         include_dirs.append(toolkit / "include")
         library_dirs.append(library_folder(toolkit))
@@ -205,6 +210,27 @@ def builder(strict: bool):
     return Build
 
 
+def too_new(library: Path) -> list[str]:
+    """The symbol versions that a Linux library asks for and manylinux_2_28 does not have, such as GLIBC_2.34."""
+    asked = re.findall(rb"\0(GLIBC|GLIBCXX)_([\d.]+)(?=\0)", library.read_bytes())
+    named = {(kind.decode(), version.decode()) for kind, version in asked}
+    return sorted(f"{k}_{v}" for k, v in named if tuple(map(int, v.split("."))) > MANYLINUX[k])
+
+
+class Wheel(bdist_wheel):
+    """A wheel tagged manylinux_2_28 if all that is in it runs there, else for Linux machines as new as this one."""
+
+    def get_tag(self):
+        python, abi, machine = super().get_tag()
+        libraries = sorted(Path(self.bdist_dir).rglob("*.so"))
+        if not libraries or not machine.startswith("linux_") or platform.libc_ver()[0] != "glibc":
+            return python, abi, machine
+        newer = {library.name: versions for library in libraries if (versions := too_new(library))}
+        for name, versions in newer.items():
+            warn(f"{name} needs {', '.join(versions)}, so the wheel is for machines with those, not manylinux_2_28")
+        return python, abi, machine if newer else machine.replace("linux", "manylinux_2_28", 1)
+
+
 def main() -> None:
     names, strict = what_to_build()
     options = {}
@@ -218,7 +244,7 @@ def main() -> None:
         os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
         options = {
             "ext_modules": [extension(name) for name in names],
-            "cmdclass": {"build_ext": builder(strict)},
+            "cmdclass": {"build_ext": builder(strict), "bdist_wheel": Wheel},
             "options": {"bdist_wheel": {"py_limited_api": "cp310"}},
         }
     inner = [f"aha.kernels.{name}" for name in find_packages("kernels")]

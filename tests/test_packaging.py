@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -19,6 +20,18 @@ ROOT = Path(__file__).parents[1]
 SETUP = (sys.executable, "setup.py")
 PIP = (sys.executable, "-m", "pip")
 MANGLED = re.compile(r"\b_Z\w*?\d*(c10|2at|5torch)")
+
+# both results and errors pass through what glibc_2_28.cpp defines: log and exp of float64, the text of an error
+SMOKE = """
+scores = torch.randn(2, 9, dtype=torch.float64, requires_grad=True)
+outputs = [aha.kernels.soft_topk_masks(scores, [0.3, 0.6], 0.1, backend=name) for name in ("cpu", "reference")]
+gradients = [torch.autograd.grad(out.square().sum(), scores)[0] for out in outputs]
+fits = torch.allclose(*outputs) and torch.allclose(*gradients)
+try:
+    torch.ops.aha.gumbel_sinkhorn(scores, scores[0, 0], torch.tensor(0), None, None, 0, 0.0, None)
+except RuntimeError as error:
+    print("fits" if fits else outputs, str(error).split(", ")[-1], sep=", ")
+"""
 
 
 def run(command, *, check=True, cwd=ROOT, **environment):
@@ -101,13 +114,15 @@ def check_library(library):
     assert needed <= {"libtorch_cpu", "libtorch_cuda", "libcudart", "libstdc++", "libgcc_s", "libm", "libc"}
 
 
-def check_platform(wheel):
-    """Beside libtorch, which torch brings, it asks only for libraries that every Linux of some age has."""
+def check_platform(wheel, brought):
+    """Beside the libraries that torch brings, it asks only for what every Linux from glibc 2.28 on has."""
+    assert wheel.name.endswith(f"-manylinux_2_28_{platform.machine()}.whl")
     if importlib.util.find_spec("auditwheel") is None:
         pytest.skip("needs auditwheel")
     shown = json.loads(run([sys.executable, "-m", "auditwheel", "show", "--json", wheel]).stdout)
-    assert shown["sym_tag"].startswith("manylinux_2_")
-    assert set(shown["external_libs"]) == {"libtorch_cpu.so"}
+    oldest = re.match(r"manylinux_2_(\d+)_", shown["sym_tag"])
+    assert oldest and int(oldest[1]) <= 28
+    assert {name.split(".so")[0] for name in shown["external_libs"]} == brought
 
 
 def test_mangled_symbols_are_recognised():
@@ -146,8 +161,28 @@ def test_cpu_wheel(setup, checkout, tmp_path):
     library = site / "aha/_C.abi3.so"
     code = "native = aha.kernels.native; print(native.load('_C'), native.path('_C'))"
     assert python(site, code) == f"None {library}"
+    assert python(site, SMOKE) == "fits, gumbel_sinkhorn: n_iters is 0; it must be at least 1"
     check_library(library)
-    check_platform(wheel)
+    check_platform(wheel, {"libtorch_cpu"})
+
+
+def test_what_is_too_new_for_manylinux_2_28_is_found(setup, tmp_path):
+    library = tmp_path / "some.so"
+    library.write_bytes(b"\0GLIBC_2.2.5\0GLIBC_2.28\0GLIBCXX_3.4.24\0GLIBCXX_3.4\0exp\0CXXABI_1.3.9\0")
+    assert setup.too_new(library) == []
+    library.write_bytes(library.read_bytes() + b"GLIBC_2.34\0GLIBCXX_3.4.29\0GLIBC_3.0\0")
+    assert setup.too_new(library) == ["GLIBCXX_3.4.29", "GLIBC_2.34", "GLIBC_3.0"]
+
+
+@pytest.mark.skipif(platform.system() != "Linux", reason="needs a Linux library")
+def test_what_a_library_needs_is_read_as_the_linker_reads_it(setup, monkeypatch):
+    if not shutil.which("objdump"):
+        pytest.skip("needs objdump")
+    library = Path(torch.__file__).parent / "lib/libtorch_python.so"
+    needed = re.findall(r"\b0x\w+ 0x\w+ \d+ (GLIBC(?:XX)?_[\d.]+)", run(["objdump", "-p", library]).stdout)
+    assert needed
+    monkeypatch.setattr(setup, "MANYLINUX", {"GLIBC": (0,), "GLIBCXX": (0,)})
+    assert set(setup.too_new(library)) == set(needed)
 
 
 @pytest.mark.slow
@@ -158,6 +193,7 @@ def test_cuda_extension_compiles_and_links(setup, checkout, tmp_path):
     with zipfile.ZipFile(wheel) as archive:
         library = Path(archive.extract("aha/_C_cuda.abi3.so", tmp_path))
     check_library(library)
+    check_platform(wheel, {"libtorch_cpu", "libtorch_cuda", "libcudart"})
 
 
 @pytest.mark.parametrize("value", ["gpu", "CPU", "1"])
