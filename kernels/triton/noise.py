@@ -3,14 +3,13 @@
 Every multiply-add that matters is an explicit fma, so noise agrees with the other backends to 2 ulp.
 """
 
-import os
-
 import triton
 import triton.language as tl
 
+from .arithmetic import fma
+
 QUADS = 256  # Philox blocks of four words per program
 
-_INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0") == "1")
 _LN2_HIGH, _LN2_LOW = (tl.constexpr(float.fromhex(x)) for x in ("0x1.62e43p-1", "-0x1.05c61p-29"))
 _E_HIGH, _E_LOW = (tl.constexpr(float.fromhex(x)) for x in ("0x1.5bf0a8p+1", "0x1.628aeep-24"))
 # log(1 + f) = f + f² P(f), |f| ≤ 1/3, highest power first
@@ -31,15 +30,6 @@ _P = tl.constexpr(
         )
     )
 )
-
-
-@triton.jit
-def _fma(x, y, z):
-    # the interpreter rounds the product too; through float64 the sum is rounded once, as the hardware does
-    if _INTERPRETED:
-        return (tl.cast(x, tl.float64) * tl.cast(y, tl.float64) + tl.cast(z, tl.float64)).to(tl.float32)
-    else:  # noqa: RET505  (both branches are compiled unless the condition decides between them)
-        return tl.fma(x, y, z)
 
 
 @triton.jit
@@ -66,13 +56,13 @@ def _log_pair(high, low):
     bits = high.to(tl.int32, bitcast=True)
     exponent = (bits - 0x3F2AAAAB) >> 23  # 0x3f2aaaab is 2/3
     f = (bits - (exponent << 23)).to(tl.float32, bitcast=True) - 1.0
-    p = _fma(f, _P[0], _P[1])
+    p = fma(f, _P[0], _P[1])
     for n in tl.static_range(2, 10):
-        p = _fma(p, f, _P[n])
+        p = fma(p, f, _P[n])
     e = exponent.to(tl.float32)
-    big = _fma(e, _LN2_HIGH, f)
-    lost = _fma(e, _LN2_HIGH, -big) + f  # what rounding took from big
-    small = _fma(p, f * f, _fma(e, _LN2_LOW, lost + low / high))
+    big = fma(e, _LN2_HIGH, f)
+    lost = fma(e, _LN2_HIGH, -big) + f  # what rounding took from big
+    small = fma(p, f * f, fma(e, _LN2_LOW, lost + low / high))
     total = big + small
     return total, (big - total) + small
 
@@ -83,7 +73,7 @@ def gumbel(word):
     u = ((word >> 9).to(tl.float32) + 0.5) * 1.1920928955078125e-07  # 2⁻²³
     near_one = u > 0.60653066  # exp(−½): from there on −log u itself is the accurate form
     scaled = u * _E_HIGH
-    rest = _fma(u, _E_LOW, _fma(u, _E_HIGH, -scaled))
+    rest = fma(u, _E_LOW, fma(u, _E_HIGH, -scaled))
     high, low = _log_pair(tl.where(near_one, u, scaled), tl.where(near_one, 0.0, rest))
     distance = 1.0 - high
     exponential = tl.where(near_one, -high, distance)

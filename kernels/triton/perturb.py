@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .arithmetic import place
+
 # Launch configurations: pixels of a tile (rows × columns), or in a row; warps
 PATCH = {"ROWS": 4, "COLUMNS": 128, "num_warps": 4}
 SPAN = {"SPAN": 512, "num_warps": 4}
@@ -42,12 +44,20 @@ def _normalised(value, mean, std, c):
 
 
 @triton.jit
-def _patch(height, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Pixels of this program's tile, from program_id(1): y, x, y·W + x, and which exist."""
+def _patches(height, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """How many tiles a plane has."""
+    return tl.cdiv(height, ROWS) * tl.cdiv(width, COLUMNS)
+
+
+@triton.jit
+def patch(tile, height, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Pixels of a tile: y, x, the first y·W + x (int64), how far the others are from it (int32), and which exist."""
     across = tl.cdiv(width, COLUMNS)
-    y = tl.program_id(1) // across * ROWS + tl.arange(0, ROWS)
-    x = tl.program_id(1) % across * COLUMNS + tl.arange(0, COLUMNS)
-    return y, x, y[:, None] * width + x[None, :], (y < height)[:, None] & (x < width)[None, :]
+    top, left = tile // across * ROWS, tile % across * COLUMNS
+    down, along = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
+    y, x = top + down, left + along
+    start = top.to(tl.int64) * width + left
+    return y, x, start, down[:, None] * width + along[None, :], (y < height)[:, None] & (x < width)[None, :]
 
 
 @triton.jit
@@ -74,18 +84,18 @@ def blend(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Both images of one (image, step) and one tile of pixels; grid (B·S, tiles)."""
-    pair = tl.program_id(0).to(tl.int64)
-    y, x, pixel, inside = _patch(height, width, ROWS, COLUMNS)
+    """Both images of one (image, step) and one tile of pixels."""
+    pair, tile = place(_patches(height, width, ROWS, COLUMNS))
+    y, x, start, pixel, inside = patch(tile, height, width, ROWS, COLUMNS)
     grid = masks + pair * rows * cols
     keep = _upsampled(grid, row_cell, row_weight, col_cell, col_weight, y, x, height, width, cols, row_taps, col_taps)
     for c in range(channels):
-        at = (pair // steps * channels + c) * height * width + pixel
+        at = (pair // steps * channels + c) * height * width + start + pixel
         image = tl.load(images + at, inside, 0.0).to(tl.float32)
         reference = tl.load(references + at, inside, 0.0).to(tl.float32)
         shown = reference + keep * (image - reference)
         gone = image + reference - shown
-        to = (pair * channels + c) * height * width + pixel
+        to = (pair * channels + c) * height * width + start + pixel
         tl.store(inserted + to, _normalised(shown, mean, std, c).to(inserted.dtype.element_ty), inside)
         tl.store(deleted + to, _normalised(gone, mean, std, c).to(deleted.dtype.element_ty), inside)
 
@@ -113,10 +123,10 @@ def blend_backward_images(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Gradients of one channel of an image and its reference, summed over steps; grid (B·C, tiles)."""
-    plane = tl.program_id(0).to(tl.int64)
+    """Gradients of one channel of an image and its reference, summed over steps, in one tile."""
+    plane, tile = place(_patches(height, width, ROWS, COLUMNS))
     b, c = plane // channels, plane % channels
-    y, x, pixel, inside = _patch(height, width, ROWS, COLUMNS)
+    y, x, start, pixel, inside = patch(tile, height, width, ROWS, COLUMNS)
     image, reference = tl.zeros((ROWS, COLUMNS), tl.float32), tl.zeros((ROWS, COLUMNS), tl.float32)
     for s in range(steps):
         pair = b * steps + s
@@ -124,12 +134,12 @@ def blend_backward_images(
         keep = _upsampled(
             grid, row_cell, row_weight, col_cell, col_weight, y, x, height, width, cols, row_taps, col_taps
         )
-        at = (pair * channels + c) * height * width + pixel
+        at = (pair * channels + c) * height * width + start + pixel
         gone = tl.load(grad_deleted + at, inside, 0.0).to(tl.float32)
         shown = tl.load(grad_inserted + at, inside, 0.0).to(tl.float32)
         image += gone + keep * (shown - gone)
         reference += shown + keep * (gone - shown)
-    at = plane * height * width + pixel
+    at = plane * height * width + start + pixel
     tl.store(grad_images + at, _normalised(image, None, std, c).to(grad_images.dtype.element_ty), inside)
     tl.store(grad_references + at, _normalised(reference, None, std, c).to(grad_references.dtype.element_ty), inside)
 
@@ -165,19 +175,20 @@ def fold_columns(
     PIXELS: tl.constexpr,
     CELLS: tl.constexpr,
 ):
-    """∂ℓ/∂mask of a block of pixel rows, times the column band: (B,S,H,cols); grid (B·S, row blocks)."""
-    pair = tl.program_id(0).to(tl.int64)
-    y, cells = tl.program_id(1) * ROWS + tl.arange(0, ROWS), tl.arange(0, CELLS)
+    """∂ℓ/∂mask of a block of pixel rows, times the column band: (B,S,H,cols)."""
+    pair, block = place(tl.cdiv(height, ROWS))
+    down, cells = tl.arange(0, ROWS), tl.arange(0, CELLS)
+    y, start = block * ROWS + down, block.to(tl.int64) * ROWS * width
     total = tl.zeros((ROWS, CELLS), tl.float32)
     for first in range(0, width, PIXELS):
         x = first + tl.arange(0, PIXELS)
-        pixel, inside = y[:, None] * width + x[None, :], (y < height)[:, None] & (x < width)[None, :]
+        pixel, inside = down[:, None] * width + x[None, :], (y < height)[:, None] & (x < width)[None, :]
         slope = tl.zeros((ROWS, PIXELS), tl.float32)
         for c in range(channels):
-            at = (pair * channels + c) * height * width + pixel
+            at = (pair * channels + c) * height * width + start + pixel
             change = tl.load(grad_inserted + at, inside, 0.0).to(tl.float32)
             change -= tl.load(grad_deleted + at, inside, 0.0).to(tl.float32)
-            at = (pair // steps * channels + c) * height * width + pixel
+            at = (pair // steps * channels + c) * height * width + start + pixel
             image = tl.load(images + at, inside, 0.0).to(tl.float32)
             reference = tl.load(references + at, inside, 0.0).to(tl.float32)
             slope += _normalised(change * (image - reference), None, std, c)
@@ -201,9 +212,9 @@ def fold_rows(
     PIXELS: tl.constexpr,
     CELLS: tl.constexpr,
 ):
-    """The transposed row band times ``folded``: (B,S,rows·cols); grid (B·S, blocks of cell rows)."""
-    pair = tl.program_id(0).to(tl.int64)
-    row, cells = tl.program_id(1) * ROWS + tl.arange(0, ROWS), tl.arange(0, CELLS)
+    """The transposed row band times ``folded``: (B,S,rows·cols), a block of cell rows."""
+    pair, block = place(tl.cdiv(rows, ROWS))
+    row, cells = block * ROWS + tl.arange(0, ROWS), tl.arange(0, CELLS)
     total = tl.zeros((ROWS, CELLS), tl.float32)
     for first in range(0, height, PIXELS):
         y = first + tl.arange(0, PIXELS)
@@ -219,9 +230,9 @@ def fold_rows(
 def choose(
     images, references, ranks, counts, mean, std, deleted, inserted, steps, channels, pixels, SPAN: tl.constexpr
 ):
-    """Both images of one (image, count): pixels with rank < count keep the image; grid (B·S, spans)."""
-    pair = tl.program_id(0).to(tl.int64)
-    pixel = tl.program_id(1) * SPAN + tl.arange(0, SPAN)
+    """Both images of one (image, count): pixels with rank < count keep the image; one span of pixels."""
+    pair, block = place(tl.cdiv(pixels, SPAN))
+    pixel = block.to(tl.int64) * SPAN + tl.arange(0, SPAN)
     inside = pixel < pixels
     keep = tl.load(ranks + pair // steps * pixels + pixel, inside, 0) < tl.load(counts + pair % steps)
     for c in range(channels):
@@ -247,10 +258,10 @@ def choose_backward(
     pixels,
     SPAN: tl.constexpr,
 ):
-    """Gradients of one channel of an image and its reference, summed over counts in order; grid (B·C, spans)."""
-    plane = tl.program_id(0).to(tl.int64)
+    """Gradients of one channel of an image and its reference, summed over counts in order, in one span."""
+    plane, block = place(tl.cdiv(pixels, SPAN))
     b, c = plane // channels, plane % channels
-    pixel = tl.program_id(1) * SPAN + tl.arange(0, SPAN)
+    pixel = block.to(tl.int64) * SPAN + tl.arange(0, SPAN)
     inside = pixel < pixels
     rank = tl.load(ranks + b * pixels + pixel, inside, 0)
     image, reference = tl.zeros((SPAN,), tl.float32), tl.zeros((SPAN,), tl.float32)
@@ -300,7 +311,7 @@ def perturb(
     if deleted.numel():
         given = _contiguous(images=images, references=references, masks=masks, mean=mean, std=std)
         in_rows, in_cols = _axes(row_cell, row_weight, col_cell, col_weight, rows, cols)
-        blend[batch * steps, _tiles(*images.shape[2:])](
+        blend[(batch * steps * _tiles(*images.shape[2:]),)](
             **given, **in_rows, **in_cols, deleted=deleted, inserted=inserted, **_sizes(images, steps), **PATCH
         )
     return deleted, inserted
@@ -332,15 +343,15 @@ def perturb_backward(
         folded = masks.new_empty(batch * steps, height, cols)
         pixels = _contiguous(images=images, references=references)
         fold = {"folded": folded, "CELLS": max(16, triton.next_power_of_2(cols)), **FOLD}
-        fold_columns[batch * steps, triton.cdiv(height, FOLD["ROWS"])](**given, **pixels, **in_cols, **sizes, **fold)
-        fold_rows[batch * steps, triton.cdiv(rows, FOLD["ROWS"])](
-            **in_rows, cols=cols, height=height, grad_masks=grad_masks, **fold
-        )
+        grid = (batch * steps * triton.cdiv(height, FOLD["ROWS"]),)
+        fold_columns[grid](**given, **pixels, **in_cols, **sizes, **fold)
+        grid = (batch * steps * triton.cdiv(rows, FOLD["ROWS"]),)
+        fold_rows[grid](**in_rows, cols=cols, height=height, grad_masks=grad_masks, **fold)
 
     grad_images, grad_references = _pair(images, tuple(images.shape) if need_images else (0,), None)
     if grad_images.numel():
         grads = {"grad_images": grad_images, "grad_references": grad_references}
-        blend_backward_images[batch * channels, _tiles(height, width)](
+        blend_backward_images[(batch * channels * _tiles(height, width),)](
             **given, masks=masks.contiguous(), **in_rows, **in_cols, **sizes, **grads, **PATCH
         )
     return grad_masks, grad_images, grad_references
@@ -352,7 +363,7 @@ def perturb_by_rank(images, references, ranks, counts, mean=None, std=None, dtyp
     deleted, inserted = _pair(images, (batch, steps, channels, height, width), dtype)
     if deleted.numel():
         given = _contiguous(images=images, references=references, ranks=ranks, counts=counts, mean=mean, std=std)
-        grid = batch * steps, triton.cdiv(pixels, SPAN["SPAN"])
+        grid = (batch * steps * triton.cdiv(pixels, SPAN["SPAN"]),)
         outputs = {"deleted": deleted, "inserted": inserted}
         choose[grid](**given, **outputs, steps=steps, channels=channels, pixels=pixels, **SPAN)
     return deleted, inserted
@@ -365,6 +376,6 @@ def perturb_by_rank_backward(grad_deleted, grad_inserted, ranks, counts, std=Non
     if grad_images.numel():
         given = _contiguous(grad_deleted=grad_deleted, grad_inserted=grad_inserted, ranks=ranks, counts=counts, std=std)
         grads = {"grad_images": grad_images, "grad_references": grad_references}
-        grid = batch * channels, triton.cdiv(pixels, SPAN["SPAN"])
+        grid = (batch * channels * triton.cdiv(pixels, SPAN["SPAN"]),)
         choose_backward[grid](**given, **grads, steps=steps, channels=channels, pixels=pixels, **SPAN)
     return grad_images, grad_references

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .arithmetic import exp, place
 from .noise import QUADS, rank_target, ranking_logits
 from .soft_masks import cumulative_masks, entries, upstream
 
@@ -50,7 +51,7 @@ def resident_block(k: int) -> dict[str, int]:
 @triton.jit
 def _plan(logits, b, i, j, k, f, g):
     offsets, inside = entries(i, j, k)
-    return tl.exp(tl.load(logits + b * k * k + offsets, inside, float("-inf")) + f[:, None] + g[None, :])
+    return exp(tl.load(logits + b * k * k + offsets, inside, float("-inf")) + f[:, None] + g[None, :])
 
 
 @triton.jit
@@ -62,7 +63,7 @@ def _row_potential(logits, column, b, i, j, k):
     if column is not None:
         shifted += tl.load(column + b * k + j, j < k, 0.0)[None, :]
     top = tl.where(i < k, tl.max(shifted, 1), 0.0)
-    total = tl.where(i < k, tl.sum(tl.exp(shifted - top[:, None]), 1), 1.0)
+    total = tl.where(i < k, tl.sum(exp(shifted - top[:, None]), 1), 1.0)
     return m, -top - tl.log(total)
 
 
@@ -85,11 +86,12 @@ def _drifted(scaling):
 @triton.jit
 def first(logits, scalings, partial, k, n_iters, ROWS: tl.constexpr, COLUMNS: tl.constexpr, column=None):
     """Row potentials of iteration 1, and the maxima over each block of rows that give the column potentials."""
-    b, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    parts = tl.cdiv(k, ROWS)
+    b, block = place(parts)
     i, j = block * ROWS + tl.arange(0, ROWS), tl.arange(0, COLUMNS)
     m, f = _row_potential(logits, column, b, i, j, k)
     tl.store(scalings + b * (n_iters + 1) * 2 * k + i, f, i < k)
-    tl.store(partial + (b * tl.num_programs(1) + block) * k + j, tl.max(m + f[:, None], 0), j < k)
+    tl.store(partial + (b * parts + block) * k + j, tl.max(m + f[:, None], 0), j < k)
 
 
 @triton.jit(do_not_specialize=("t",))
@@ -109,7 +111,8 @@ def sweep(
     row_grad=None,
 ):
     """Half of iteration t: forward u = 1/(X v), backward z = u(r − u·X y); then the partial column sums of u or z."""
-    b, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    parts = tl.cdiv(k, ROWS)
+    b, block = place(parts)
     i, j = block * ROWS + tl.arange(0, ROWS), tl.arange(0, COLUMNS)
     offsets, inside = entries(i, j, k)
     state, absorbed = scalings + b * (n_iters + 1) * 2 * k, absorbed + b * n_iters
@@ -144,7 +147,7 @@ def sweep(
     else:
         value = tl.where(i < k, tl.where(t == 1, 1.0, 1 / product), 0.0)
         tl.store(now + i, value, i < k)
-    tl.store(partial + (b * tl.num_programs(1) + block) * k + j, tl.sum(x * value[:, None], 0), j < k)
+    tl.store(partial + (b * parts + block) * k + j, tl.sum(x * value[:, None], 0), j < k)
 
 
 @triton.jit(do_not_specialize=("t",))
@@ -161,13 +164,13 @@ def reduce(
     COLUMNS: tl.constexpr,
     out=None,
 ):
-    """Partial column results (B,parts,K) → the columns' next vector; grid (B, column blocks).
+    """Partial column results (B,parts,K) → the columns' next vector; a program for each image and column block.
 
     STEP: "potential" G = −max; "scaling" v^t = 1/Σ; "adjoint" y^t = v^t ḡ, where ḡ = Σ at the start (t = T), then
     ḡ = −v^t Σ, v^t as the next iteration saw it; "sum" Σ into ``out`` (B,K).
     """
-    b = tl.program_id(0).to(tl.int64)
-    j = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    b, block = place(tl.cdiv(k, COLUMNS))
+    j = block * COLUMNS + tl.arange(0, COLUMNS)
     state = scalings + b * (n_iters + 1) * 2 * k
     if STEP == "potential":
         total = tl.full((ROWS, COLUMNS), float("-inf"), tl.float32)
@@ -202,7 +205,7 @@ def resident(logits, scalings, absorbed, k, n_iters, BLOCK: tl.constexpr, column
     state, absorbed = scalings + b * (n_iters + 1) * 2 * k, absorbed + b * n_iters
     m, f = _row_potential(logits, column, b, i, j, k)
     g = tl.where(j < k, -tl.max(m + f[:, None], 0), 0.0)
-    x = tl.exp(m + f[:, None] + g[None, :])
+    x = exp(m + f[:, None] + g[None, :])
     u = tl.where(i < k, 1.0, 0.0)
     v = tl.where(j < k, 1 / tl.sum(x, 0), 0.0)
     tl.store(state + i, f, i < k)
@@ -216,7 +219,7 @@ def resident(logits, scalings, absorbed, k, n_iters, BLOCK: tl.constexpr, column
         if drifted:
             f += tl.log(row)
             g += tl.log(col)
-            x = tl.exp(m + f[:, None] + g[None, :])
+            x = exp(m + f[:, None] + g[None, :])
             v = tl.full((BLOCK,), 1.0, tl.float32)
         u = tl.where(i < k, 1 / tl.sum(x * v[None, :], 1), 0.0)
         v = tl.where(j < k, 1 / tl.sum(x * u[:, None], 0), 0.0)
@@ -234,14 +237,14 @@ def resident_backward(logits, scalings, absorbed, adjoint, row_grad, k, n_iters,
     adjoint += b * n_iters * 2 * k
     m = tl.load(logits + b * k * k + offsets, inside, float("-inf"))
     f, g = _potentials(state, absorbed, i, j, k, n_iters - 1)
-    x = tl.exp(m + f[:, None] + g[None, :])
+    x = exp(m + f[:, None] + g[None, :])
     rest = tl.load(row_grad + b * k + i, i < k, 0.0)
     y = tl.load(adjoint + (2 * n_iters - 1) * k + j, j < k, 0.0)
     for n in range(n_iters):
         t = n_iters - n
         if tl.load(absorbed + t - 1) != 0:
             f, g = _potentials(state, absorbed, i, j, k, t - 1)
-            x = tl.exp(m + f[:, None] + g[None, :])
+            x = exp(m + f[:, None] + g[None, :])
         u = tl.load(state + 2 * t * k + i, i < k, 0.0)
         z = u * (rest - u * tl.sum(x * y[None, :], 1))
         rest = tl.zeros_like(rest)
@@ -267,7 +270,8 @@ def read_rows(
     right=None,
 ):
     """Outputs row by row: P or log P (B,K,K), or P right (B,K)."""
-    b, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    parts = tl.cdiv(k, ROWS)
+    b, block = place(parts)
     i, j = block * ROWS + tl.arange(0, ROWS), tl.arange(0, COLUMNS)
     offsets, inside = entries(i, j, k)
     state = scalings + b * (n_iters + 1) * 2 * k
@@ -320,7 +324,8 @@ def begin_backward(
     right_partial=None,
 ):
     """X as the last iteration saw it; of W = ∂ℓ/∂log P the row sums r and the partial column sums."""
-    b, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    parts = tl.cdiv(k, ROWS)
+    b, block = place(parts)
     i, j = block * ROWS + tl.arange(0, ROWS), tl.arange(0, COLUMNS)
     offsets, inside = entries(i, j, k)
     state = scalings + b * (n_iters + 1) * 2 * k
@@ -331,7 +336,7 @@ def begin_backward(
     v = tl.load(state + (2 * n_iters + 1) * k + j, j < k, 0.0)
     p = u[:, None] * x * v[None, :]
     w = _upstream_log(grad, left, right, level, p, b, i, j, k, steps, LOG)
-    at = (b * tl.num_programs(1) + block) * k + j
+    at = (b * parts + block) * k + j
     tl.store(row_grad + b * k + i, tl.sum(w, 1), i < k)
     tl.store(partial + at, tl.sum(w, 0), j < k)
     if right is not None:
@@ -344,11 +349,9 @@ def _logits_gradient(
     grad, left, right, level, logits, column, state, absorbed, adjoint, b, i, j, k, steps, n_iters, LOG: tl.constexpr
 ):
     """A tile of M and of L̄ = W − X Σ_t (u^t y^tᵀ + z^t v^{t−1}ᵀ), each iteration with the X it saw."""
-    offsets, inside = entries(i, j, k)
-    m = tl.load(logits + b * k * k + offsets, inside, float("-inf"))
     f, g = tl.load(state + i, i < k, 0.0), tl.load(state + k + j, j < k, 0.0)
-    x = tl.exp(m + f[:, None] + g[None, :])
-    v = tl.exp((tl.load(column + b * k + j, j < k, 0.0) if column is not None else 0.0) - g)
+    x = _plan(logits, b, i, j, k, f, g)
+    v = exp((tl.load(column + b * k + j, j < k, 0.0) if column is not None else 0.0) - g)
     u = tl.full((i.shape[0],), 1.0, tl.float32)
     field, total = tl.zeros_like(x), tl.zeros_like(x)
     for t in range(1, n_iters + 1):
@@ -362,10 +365,12 @@ def _logits_gradient(
             field = tl.zeros_like(x)
             f += tl.log(u)
             g += tl.log(v)
-            x = tl.exp(m + f[:, None] + g[None, :])
+            x = _plan(logits, b, i, j, k, f, g)
             v = tl.full((j.shape[0],), 1.0, tl.float32)
     w = _upstream_log(grad, left, right, level, u[:, None] * x * v[None, :], b, i, j, k, steps, LOG)
-    return tl.where(inside, m, 0.0), tl.where(inside, w - total - x * field, 0.0)
+    offsets, inside = entries(i, j, k)
+    # M is read again: kept over all iterations it would take registers that are not there
+    return tl.load(logits + b * k * k + offsets, inside, 0.0), tl.where(inside, w - total - x * field, 0.0)
 
 
 @triton.jit
@@ -391,8 +396,8 @@ def end_backward(
     grad_tau=None,
     grad_start=None,
 ):
-    """The gradient of the logits (B,K,K), or of scores (B,K) and, if given, of tau (B,column blocks) and the start."""
-    b, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    """The gradient of the logits (B,K,K), or of scores (B,K) and, if given, of tau (column blocks,B) and the start."""
+    b, block = place(tl.cdiv(k, COLUMNS))
     j = block * COLUMNS + tl.arange(0, COLUMNS)
     state, absorbed = scalings + b * (n_iters + 1) * 2 * k, absorbed + b * n_iters
     adjoint += b * n_iters * 2 * k
@@ -422,7 +427,7 @@ def end_backward(
             plain = tl.zeros_like(plain)
         tl.store(grad_out + b * k + j, 2 * (weighted - c * plain) / temperature, j < k)
         if grad_tau is not None:  # M and h are proportional to 1/τ
-            tl.store(grad_tau + b * tl.num_programs(1) + block, -tl.sum(scaled) / temperature)
+            tl.store(grad_tau + tl.program_id(0), -tl.sum(scaled) / temperature)
 
 
 def _ranking_logits(scores: Tensor, tau: Tensor, seed: Tensor, noise: float) -> tuple[Tensor, Tensor]:
@@ -441,7 +446,7 @@ def _state(logits: Tensor, scalings: Tensor, absorbed: Tensor) -> Given:
 
 def _reduce(step: str, t: int, partial: Tensor, state: Given, out: Tensor | None = None) -> None:
     batch, parts, k = partial.shape
-    grid = batch, triton.cdiv(k, REDUCE["COLUMNS"])
+    grid = (batch * triton.cdiv(k, REDUCE["COLUMNS"]),)
     reduce[grid](partial=partial, out=out, parts=parts, t=t, STEP=step, **state, **REDUCE)
 
 
@@ -455,11 +460,11 @@ def _iterate(logits: Tensor, column: Tensor | None, state: Given) -> None:
     parts = triton.cdiv(k, tile["ROWS"])
     partial = logits.new_empty(batch, parts, k)
     start = {name: state[name] for name in ("scalings", "k", "n_iters")}
-    first[batch, parts](logits=logits, column=column, partial=partial, **start, **tile)
+    first[(batch * parts,)](logits=logits, column=column, partial=partial, **start, **tile)
     _reduce("potential", 0, partial, state)
     passed = {"logits": logits, "plan": torch.empty_like(logits), "partial": partial}
     for t in range(1, state["n_iters"] + 1):
-        sweep[batch, parts](t=t, BACKWARD=False, **passed, **state, **tile)
+        sweep[(batch * parts,)](t=t, BACKWARD=False, **passed, **state, **tile)
         _reduce("scaling", t, partial, state)
 
 
@@ -475,7 +480,9 @@ def _forward(
         state = _state(logits, scalings, absorbed)
         _iterate(logits, column, state)
         right = None if right is None else right.contiguous()
-        read_rows[batch, triton.cdiv(k, tile["ROWS"])](logits=logits, right=right, out=out, LOG=log, **state, **tile)
+        read_rows[(batch * triton.cdiv(k, tile["ROWS"]),)](
+            logits=logits, right=right, out=out, LOG=log, **state, **tile
+        )
     return out if left is None else cumulative_masks(out, left), scalings, absorbed
 
 
@@ -491,7 +498,7 @@ def _adjoints(upstream: Given, logits: Tensor, state: Given, log: bool, grad_rig
 
     def begin(level: Tensor | None) -> None:
         given = {**upstream, "level": level, "right_partial": right_partial, "LOG": log}
-        begin_backward[batch, parts](**given, **passed, **state, **tile)
+        begin_backward[(batch * parts,)](**given, **passed, **state, **tile)
 
     begin(level=None)
     _reduce("sum", 0, partial, state, level)
@@ -503,7 +510,7 @@ def _adjoints(upstream: Given, logits: Tensor, state: Given, log: bool, grad_rig
         resident_backward[(batch,)](logits=logits, adjoint=adjoint, row_grad=row_grad, **state, **resident_block(k))
         return {"adjoint": adjoint, "level": level}
     for t in range(n_iters, 0, -1):
-        sweep[batch, parts](adjoint=adjoint, t=t, BACKWARD=True, **passed, **state, **tile)
+        sweep[(batch * parts,)](adjoint=adjoint, t=t, BACKWARD=True, **passed, **state, **tile)
         if t > 1:
             _reduce("adjoint", t - 1, partial, state, adjoint)
     return {"adjoint": adjoint, "level": level}
@@ -512,9 +519,9 @@ def _adjoints(upstream: Given, logits: Tensor, state: Given, log: bool, grad_rig
 def _backward(
     log: bool, logits: Tensor, state: Given, upstream: Given, grad_right: Tensor | None = None, **given: Tensor | None
 ) -> None:
-    """Fill the gradient of the logits, or those of scores, tau (B,column blocks), right and the start."""
+    """Fill the gradient of the logits, or those of scores, tau (column blocks,B), right and the start."""
     adjoints = _adjoints(upstream, logits, state, log, grad_right)
-    grid = len(logits), triton.cdiv(state["k"], FIELD["COLUMNS"])
+    grid = (len(logits) * triton.cdiv(state["k"], FIELD["COLUMNS"]),)
     end_backward[grid](logits=logits, LOG=log, **adjoints, **upstream, **given, **state, **FIELD)
 
 
@@ -543,7 +550,7 @@ def gumbel_sinkhorn_backward(
     left, right, start = (None if x is None else x.contiguous() for x in (left, right, start))
     batch, k = scores.shape
     grad_scores = torch.empty_like(scores)
-    grad_tau = scores.new_empty(batch, triton.cdiv(k, FIELD["COLUMNS"])) if need_tau else None
+    grad_tau = scores.new_empty(triton.cdiv(k, FIELD["COLUMNS"]), batch) if need_tau else None
     grad_right, grad_start = (None if x is None else torch.empty_like(scores) for x in (right, start))
     if batch:
         logits, column = _ranking_logits(scores, tau, seed, noise)
@@ -551,5 +558,5 @@ def gumbel_sinkhorn_backward(
         upstream = {"grad": grad, "left": left, "right": right, "steps": 0 if left is None else len(left)}
         given = {"scores": scores, "tau": tau, "column": column, "grad_tau": grad_tau, "grad_start": grad_start}
         _backward(False, logits, state, upstream, grad_right, grad_out=grad_scores, **given)
-    grads = None if grad_tau is None else grad_tau.sum(1), grad_right, grad_start
+    grads = None if grad_tau is None else grad_tau.sum(0), grad_right, grad_start
     return grad_scores, *(scores.new_empty(0) if x is None else x for x in grads)

@@ -8,6 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .arithmetic import place
+
 TILE = {"ROWS": 16, "COLUMNS": 64, "num_warps": 1}  # 32 registers a thread
 
 
@@ -43,10 +45,10 @@ def upstream(grad, left, right, b, i, j, k, steps):
 
 @triton.jit
 def weigh_rows(permutation, left, out, k, steps, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """out_s = Σ_i left_si permutation_i: (B,K,K), (S,K) → (B,S,K); grid (B·S, column blocks)."""
-    b = tl.program_id(0).to(tl.int64) // steps
-    s = tl.program_id(0) % steps
-    j = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    """out_s = Σ_i left_si permutation_i: (B,K,K), (S,K) → (B,S,K); a program for each b, s and column block."""
+    pair, block = place(tl.cdiv(k, COLUMNS))
+    b, s = pair // steps, pair % steps
+    j = block * COLUMNS + tl.arange(0, COLUMNS)
     total = tl.zeros((COLUMNS,), tl.float32)
     for first in range(0, k, ROWS):
         i = first + tl.arange(0, ROWS)
@@ -54,15 +56,16 @@ def weigh_rows(permutation, left, out, k, steps, ROWS: tl.constexpr, COLUMNS: tl
         if tl.max(tl.abs(weight)) > 0:
             offsets, inside = entries(i, j, k)
             total += tl.sum(weight[:, None] * tl.load(permutation + b * k * k + offsets, inside, 0.0), 0)
-    tl.store(out + (b * steps + s) * k + j, total, j < k)
+    tl.store(out + pair * k + j, total, j < k)
 
 
 @triton.jit
 def spread_rows(grad, left, out, k, steps, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """out_ij = Σ_s left_si grad_sj: (B,S,K), (S,K) → (B,K,K); grid (B, row blocks, column blocks)."""
-    b = tl.program_id(0).to(tl.int64)
-    i = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-    j = tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)
+    """out_ij = Σ_s left_si grad_sj: (B,S,K), (S,K) → (B,K,K); a program for each b and tile."""
+    down = tl.cdiv(k, ROWS)
+    b, tile = place(down * tl.cdiv(k, COLUMNS))
+    i = tile % down * ROWS + tl.arange(0, ROWS)
+    j = tile // down * COLUMNS + tl.arange(0, COLUMNS)
     offsets, inside = entries(i, j, k)
     tl.store(out + b * k * k + offsets, upstream(grad, left, None, b, i, j, k, steps), inside)
 
@@ -72,7 +75,7 @@ def cumulative_masks(permutation: Tensor, left: Tensor) -> Tensor:
     steps = left.shape[0]
     out = permutation.new_empty(batch, steps, k)
     if out.numel():
-        grid = batch * steps, triton.cdiv(k, TILE["COLUMNS"])
+        grid = (batch * steps * triton.cdiv(k, TILE["COLUMNS"]),)
         permutation, left = permutation.contiguous(), left.contiguous()
         weigh_rows[grid](permutation=permutation, left=left, out=out, k=k, steps=steps, **TILE)
     return out
@@ -82,6 +85,6 @@ def cumulative_masks_backward(grad: Tensor, left: Tensor) -> Tensor:
     batch, steps, k = grad.shape
     out = torch.empty(batch, k, k, dtype=grad.dtype, device=grad.device)
     if out.numel():
-        grid = batch, triton.cdiv(k, TILE["ROWS"]), triton.cdiv(k, TILE["COLUMNS"])
+        grid = (batch * triton.cdiv(k, TILE["ROWS"]) * triton.cdiv(k, TILE["COLUMNS"]),)
         spread_rows[grid](grad=grad.contiguous(), left=left.contiguous(), out=out, k=k, steps=steps, **TILE)
     return out

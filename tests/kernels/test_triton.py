@@ -11,6 +11,7 @@ import sys
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -24,9 +25,10 @@ interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in the interprete
 if INTERPRETED:
     triton = pytest.importorskip("triton")
     import triton.language as tl
+    from triton.runtime.interpreter import InterpreterBuilder
 
     assert backend.load() is None
-    from aha.kernels.triton import noise, sinkhorn
+    from aha.kernels.triton import arithmetic, noise, perturb, sinkhorn
 
     @triton.jit
     def words_of(seed, out, first, N: tl.constexpr):
@@ -39,6 +41,23 @@ if INTERPRETED:
     def gumbel_of(out, first, N: tl.constexpr):
         cell = first + tl.arange(0, N)
         tl.store(out + tl.arange(0, N), noise.gumbel(cell.to(tl.uint32) << 9))
+
+    @triton.jit
+    def exp_of(x, out, SPLIT: tl.constexpr, N: tl.constexpr):
+        at = tl.arange(0, N)
+        value = tl.load(x + at)
+        tl.store(out + at, arithmetic.exp(value) if SPLIT else tl.exp2(value * 1.4426950408889634))
+
+    @triton.jit
+    def pixels_of(out, tile, height, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+        pixels = perturb.patch(tile, height, width, ROWS, COLUMNS)  # y, x, first, how far from it, which exist
+        at = tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+        tl.store(out + at, tl.where(pixels[4], pixels[2] + pixels[3], -1))
+
+    @triton.jit
+    def places_of(out, blocks):
+        image, block = arithmetic.place(blocks)
+        tl.store(out + tl.program_id(0), image * 1000 + block)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="starts the interpreter")
@@ -90,6 +109,80 @@ def test_gumbel_within_2_ulp_for_every_uniform():
         size_of = exact.float().abs()
         ulp = (torch.nextafter(size_of, torch.tensor(torch.inf)) - size_of).double()
         assert ((out.double() - exact).abs() / ulp).max() < 2
+
+
+def exp2_of_a_gpu(side):
+    """2^x as badly as ex2.approx.ftz.f32 may: 2⁻²² relative and 2 ulp, up, down, or as the bits of x fall."""
+
+    def approximate(x):
+        exact = np.exp2(x.astype(np.float64))
+        sign = side or 1.0 - 2.0 * (x.view(np.int32) * 40503 >> 7 & 1)
+        with np.errstate(over="ignore"):
+            found = (exact * (1 + sign * 2.0**-22) + sign * 2 * np.spacing(exact.astype(np.float32))).astype(np.float32)
+        return np.where(found < 2.0**-126, np.float32(0), found)
+
+    return lambda self, x: self.unary_op(x, approximate)
+
+
+def exp_errors(split):
+    x = torch.linspace(-87, 88.7, 1 << 16)
+    out = torch.empty_like(x)
+    exp_of[(1,)](x, out, split, len(x))
+    exact = x.double().exp()
+    return (out.double() / exact - 1).abs()
+
+
+@interpreted
+def test_exp_is_as_exact_as_the_exp2_it_rests_on(monkeypatch):
+    # 1 + l ln 2 and the last product round once each; the last digit of l adds nothing
+    own = 2.0**-23
+    exact = lambda self, x: self.unary_op(x, lambda v: np.exp2(v.astype(np.float64)).astype(np.float32))  # noqa: E731
+    monkeypatch.setattr(InterpreterBuilder, "create_exp2", exact)
+    assert exp_errors(True).max() < own + 2.0**-24 * 1.01
+    for side in (1.0, -1.0, 0.0):
+        monkeypatch.setattr(InterpreterBuilder, "create_exp2", exp2_of_a_gpu(side))
+        assert exp_errors(True).max() < own + 2.0**-22 + 2 * 2.0**-23 + 2.0**-24  # the last is the trial's own rounding
+        assert exp_errors(False).max() > 4e-6  # what rounding x log2 e alone would leave
+
+
+@interpreted
+def test_exp_at_its_ends():
+    inf = torch.inf
+    x = torch.tensor([-inf, -1e30, -104.0, 0.0, 1.0, 89.0, inf, torch.nan])
+    out = torch.empty_like(x)
+    exp_of[(1,)](x, out, True, 8)
+    assert out[:3].tolist() == [0, 0, 0] and out[3] == 1 and out[5:7].tolist() == [inf, inf] and out[7].isnan()
+
+
+@interpreted
+@pytest.mark.parametrize("streamed", [False, True])
+def test_ranking_with_the_exp2_of_a_gpu(streamed, monkeypatch):
+    monkeypatch.setattr(InterpreterBuilder, "create_exp2", exp2_of_a_gpu(0.0))
+    if streamed:
+        monkeypatch.setattr(sinkhorn, "RESIDENT", 0)
+        monkeypatch.setattr(sinkhorn, "TILE", 64)
+    for std, tau in ((0.3, 0.3), (0.3, 0.01), (100.0, 0.3)):
+        check_ranking("soft_topk_masks", 2, 9, 3, std, tau, 0.0)
+
+
+@interpreted
+@pytest.mark.parametrize(("height", "width"), [(16384, 16384), (70000, 50000)])
+def test_pixels_of_large_images_are_numbered_in_64_bits(height, width):
+    rows, columns = perturb.PATCH["ROWS"], perturb.PATCH["COLUMNS"]
+    across = -(-width // columns)
+    for tile in (0, across - 1, across, perturb._tiles(height, width) - 1):
+        top, left = tile // across * rows, tile % across * columns
+        out = torch.empty(rows, columns, dtype=torch.int64)
+        pixels_of[(1,)](out, tile, height, width, rows, columns)
+        y, x = top + torch.arange(rows)[:, None], left + torch.arange(columns)
+        assert torch.equal(out, torch.where((y < height) & (x < width), y * width + x, -1))
+
+
+@interpreted
+def test_one_axis_counts_images_first_and_then_their_blocks():
+    out = torch.empty(3 * 5, dtype=torch.int64)
+    places_of[(15,)](out, 5)
+    assert out.tolist() == [image * 1000 + block for block in range(5) for image in range(3)]
 
 
 @interpreted

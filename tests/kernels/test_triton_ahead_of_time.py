@@ -35,17 +35,24 @@ STACK = {
     "first": 8,
     "read_rows": 8,
     "begin_backward": 8,
-    "end_backward": 8,
 }
 
 
+LOG2E_LOW = "0f32A57060"  # of the split argument of exp, as PTX writes it
+
+
 class Launches(dict):
-    """What would be launched, once each: kernel, signature, constants, hints, warps."""
+    """What would be launched, once each: kernel, signature, constants, hints, warps; and every grid."""
+
+    def __init__(self):
+        super().__init__()
+        self.grids = []
 
     def record(self, kernel, grid, warmup, num_warps=4, **given):
         optional = {p.name: p.default for p in kernel.params if p.has_default}
         assert given.keys() <= set(kernel.arg_names) <= given.keys() | optional.keys()
-        assert all(0 < size < 2**31 for size in grid[:1]) and all(0 < size < 2**16 for size in grid[1:])
+        assert len(grid) == 1 and 0 < grid[0] < 2**31  # the other axes end at 65535
+        self.grids.append(grid[0])
         signature, constants, hints = {}, {}, {}
         for n, parameter in enumerate(kernel.params):
             value = (optional | given)[parameter.name]
@@ -104,6 +111,10 @@ def compile_all(launches: Launches, capability: int, folder: Path) -> dict[str, 
         assert compiled.metadata.shared <= 48 << 10
         if kernel.__name__ == "ranking_logits" and "True" in str(constants):
             assert "fma.rn.f32" in compiled.asm["ptx"]  # the noise rests on them
+        # with each power of 2 comes what rounding its exponent took away; Blackwell adds that in pairs
+        powers = len(re.findall(r"\bex2\.", compiled.asm["ptx"]))
+        corrections = len(re.findall(rf"fma\.rn\.f32 .*{LOG2E_LOW}", compiled.asm["ptx"]))
+        assert corrections == powers or (capability == 100 and LOG2E_LOW in compiled.asm["ptx"])
         file = folder / "kernel.cubin"
         file.write_bytes(compiled.asm["cubin"])
         report = subprocess.run([CUOBJDUMP, "--dump-resource-usage", file], capture_output=True, text=True, check=True)
@@ -128,6 +139,24 @@ def test_perturbation_for_hopper(launches, tmp_path, monkeypatch):
     blend(torch.bfloat16)
     assert len(launches) == 6
     assert not compile_all(launches, 90, tmp_path)
+
+
+@pytest.mark.parametrize("side", [16384, 40000])
+def test_images_of_any_size_can_be_launched(side, launches):
+    # on tensors without memory: nothing is read before the launch
+    with torch.device("meta"):
+        images, masks = torch.zeros(2, 3, side, side, dtype=torch.bfloat16), torch.zeros(2, 4, 196)
+        taps = [torch.zeros(side, 2, dtype=dtype) for _ in range(2) for dtype in (torch.int64, torch.float32)]
+        ranks, counts = torch.zeros(2, side, side, dtype=torch.int32), torch.zeros(4, dtype=torch.int32)
+    outputs = perturb.perturb(images, images, masks, *taps, 14, 14, None, None, torch.bfloat16)
+    perturb.perturb_backward(*outputs, images, images, masks, *taps, 14, 14, None, True)
+    outputs = perturb.perturb_by_rank(images, images, ranks, counts, None, None, torch.bfloat16)
+    perturb.perturb_by_rank_backward(*outputs, ranks, counts, None, torch.bfloat16)
+    rows, columns, span = perturb.PATCH["ROWS"], perturb.PATCH["COLUMNS"], perturb.SPAN["SPAN"]
+    tiles, spans = -(-side // rows) * -(-side // columns), -(-(side**2) // span)
+    assert launches.grids[0] == 2 * 4 * tiles and launches.grids[3] == 2 * 3 * tiles
+    assert launches.grids[4:] == [2 * 4 * spans, 2 * 3 * spans]
+    assert tiles > 65535 and spans > 65535
 
 
 @pytest.mark.slow
