@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from typing import Literal
@@ -13,72 +12,14 @@ from typing import Literal
 import torch
 import tyro
 from rich.console import Console
-from torch import Tensor
 
 from . import memory as peaks
 from . import table, timing
-from .cases import CASES, HEADLINES, Case, Inputs, Outputs, Size, sizes, the
+from .cases import CASES, HEADLINES, Case, Inputs, Size, sizes, the
 from .rows import Run, rows
+from .truth import Truth, deviation, truth, why
 
-ATOL = 1e-6  # relative to the largest entry: some rounding errors of float32
-TRUTH_BYTES = 512 << 20  # more images than fit here are timed, but not compared
 UNROLLED = ("eager", "torch.compile")
-
-
-class WrongError(AssertionError):
-    """A row computes something else than the operator."""
-
-
-@dataclass(frozen=True)
-class Truth:
-    """What the rows of a case are compared with, on its first images.
-
-    Attributes:
-        outputs, gradients: of the float64 reference.
-        error: of the float32 reference (of half precision, where the inputs are), see `deviation`.
-        cotangents: gradients sent backward, for all images.
-    """
-
-    outputs: Outputs
-    gradients: Outputs
-    error: float
-    cotangents: list[Tensor]
-
-    def check(self, outputs: Sequence[Tensor], gradients: Sequence[Tensor]) -> float:
-        """The error of a row's outputs and gradients.
-
-        Raises:
-            WrongError: beyond twice the error of the reference plus `ATOL`.
-        """
-        error = deviation((*outputs, *gradients), (*self.outputs, *self.gradients))
-        bound = 2 * self.error + ATOL
-        if not error <= bound:
-            raise WrongError(f"wrong: error {error:.3g} exceeds {bound:.3g}, the reference has {self.error:.3g}")
-        return error
-
-
-def deviation(values: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
-    """Largest |value − exact| over the largest |exact|, the worst over pairs; compared on the first images."""
-    worst = 0.0
-    for value, true in zip(values, exact, strict=True):
-        scale = true.abs().max().item() or 1.0
-        gap = (value[: len(true)].double() - true).abs().max().item() / scale
-        worst = gap if not gap <= worst else worst  # NaN stays
-    return worst
-
-
-def truth(case: Case, inputs: Inputs, size: Size) -> Truth:
-    """Runs the reference in float64 and in float32 on as many images as `TRUTH_BYTES` allow, at least one."""
-    per_image = case.reference_bytes(size, 8) / size.B
-    some = case.first(inputs, min(size.B, max(1, int(TRUTH_BYTES / per_image))))
-    with torch.no_grad():
-        outputs = case.call(case.first(inputs, 1), "reference")
-    cotangents = case.cotangents(outputs, size.B)
-    few = [c[: len(some[case.differentiable[0]])] for c in cotangents]
-    exact = case.truth(some, few)
-    single = case.gradients(lambda given: case.call(given, "reference"), some, few)
-    error = deviation((*single[0], *single[1]), (*exact[0], *exact[1]))
-    return Truth(*exact, error, cotangents)
 
 
 def measure(
@@ -165,16 +106,6 @@ def _memory(device: str) -> float:
     if device == "cuda":
         return 0.8 * torch.cuda.get_device_properties().total_memory
     return 0.5 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
-
-
-def why(error: BaseException) -> str:
-    """A failure in one short line."""
-    if isinstance(error, torch.OutOfMemoryError):
-        return "does not fit: out of memory"
-    if isinstance(error, WrongError):
-        return str(error)
-    first = (str(error).strip().splitlines() or [""])[0]
-    return f"failed: {type(error).__name__}: {first[:120]}"
 
 
 def failures(rows: Sequence[Mapping[str, str]]) -> list[str]:

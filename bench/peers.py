@@ -34,8 +34,9 @@ from aha.kernels.functional import _cumulative_weights
 
 from . import table
 from .cases import CASES, TINY, Inputs, Outputs, Size, the
-from .operators import deviation, measure, truth, why
+from .operators import measure
 from .rows import Run, rows
+from .truth import deviation, truth, why
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ from aha.files import write_atomically
 from aha.regions import grid
 
 from . import table, timing
-from .operators import why
+from .truth import why
 
 SHARE_BAR, RATIO_BAR = 0.05, 1.1  # what the project asks for
 

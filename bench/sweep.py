@@ -12,8 +12,8 @@ from dataclasses import replace
 import torch
 
 from .cases import CASES, TINY
-from .operators import why
 from .rows import REFERENCE_ROWS, rows
+from .truth import why
 
 REGIONS = (1, 2, 49, 50, 196, 257)
 

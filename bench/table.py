@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import subprocess
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import date
 from functools import lru_cache
@@ -19,6 +18,7 @@ from aha.files import write_atomically
 
 from .cases import HEADLINES, Case, Size, the
 from .rows import DEVICE_ROWS
+from .stages import commit
 
 KEY = ("operator", "case", "B", "K", "T", "S", "tau", "noise", "dtype", "row", "device", "phase")
 FIGURES = ("median_ms", "p20_ms", "p80_ms", "peak_mib", "error", "error_reference")
@@ -63,9 +63,7 @@ def device_name(device: str) -> str:
 @lru_cache(maxsize=1)
 def made() -> dict[str, str]:
     """Versions, commit and date that go with every figure."""
-    root = Path(__file__).parent.parent
-    done = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=root, capture_output=True, text=True)
-    found = {"torch": torch.__version__, "aha": __version__, "commit": done.stdout.strip(), "date": str(date.today())}
+    found = {"torch": torch.__version__, "aha": __version__, "commit": commit(), "date": str(date.today())}
     try:
         found["triton"] = metadata.version("triton")
     except metadata.PackageNotFoundError:

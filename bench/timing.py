@@ -63,7 +63,7 @@ def _cpu_ms(call: Callable[[], object]) -> float:
 
 
 def _cuda_ms(call: Callable[[], object]) -> float:
-    _flush().zero_()
+    flush()
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
     call()
@@ -72,9 +72,13 @@ def _cuda_ms(call: Callable[[], object]) -> float:
     return start.elapsed_time(end)
 
 
+def flush() -> None:
+    """Evict everything from the L2 cache, by writing twice as much as it holds."""
+    _twice_the_cache().zero_()
+
+
 @lru_cache(maxsize=1)
-def _flush() -> torch.Tensor:
-    """Twice the L2 cache; writing it evicts everything else."""
+def _twice_the_cache() -> torch.Tensor:
     return torch.empty(2 * torch.cuda.get_device_properties().L2_cache_size, dtype=torch.uint8, device="cuda")
 
 

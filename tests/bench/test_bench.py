@@ -13,8 +13,9 @@ import aha
 from aha import kernels
 from aha.evaluation import MethodSpec
 from aha.kernels import dispatch
-from bench import cases, faithfulness, mda, memory, metrics, operators, peers, report, rows, step, table, timing
+from bench import cases, faithfulness, mda, memory, metrics, operators, pages, peers, report, rows, step, table, timing
 from bench.cases import CASES, TINY
+from bench.stages import Stage
 
 
 def measured(operator, size=TINY, only=("eager", "checkpoint"), **options):
@@ -133,7 +134,7 @@ def test_from_a_measurement_to_the_pages(tmp_path, monkeypatch):
         assert float(row["error"]) <= 2 * float(row["error_reference"]) + 1e-6
         assert row["torch"] == torch.__version__
     assert {row["K"] for row in found if row["operator"] == "perturb_by_rank"} == {""}
-    report.pages(tmp_path)
+    pages.write(tmp_path)
     page = (tmp_path / "cpu.md").read_text()
     eager = table.select(found, operator="soft_topk_masks", case="the", row="eager", phase="forward+backward")[0]
     assert f"{eager['median_ms']} ({eager['p20_ms']} to {eager['p80_ms']}) | 1.00 |" in page
@@ -266,8 +267,8 @@ def test_a_failed_stage_is_recorded_and_the_next_one_runs(tmp_path, monkeypatch)
         "gone": [str(tmp_path / "no such program")],
         "good": [sys.executable, "-c", "print('fine')"],
     }
-    monkeypatch.setattr(report, "stages", lambda *_: commands)
-    assert report.main("cpu", tmp_path, timeout=2.0) == 1
+    monkeypatch.setattr(report, "stages", lambda *_: [Stage(name, command, 2.0) for name, command in commands.items()])
+    assert report.main("cpu", tmp_path) == 1
     found = json.loads((tmp_path / "report_cpu.json").read_text())["stages"]
     assert [stage["status"].partition(":")[0] for stage in found] == ["failed", "failed", "failed", "ok"]
     assert found[0]["status"].endswith("exit status 4") and found[0]["output"] == ["in …"]
@@ -275,9 +276,10 @@ def test_a_failed_stage_is_recorded_and_the_next_one_runs(tmp_path, monkeypatch)
 
 
 def test_stages_of_a_gpu_begin_with_the_build(tmp_path):
-    names = list(report.stages("cuda", tmp_path, "all", 0.3))
+    names = [stage.name for stage in report.stages("cuda", tmp_path, "all", 0.3)]
     assert names[:4] == ["build", "tests", "memcheck", "racecheck"]
-    assert set(CASES) < set(names) and not {"build", "memcheck"} & set(report.stages("cpu", tmp_path, "the", 1.0))
+    on_cpu = {stage.name for stage in report.stages("cpu", tmp_path, "the", 1.0)}
+    assert set(CASES) < set(names) and not {"build", "memcheck"} & on_cpu
     with pytest.raises(SystemExit, match="no such stage"):
         report.stages("cpu", tmp_path, "the", 1.0, ["everything"])
 
