@@ -19,7 +19,7 @@ from . import PLAN, PLANS
 
 # one CTA for each image; X in global memory; clusters of 4 and of 16 on Hopper
 REGIONS = {"cuda": (49, 196, 1025, 400, 784), "cpu": (49, 196)}
-IN_BLOCKS = 2  # of what the operator says of an image's first iteration, see csrc/blocks.h
+IN_BLOCKS = 2  # bit of `absorbed`, which the operator keeps for each iteration, where the plan is blocks
 
 
 def plan_of(inputs: Inputs) -> str:
