@@ -67,13 +67,13 @@ LAYOUTS = {784: Layout(784, "true, 25", 16, 256)}
 # A part of a kernel is named after the innermost of these functions that an instruction is inlined into.
 PARTS = {
     "forward": {
-        "start": "set-up", "start_rows": "set-up", "restart_rows": "set-up", "exponentiate": "set-up",
+        "start": "set-up", "start_rows": "set-up", "restart_rows": "set-up", "restart": "set-up", "exponentiate": "set-up",
         "rows": "sweep", "sweep": "sweep", "column": "columns", "total": "columns", "publish": "columns",
-        "after_rows": "barriers", "after_columns": "barriers",
-        "read_left": "readout", "weigh_rows": "readout", "read_rows": "readout",
+        "raised": "sweep", "after_rows": "barriers", "after_columns": "barriers",
+        "read_left": "readout", "sum_left": "readout", "weigh_rows": "readout", "read_rows": "readout",
     },
     "backward": {
-        "restart_rows": "set-up", "exponentiate": "set-up", "weigh": "set-up", "finish_row": "set-up",
+        "restart_rows": "set-up", "restart": "set-up", "exponentiate": "set-up", "weigh": "set-up", "finish_row": "set-up",
         "rows": "sweep", "sweep": "sweep", "fold": "fold", "add_outer": "fold", "column": "columns",
         "gather": "columns", "total": "columns", "publish": "columns",
         "after_rows": "barriers", "after_columns": "barriers",

@@ -693,10 +693,11 @@ def _value_instruction(name: str, opcode: str, operands: list[str]) -> Reader | 
     if name == "HFMA2" and rest[:2] == ["-RZ", "RZ"]:  # how a constant is made
         halves = np.array([float(rest[3]), float(rest[2])], np.float16).view(np.uint32)[0]
         return lambda c, i: np.full(len(c.group), halves, np.uint32)
-    if name == "P2R":
-        mask = int(rest[2], 16)
+    if name in ("P2R", "P2UR"):
+        mask, base = int(rest[2], 16), 8 if rest[0] == "UPR" else 0
         return lambda c, i: sum(
-            (c.predicates[n, i].astype(np.uint32) << n for n in range(7) if mask >> n & 1), np.uint32(0)
+            (c.predicates[base + n, i].astype(np.uint32) << n for n in range(7) if mask >> n & 1),
+            np.zeros(len(c.group), np.uint32),
         )
     return None
 
@@ -715,7 +716,7 @@ def _other(name: str, opcode: str, operands: list[str], program: Program) -> Act
         return _sum(opcode, operands)
     if name == "SHFL":
         return _exchange(opcode, operands)
-    if name == "VOTE":
+    if name in ("VOTE", "VOTEU"):
         return _vote(opcode, operands)
     if name in ("I2F", "I2FP", "F2I"):
         return _convert(opcode, operands)

@@ -20,8 +20,8 @@ constexpr bool HAS_CLUSTERS = true;
 
 #ifdef __CUDACC__
 __device__ __forceinline__ void cluster_sync() {
-#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
-  cooperative_groups::this_cluster().sync();
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 #endif
 }
 
@@ -33,6 +33,19 @@ __device__ __forceinline__ T* cluster_map(T* own, int rank) {
 #else
   return own;
 #endif
+}
+
+// Four floats at an address that is a multiple of 16 bytes.
+__device__ __forceinline__ float4 load_four(const float* from) { return *reinterpret_cast<const float4*>(from); }
+__device__ __forceinline__ void store_four(float* to, const float4& x) { *reinterpret_cast<float4*>(to) = x; }
+__device__ __forceinline__ float2 load_two(const float* from) { return *reinterpret_cast<const float2*>(from); }
+__device__ __forceinline__ void store_two(float* to, const float2& x) { *reinterpret_cast<float2*>(to) = x; }
+
+// 1 / x of a normal x that is far from the ends of the range, to an ulp: without the branches of the division.
+__device__ __forceinline__ float reciprocal(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return fmaf(fmaf(-x, y, 1.0f), y, y);
 }
 #endif
 
@@ -50,6 +63,31 @@ __device__ __forceinline__ void warp_sums(float (&x)[R]) {
   for (int offset = WARP / 2; offset; offset /= 2)
 #pragma unroll
     for (int r = 0; r < R; ++r) x[r] += __shfl_xor_sync(ALL_LANES, x[r], offset);
+}
+
+// R sums over the warp, each for some of the lanes: lane l gets that of x[sum_of(l)], as do those with the same l % R.
+template <int R>
+__device__ __forceinline__ int sum_of(int lane) {
+  int index = 0;
+#pragma unroll
+  for (int bit = 1, half = R / 2; half; bit *= 2, half /= 2) index += lane & bit ? half : 0;
+  return index;
+}
+template <int R>
+__device__ __forceinline__ float scattered_sums(float (&x)[R]) {
+  static_assert((R & (R - 1)) == 0);
+#pragma unroll
+  for (int bit = 1, half = R / 2; half; bit *= 2, half /= 2) {
+    const bool upper = lane() & bit;
+#pragma unroll
+    for (int r = 0; r < half; ++r) {
+      const float mine = upper ? x[r + half] : x[r], other = upper ? x[r] : x[r + half];
+      x[r] = mine + __shfl_xor_sync(ALL_LANES, other, bit);
+    }
+  }
+#pragma unroll
+  for (int offset = R; offset < WARP; offset *= 2) x[0] += __shfl_xor_sync(ALL_LANES, x[0], offset);
+  return x[0];
 }
 
 __device__ __forceinline__ float warp_sum(float x) {

@@ -24,7 +24,7 @@ struct Ranking {
 // The logits of one image.
 struct Logits {
   const float *scores, *given;
-  float tau, noise;
+  float tau, inverse, noise;  // inverse: 1 / tau
   uint64_t seed, first;  // first: element of the noise at (0, 0)
   int k;
 
@@ -32,6 +32,7 @@ struct Logits {
       : scores(p.logits ? nullptr : p.scores + image * p.k),
         given(p.logits ? p.logits + image * p.k * p.k : nullptr),
         tau(p.logits ? 1.0f : *p.tau),
+        inverse(1.0f / tau),
         noise(p.noise),
         seed(p.logits ? 0 : static_cast<uint64_t>(*p.seed)),
         first(static_cast<uint64_t>(image) * p.k * p.k),
@@ -39,9 +40,14 @@ struct Logits {
 
   __device__ float rank(int i) const { return k > 1 ? 0.5f - static_cast<float>(i) / static_cast<float>(k - 1) : 0.5f; }
   __device__ float centred(int j) const { return scores[j] - 0.5f; }
+  // x / tau, corrected by its rest: within an ulp, without the branches of the division.
+  __device__ float over_tau(float x) const {
+    const float quotient = x * inverse;
+    return fmaf(fmaf(-quotient, tau, x), inverse, quotient);
+  }
   // p.start is that of all images; found from here, it occupies no register between its uses
   __device__ float initial(const Ranking& p, int j) const {
-    return given ? 0.0f : p.start ? p.start[scores - p.scores + j] : -(centred(j) * centred(j)) / tau;
+    return given ? 0.0f : p.start ? p.start[scores - p.scores + j] : over_tau(-(centred(j) * centred(j)));
   }
 };
 
@@ -73,11 +79,49 @@ struct State {
   }
 };
 
-// Consecutive rows of X, in shared or global memory.
+// Consecutive rows of X, in shared or global memory. Where a lane holds its columns in registers, rows begin at multiples
+// of 16 bytes (stride), and what a sweep reads past the end of one, of the next or of the vector that follows the last,
+// is finite and meets a 0: so nothing asks whether a column exists.
 struct Band {
   float* x;
-  int first, rows, k;
-  __device__ float* row(int r) const { return x + static_cast<int64_t>(r) * k; }
+  int first, rows, k, stride;
+  __device__ float* row(int r) const { return x + static_cast<int64_t>(r) * stride; }
+};
+
+// The N columns of a lane among WARP N of a row: fours that lie together, then the rest one by one.
+template <int N>
+struct Lanes {
+  static constexpr int FOURS = N / 4, WIDTH = WARP * N;
+
+  __device__ static int column(int n) {
+    return n < 4 * FOURS ? 4 * WARP * (n / 4) + 4 * lane() + n % 4 : WARP * n + lane();
+  }
+  __device__ __forceinline__ static void load(const float* row, float (&x)[N]) {
+#pragma unroll
+    for (int q = 0; q < FOURS; ++q) {
+      const float4 four = load_four(row + 4 * (WARP * q + lane()));
+      x[4 * q] = four.x, x[4 * q + 1] = four.y, x[4 * q + 2] = four.z, x[4 * q + 3] = four.w;
+    }
+#pragma unroll
+    for (int n = 4 * FOURS; n < N; ++n) x[n] = row[WARP * n + lane()];
+  }
+  __device__ __forceinline__ static void store(float* row, const float (&x)[N]) {
+#pragma unroll
+    for (int q = 0; q < FOURS; ++q)
+      store_four(row + 4 * (WARP * q + lane()), {x[4 * q], x[4 * q + 1], x[4 * q + 2], x[4 * q + 3]});
+#pragma unroll
+    for (int n = 4 * FOURS; n < N; ++n) row[WARP * n + lane()] = x[n];
+  }
+  // The columns below `end`, a multiple of four.
+  __device__ __forceinline__ static void store(float* row, const float (&x)[N], int end) {
+#pragma unroll
+    for (int q = 0; q < FOURS; ++q)
+      if (column(4 * q) < end)
+        store_four(row + column(4 * q), {x[4 * q], x[4 * q + 1], x[4 * q + 2], x[4 * q + 3]});
+#pragma unroll
+    for (int n = 4 * FOURS; n < N; ++n)
+      if (column(n) < end) row[column(n)] = x[n];
+  }
 };
 
 __device__ __forceinline__ bool outside(float scaling) {
@@ -99,23 +143,94 @@ __device__ inline void write_noise(const Logits& l, int i, int from, int to, flo
   __syncwarp();
 }
 
-// M_i into `row`; one warp. Explicit fma: forward and backward must round alike.
-__device__ inline void write_logits(const Logits& l, int i, float* row) {
-  if (l.given) {
-    for (int j = lane(); j < l.k; j += WARP) row[j] = l.given[static_cast<int64_t>(i) * l.k + j];
-    return;
-  }
-  if (l.noise != 0.0f) write_noise(l, i, 0, l.k, row);
-  const float twice = 2.0f * l.rank(i);
-  for (int j = lane(); j < l.k; j += WARP)
-    row[j] = fmaf(twice, l.centred(j), l.noise != 0.0f ? l.noise * row[j] : 0.0f) / l.tau;
+// M_ij. Explicit fma: forward and backward must round alike.
+__device__ __forceinline__ float logit(const Logits& l, float twice_rank, float centred, float noise) {
+  return l.over_tau(fmaf(twice_rank, centred, l.noise != 0.0f ? l.noise * noise : 0.0f));
 }
 
-// M_ij + F_i into the band, with F_i = -logsumexp_j(M_ij + h_j), which is also saved.
+// Rows of logits by one warp: of a lane's N columns in registers, -infinity past the end.
+template <int N>
+struct Rows {
+  float centred[N];
+
+  __device__ explicit Rows(const Logits& l) {
+#pragma unroll
+    for (int n = 0; n < N; ++n) {
+      const int j = Lanes<N>::column(n);
+      centred[n] = l.given || j >= l.k ? 0.0f : l.centred(j);
+    }
+  }
+  // M_i; `row` is where the noise may lie meanwhile.
+  __device__ void make(const Logits& l, int i, float* row, float (&m)[N]) const {
+    const bool noisy = !l.given && l.noise != 0.0f;
+    if (noisy) {
+      write_noise(l, i, 0, l.k, row);
+      Lanes<N>::load(row, m);
+    }
+    const float twice = 2.0f * l.rank(i);
+#pragma unroll
+    for (int n = 0; n < N; ++n) {
+      const int j = Lanes<N>::column(n);
+      if (j >= l.k) m[n] = -INFINITY;
+      else if (l.given) m[n] = l.given[static_cast<int64_t>(i) * l.k + j];
+      else m[n] = logit(l, twice, centred[n], noisy ? m[n] : 0.0f);
+    }
+  }
+};
+
+// Of any number of columns, into `row`.
+template <>
+struct Rows<0> {
+  __device__ explicit Rows(const Logits&) {}
+  __device__ void make(const Logits& l, int i, float* row) const {
+    if (l.given) {
+      for (int j = lane(); j < l.k; j += WARP) row[j] = l.given[static_cast<int64_t>(i) * l.k + j];
+      return;
+    }
+    if (l.noise != 0.0f) write_noise(l, i, 0, l.k, row);
+    const float twice = 2.0f * l.rank(i);
+    for (int j = lane(); j < l.k; j += WARP) row[j] = logit(l, twice, l.centred(j), l.noise != 0.0f ? row[j] : 0.0f);
+  }
+};
+
+// M_ij + F_i into the band, with F_i = -logsumexp_j(M_ij + h_j), which is also saved; top_j: the maxima of its columns
+// over the rows of this warp.
+template <int N>
+__device__ inline void start_rows(const Ranking& p, const Logits& l, const Band& band, float* potentials,
+                                  float (&top)[N]) {
+  const Rows<N> rows(l);
+  float initial[N];
+#pragma unroll
+  for (int n = 0; n < N; ++n) {
+    const int j = Lanes<N>::column(n);
+    initial[n] = j < l.k ? l.initial(p, j) : 0.0f;
+    top[n] = -INFINITY;
+  }
+#pragma unroll 1  // a row fills the registers
+  for (int r = warp(); r < band.rows; r += warps()) {
+    float m[N], most = -INFINITY, sum = 0.0f;
+    rows.make(l, band.first + r, band.row(r), m);
+#pragma unroll
+    for (int n = 0; n < N; ++n) most = fmaxf(most, m[n] + initial[n]);
+    most = warp_max(most);
+#pragma unroll
+    for (int n = 0; n < N; ++n) sum += expf(m[n] + initial[n] - most);
+    const float potential = -(most + logf(warp_sum(sum)));
+#pragma unroll
+    for (int n = 0; n < N; ++n) {
+      m[n] += potential;
+      top[n] = fmaxf(top[n], m[n]);
+    }
+    Lanes<N>::store(band.row(r), m, band.stride);
+    if (lane() == 0) potentials[band.first + r] = potential;
+  }
+}
+
 __device__ inline void start_rows(const Ranking& p, const Logits& l, const Band& band, float* potentials) {
+  const Rows<0> rows(l);
   for (int r = warp(); r < band.rows; r += warps()) {
     float* row = band.row(r);
-    write_logits(l, band.first + r, row);
+    rows.make(l, band.first + r, row);
     float top = -INFINITY, sum = 0.0f;
     for (int j = lane(); j < l.k; j += WARP) top = fmaxf(top, row[j] + l.initial(p, j));
     top = warp_max(top);
@@ -126,41 +241,83 @@ __device__ inline void start_rows(const Ranking& p, const Logits& l, const Band&
   }
 }
 
-// M_ij + F_i into the band, with the potentials of iteration t.
-__device__ inline void restart_rows(const Logits& l, const State& state, int t, const Band& band) {
-  t = state.origin(t);
-  for (int r = warp(); r < band.rows; r += warps()) {
-    float* row = band.row(r);
-    write_logits(l, band.first + r, row);
-    const float potential = state.potential(0, band.first + r, t);
-    for (int j = lane(); j < l.k; j += WARP) row[j] += potential;
-  }
-}
-
-// X from M_ij + F_i, with the potentials of iteration t. A thread reads the entries it has written itself.
+// X of the first iteration from M_ij + F_i, or of iteration t where nothing was absorbed before it. A thread reads the
+// entries it has written itself.
+template <int N>
 __device__ inline void exponentiate(const State& state, int t, const Band& band) {
   t = state.origin(t);
-  for (int j = lane(); j < band.k; j += WARP) {
-    const float potential = state.potential(1, j, t);
-    for (int r = warp(); r < band.rows; r += warps()) band.row(r)[j] = expf(band.row(r)[j] + potential);
+  if constexpr (N > 0) {
+    float g[N];
+#pragma unroll
+    for (int n = 0; n < N; ++n) {
+      const int j = Lanes<N>::column(n);
+      g[n] = j < band.k ? state.potential(1, j, t) : 0.0f;
+    }
+#pragma unroll 1
+    for (int r = warp(); r < band.rows; r += warps()) {
+      float x[N];
+      Lanes<N>::load(band.row(r), x);
+#pragma unroll
+      for (int n = 0; n < N; ++n) x[n] = expf(x[n] + g[n]);
+      Lanes<N>::store(band.row(r), x, band.stride);
+    }
+  } else {
+    for (int j = lane(); j < band.k; j += WARP) {
+      const float potential = state.potential(1, j, t);
+      for (int r = warp(); r < band.rows; r += warps()) band.row(r)[j] = expf(band.row(r)[j] + potential);
+    }
   }
   __syncthreads();
 }
 
-// Passes over tiles of columns: lane l of every warp holds the columns l, l + WARP, ... of the tile.
-constexpr int TILE_COLUMNS = 4, TILE = WARP * TILE_COLUMNS;
-using Tile = float[TILE_COLUMNS];
+// X from the potentials of iteration t; the logits are made again.
+template <int N>
+__device__ inline void restart(const Logits& l, const State& state, int t, const Band& band) {
+  t = state.origin(t);
+  const Rows<N> rows(l);
+  if constexpr (N > 0) {
+    float g[N];
+#pragma unroll
+    for (int n = 0; n < N; ++n) {
+      const int j = Lanes<N>::column(n);
+      g[n] = j < l.k ? state.potential(1, j, t) : 0.0f;
+    }
+#pragma unroll 1
+    for (int r = warp(); r < band.rows; r += warps()) {
+      float x[N];
+      rows.make(l, band.first + r, band.row(r), x);
+      const float potential = state.potential(0, band.first + r, t);
+#pragma unroll
+      for (int n = 0; n < N; ++n) x[n] = expf(x[n] + potential + g[n]);
+      Lanes<N>::store(band.row(r), x, band.stride);
+    }
+    __syncthreads();
+  } else {
+    for (int r = warp(); r < band.rows; r += warps()) {
+      float* row = band.row(r);
+      rows.make(l, band.first + r, row);
+      const float potential = state.potential(0, band.first + r, t);
+      for (int j = lane(); j < l.k; j += WARP) row[j] += potential;
+    }
+    exponentiate<N>(state, t, band);
+  }
+}
+
+// Passes over tiles of columns: lane l of every warp holds the C columns l, l + WARP, ... of the tile.
+template <int C>
+using Tile = float[C];
+constexpr int TILE_COLUMNS = 4, TILE = WARP * TILE_COLUMNS;  // where nothing asks for others
 
 // Sums a tile over the warps in their order, then finish(column, sum) for its first `width` columns.
-template <typename Finish>
-__device__ __forceinline__ void add_warps(const Tile& part, int width, float* buffer, const Finish& finish) {
+template <int C, typename Finish>
+__device__ __forceinline__ void add_warps(const Tile<C>& part, int width, float* buffer, const Finish& finish) {
   __syncthreads();
 #pragma unroll
-  for (int c = 0; c < TILE_COLUMNS; ++c) buffer[warp() * TILE + lane() + WARP * c] = part[c];
+  for (int c = 0; c < C; ++c) buffer[(warp() * C + c) * WARP + lane()] = part[c];
   __syncthreads();
   for (int j = threadIdx.x; j < width; j += blockDim.x) {
     float sum = 0.0f;
-    for (int w = 0; w < warps(); ++w) sum += buffer[w * TILE + j];
+    for (int w = 0; w < warps(); ++w) sum += buffer[w * C * WARP + j];
     finish(j, sum);
   }
 }
@@ -169,7 +326,7 @@ __device__ __forceinline__ void add_warps(const Tile& part, int width, float* bu
 template <typename Row, typename Finish>
 __device__ void weigh_rows(const float* left, const float* scale, int k, const Row& row, int j0, int j1,
                            float* buffer, const Finish& finish) {
-  Tile part = {};
+  Tile<TILE_COLUMNS> part = {};
   for (int i0 = WARP * warp(); i0 < k; i0 += WARP * warps()) {
     float weight = i0 + lane() < k ? left[i0 + lane()] : 0.0f;
     if (scale && weight != 0.0f) weight *= scale[i0 + lane()];
@@ -188,9 +345,11 @@ __device__ void weigh_rows(const float* left, const float* scale, int k, const R
 }
 
 // sum_s left_si grad_sj over a tile of columns, most of left being 0; one warp.
-__device__ inline void weigh_steps(const float* left, const float* grad, int steps, int k, int i, int j0, Tile& sum) {
+template <int C>
+__device__ inline void weigh_steps(const float* left, const float* grad, int steps, int k, int i, int j0,
+                                   Tile<C>& sum) {
 #pragma unroll
-  for (int c = 0; c < TILE_COLUMNS; ++c) sum[c] = 0.0f;
+  for (int c = 0; c < C; ++c) sum[c] = 0.0f;
   for (int s0 = 0; s0 < steps; s0 += WARP) {
     const float weight = s0 + lane() < steps ? left[static_cast<int64_t>(s0 + lane()) * k + i] : 0.0f;
     for (unsigned rest = __ballot_sync(ALL_LANES, weight != 0.0f); rest; rest &= rest - 1) {
@@ -198,7 +357,7 @@ __device__ inline void weigh_steps(const float* left, const float* grad, int ste
       const float w = __shfl_sync(ALL_LANES, weight, s);
       const float* from = grad + static_cast<int64_t>(s0 + s) * k;
 #pragma unroll
-      for (int c = 0; c < TILE_COLUMNS; ++c) {
+      for (int c = 0; c < C; ++c) {
         const int j = j0 + lane() + WARP * c;
         if (j < k) sum[c] = fmaf(w, from[j], sum[c]);
       }
@@ -221,10 +380,11 @@ struct Arriving {
         k(p.k) {}
 
   // Row i over the tile of columns that starts at j0; one warp.
-  __device__ void row(int i, int j0, Tile& g) const {
+  template <int C>
+  __device__ void row(int i, int j0, Tile<C>& g) const {
     if (readout == Readout::left) return weigh_steps(left, grad, steps, k, i, j0, g);
 #pragma unroll
-    for (int c = 0; c < TILE_COLUMNS; ++c) {
+    for (int c = 0; c < C; ++c) {
       const int j = j0 + lane() + WARP * c;
       if (j >= k) g[c] = 0.0f;
       else g[c] = readout == Readout::right ? grad[i] * right[j] : grad[static_cast<int64_t>(i) * k + j];

@@ -18,21 +18,58 @@ constexpr int resident_ctas(int columns, bool backward) {
   return columns <= 2 ? (backward ? 3 : 4) : columns <= 4 && !backward ? 2 : 1;
 }
 
-// One CTA, or a cluster of them.
+// Columns of a lane in a tile of the backward: whole tiles of a padded row, and no more than the registers hold.
+constexpr int tile_columns(int columns) {
+  return columns == 0 ? TILE_COLUMNS : columns <= 7 ? columns : columns <= 13 ? 7 : 5;
+}
+
+// What the CTAs of a matrix tell each other: sums of their bands over the columns (to whom the column belongs), the
+// next column vector (to all), and that a scaling of iteration t has left its range.
+// `sums` holds several vectors, one per slot.
+
+AHA_HD int64_t band_rows(int64_t k, int64_t ranks) { return (k + ranks - 1) / ranks; }
+AHA_HD int64_t padded(int64_t k) { return (k + 3) / 4 * 4; }
+AHA_HD int64_t owned_columns(int64_t k, int64_t ranks) { return padded(band_rows(k, ranks)); }
+
+// One CTA, or a cluster of them. Sums are sent to the CTA that owns the column, and lie there by rank.
 template <bool CLUSTER>
 struct Resident {
-  int rank, ranks;
+  int rank, ranks, width;  // width: columns of a CTA, a multiple of four
+  int* flags;
+
+  __device__ Resident(int rank, int ranks, int k, int* flags)
+      : rank(rank), ranks(ranks), width(static_cast<int>(owned_columns(k, ranks))), flags(flags) {}
   template <typename T>
   __device__ T* peer(T* own, int other) const {
     return CLUSTER ? cluster_map(own, other) : own;
   }
+  __device__ float* place(float* sums, int slot, int j) const {
+    if (!CLUSTER) return sums + slot * width + j;
+    const int owner = j / width;
+    return peer(sums + (slot * ranks + rank) * width + j - owner * width, owner);
+  }
+  __device__ void send(float* sums, int slot, int j, float value) const { *place(sums, slot, j) = value; }
+  __device__ float total(const float* sums, int slot, int j) const {
+    if (!CLUSTER) return sums[slot * width + j];
+    const float* mine = sums + slot * ranks * width + j - rank * width;
+    float sum = mine[0];
+    for (int r = 1; r < ranks; ++r) sum += mine[r * width];
+    return sum;
+  }
+  __device__ float most(const float* sums, int j) const {
+    float top = -INFINITY;
+    const float* mine = CLUSTER ? sums + j - rank * width : sums + j;
+    for (int r = 0; r < ranks; ++r) top = fmaxf(top, mine[r * width]);
+    return top;
+  }
   __device__ void publish(float* columns, int j, float value) const {
     for (int r = 0; r < ranks; ++r) peer(columns, r)[j] = value;
   }
-  __device__ const float* row(const Band& band, int i) const {
-    const int size = (band.k + ranks - 1) / ranks;
-    return peer(band.x, i / size) + static_cast<int64_t>(i % size) * band.k;
+  // Two flags in turn: a CTA may be told of iteration t + 1 before it has asked for t.
+  __device__ void raise(int t) const {
+    for (int r = 0; r < ranks; ++r) peer(flags, r)[t & 1] = t;
   }
+  __device__ bool raised(int t) const { return flags[t & 1] == t; }
   // Between the sums and their columns. In one CTA each thread finishes the columns it has summed itself.
   __device__ void after_rows() const {
     if (CLUSTER) cluster_sync();
@@ -42,88 +79,111 @@ struct Resident {
 
 // CTAs that meet at the end of a launch; their sums lie one after the other.
 struct Streamed {
-  int rank, ranks, stride;
-  __device__ float* peer(float* own, int other) const { return own + static_cast<int64_t>(other - rank) * stride; }
-  __device__ void publish(float* columns, int j, float value) const { columns[j] = value; }
-  __device__ const float* row(const Band& band, int i) const {
-    return band.x + static_cast<int64_t>(i - band.first) * band.k;
+  int rank, ranks, k, stride;
+  int* flags;
+
+  __device__ void send(float* sums, int slot, int j, float value) const { sums[slot * k + j] = value; }
+  __device__ const float* peer(const float* own, int other) const {
+    return own + static_cast<int64_t>(other - rank) * stride;
   }
+  __device__ float total(const float* sums, int slot, int j) const {
+    float sum = 0.0f;
+    for (int r = 0; r < ranks; ++r) sum += peer(sums, r)[slot * k + j];
+    return sum;
+  }
+  __device__ float most(const float* sums, int j) const {
+    float top = -INFINITY;
+    for (int r = 0; r < ranks; ++r) top = fmaxf(top, peer(sums, r)[j]);
+    return top;
+  }
+  __device__ void publish(float* columns, int j, float value) const { columns[j] = value; }
+  __device__ void raise(int t) const { flags[t & 1] = t; }
+  __device__ bool raised(int t) const { return flags[t & 1] == t; }
 };
 
-template <typename Team>
-__device__ __forceinline__ float total(const Team& team, float* own, int j) {
-  float sum = 0.0f;
-  for (int r = 0; r < team.ranks; ++r) sum += team.peer(own, r)[j];
-  return sum;
+// Adds vectors (or takes their maxima), one of each warp, over the warps in their order, and sends them.
+template <int N, typename Team, typename Combine>
+__device__ __forceinline__ void combine_warps(const float (&part)[N], int k, float* buffer, const Team& team,
+                                              float* sums, int slot, const Combine& combine) {
+  constexpr int WIDTH = Lanes<N>::WIDTH;
+  Lanes<N>::store(buffer + warp() * WIDTH, part);
+  __syncthreads();
+  if constexpr (WIDTH > 256) {  // more than threads: four columns each
+    for (int j = 4 * threadIdx.x; j < k; j += 4 * blockDim.x) {
+      float4 sum = load_four(buffer + j);
+      for (int w = 1; w < warps(); ++w) {
+        const float4 x = load_four(buffer + w * WIDTH + j);
+        sum = {combine(sum.x, x.x), combine(sum.y, x.y), combine(sum.z, x.z), combine(sum.w, x.w)};
+      }
+      store_four(team.place(sums, slot, j), sum);
+    }
+  } else {
+    for (int j = threadIdx.x; j < k; j += blockDim.x) {
+      float sum = buffer[j];
+      for (int w = 1; w < warps(); ++w) sum = combine(sum, buffer[w * WIDTH + j]);
+      team.send(sums, slot, j, sum);
+    }
+  }
 }
 
-// The sweep: c_i = coefficient(r, before(r), X_i . v), then own_j = sum_i c_i X_ij, one read of X
-// own_k counts the c_i that have left the range of scalings.
+struct Add {
+  __device__ float operator()(float a, float b) const { return a + b; }
+};
+struct Most {
+  __device__ float operator()(float a, float b) const { return fmaxf(a, b); }
+};
 
-// N columns a lane, in registers with R rows at a time.
+// The sweep: c_i = coefficient(r, before(r), X_i . v), then sum_i c_i X_ij, one read of X. Whether a c_i of this lane
+// has left the range of scalings is returned.
+
+// N columns a lane, in registers with R rows at a time, then one by one.
 template <int N>
 struct Columns {
-  static constexpr int R = N <= 2 ? 8 : N <= 13 ? 4 : 2;
+  static constexpr int R = N <= 2 ? 8 : 4;
   float v[N];
 
-  // Whether an entry is outside the range of scalings.
-  __device__ bool load(const float* columns, int k) {
-    bool far = false;
+  __device__ void load(const float* columns) { Lanes<N>::load(columns, v); }
+
+  __device__ void reset(int k) {
 #pragma unroll
-    for (int n = 0; n < N; ++n) {
-      const int j = lane() + WARP * n;
-      v[n] = j < k ? columns[j] : 0.0f;
-      far |= j < k && outside(v[n]);
-    }
-    return __any_sync(ALL_LANES, far);
+    for (int n = 0; n < N; ++n) v[n] = Lanes<N>::column(n) < k ? 1.0f : 0.0f;
   }
 
-  __device__ void reset() {
+  // M rows from r0 on. Each lane forms the coefficient of one of them.
+  template <int M, typename Before, typename Coefficient>
+  __device__ __forceinline__ bool rows(const Band& band, int r0, const Before& before, const Coefficient& coefficient,
+                                       float (&part)[N]) const {
+    const int mine = r0 + sum_of<M>(lane());
+    const auto known = before(mine);
+    float x[M][N], dot[M] = {};
 #pragma unroll
-    for (int n = 0; n < N; ++n) v[n] = 1.0f;
-  }
-
-  template <typename Before, typename Coefficient>
-  __device__ void sweep(const Band& band, const Before& before, const Coefficient& coefficient, float* buffer,
-                        float* own) const {
-    const int k = band.k, l = lane();
-    float part[N] = {}, count = 0.0f;
-    for (int r0 = warp() * R; r0 < band.rows; r0 += warps() * R) {
-      float x[R][N], dot[R] = {};
-      decltype(before(0)) known[R];
-#pragma unroll
-      for (int r = 0; r < R; ++r) {
-        const int here = min(r0 + r, band.rows - 1);  // past the end the last row again, and no coefficient
-        const float* row = band.row(here);
-        known[r] = before(here);
-#pragma unroll
-        for (int n = 0; n < N; ++n) x[r][n] = l + WARP * n < k ? row[l + WARP * n] : 0.0f;
-      }
-#pragma unroll
-      for (int n = 0; n < N; ++n)
-#pragma unroll
-        for (int r = 0; r < R; ++r) dot[r] = fmaf(x[r][n], v[n], dot[r]);
-      warp_sums(dot);
-#pragma unroll
-      for (int r = 0; r < R; ++r) {
-        if (r0 + r >= band.rows) break;
-        const float c = coefficient(r0 + r, known[r], dot[r]);
-        count += outside(c);
-#pragma unroll
-        for (int n = 0; n < N; ++n) part[n] = fmaf(c, x[r][n], part[n]);
-      }
-    }
-    float* mine = buffer + warp() * (k + 1);
+    for (int r = 0; r < M; ++r) Lanes<N>::load(band.row(r0 + r), x[r]);
 #pragma unroll
     for (int n = 0; n < N; ++n)
-      if (l + WARP * n < k) mine[l + WARP * n] = part[n];
-    if (l == 0) mine[k] = count;
-    __syncthreads();
-    for (int j = threadIdx.x; j <= k; j += blockDim.x) {
-      float sum = 0.0f;
-      for (int w = 0; w < warps(); ++w) sum += buffer[w * (k + 1) + j];
-      own[j] = sum;
+#pragma unroll
+      for (int r = 0; r < M; ++r) dot[r] = fmaf(x[r][n], v[n], dot[r]);
+    const float own = coefficient(mine, known, scattered_sums(dot), lane() < M);
+#pragma unroll
+    for (int r = 0; r < M; ++r) {
+      const float c = M == 1 ? own : __shfl_sync(ALL_LANES, own, sum_of<M>(r));  // sum_of is its own inverse
+#pragma unroll
+      for (int n = 0; n < N; ++n) part[n] = fmaf(c, x[r][n], part[n]);
     }
+    return outside(own);
+  }
+
+  template <typename Team, typename Before, typename Coefficient>
+  __device__ bool sweep(const Band& band, const Before& before, const Coefficient& coefficient, float* buffer,
+                        const Team& team, float* sums) const {
+    float part[N] = {};
+    bool far = false;
+    int r0 = warp() * R;
+#pragma unroll 1
+    for (; r0 + R <= band.rows; r0 += warps() * R) far |= rows<R>(band, r0, before, coefficient, part);
+#pragma unroll 1
+    for (int r = r0; r < min(r0 + R, band.rows); ++r) far |= rows<1>(band, r, before, coefficient, part);
+    combine_warps(part, band.k, buffer, team, sums, 0, Add{});
+    return far;
   }
 };
 
@@ -132,70 +192,77 @@ template <>
 struct Columns<0> {
   const float* v;
 
-  __device__ bool load(const float* columns, int k) {
-    v = columns;
+  __device__ void load(const float* columns) { v = columns; }
+  __device__ void reset(int) { v = nullptr; }
+
+  template <typename Team, typename Before, typename Coefficient>
+  __device__ bool sweep(const Band& band, const Before& before, const Coefficient& coefficient, float* buffer,
+                        const Team& team, float* sums) const {
     bool far = false;
-    for (int j = lane(); j < k; j += WARP) far |= outside(v[j]);
-    return __any_sync(ALL_LANES, far);
-  }
-
-  __device__ void reset() { v = nullptr; }
-
-  template <typename Before, typename Coefficient>
-  __device__ void sweep(const Band& band, const Before& before, const Coefficient& coefficient, float* buffer,
-                        float* own) const {
     for (int r = warp(); r < band.rows; r += warps()) {
       const float* row = band.row(r);
       float dot = 0.0f;
 #pragma unroll 4
       for (int j = lane(); j < band.k; j += WARP) dot = fmaf(row[j], v ? v[j] : 1.0f, dot);
-      const float c = coefficient(r, before(r), warp_sum(dot));
+      const float c = coefficient(r, before(r), warp_sum(dot), lane() == 0);
       if (lane() == 0) buffer[r] = c;
+      far |= outside(c);
     }
     __syncthreads();
-    for (int j = threadIdx.x; j <= band.k; j += blockDim.x) {
+    for (int j = threadIdx.x; j < band.k; j += blockDim.x) {
       float sum = 0.0f;
 #pragma unroll 4
-      for (int r = 0; r < band.rows; ++r) sum += j < band.k ? buffer[r] * band.row(r)[j] : outside(buffer[r]);
-      own[j] = sum;
+      for (int r = 0; r < band.rows; ++r) sum += buffer[r] * band.row(r)[j];
+      team.send(sums, 0, j, sum);
     }
+    return far;
   }
 };
 
-// In floats. Own sums of a CTA: of a sweep; in the backward also two of the fold. Resident: each of `warps` warps
-// needs room for its part of the sums.
-AHA_HD int64_t own_floats(int64_t k, bool backward) { return backward ? 3 * k + 1 : k + 1; }
-AHA_HD int64_t band_rows(int64_t k, int64_t ranks) { return (k + ranks - 1) / ranks; }
-AHA_HD int64_t shared_floats(int64_t k, int64_t ranks, int64_t warps, bool backward) {
-  const int64_t width = k + 1 > TILE ? k + 1 : TILE;
-  return band_rows(k, ranks) * k + own_floats(k, backward) + k + 1 + warps * width;
+// In floats. `wide`: columns that the lanes of a warp hold. Slots of column sums: forward two, which steps of
+// the readout take in turn; backward one of a sweep and two of the fold. Each of `warps` warps of a resident CTA needs
+// room for its part of the sums.
+AHA_HD int64_t slots(bool backward) { return backward ? 3 : 2; }
+AHA_HD int64_t shared_floats(int64_t k, int64_t ranks, int64_t wide, int64_t warps, bool backward) {
+  return band_rows(k, ranks) * padded(k) + (1 + warps) * wide + slots(backward) * ranks * owned_columns(k, ranks) + 4;
 }
 AHA_HD int64_t streamed_floats(int64_t k, int64_t ranks, bool backward) {
-  return k * k + ranks * own_floats(k, backward) + k + 1;
+  return k * k + ranks * slots(backward) * k + k + 2;
 }
-AHA_HD int64_t kept_floats(int64_t k, int64_t iterations) { return (2 * iterations + 3) * k; }
+// Of every matrix: (u, z) of every row and (y, v before) of every column (iterations,k,2) each, then row sums, terms of
+// grad_tau, the centre (k,) each, and room for the columns that a tile reads in vain.
+AHA_HD int64_t kept_floats(int64_t k, int64_t iterations) { return 4 * iterations * k + 4 * k + 1024; }
 
 struct Place {
   Band band;
-  float *own, *columns, *buffer;
+  float *sums, *columns, *buffer;
+  int* flags;
 };
 
-__device__ inline Place place(float* x, float* own, float* columns, float* buffer, int k, int rank, int ranks) {
+__device__ inline Place place(float* x, int stride, float* sums, float* columns, float* buffer, int* flags, int k,
+                              int rank, int ranks) {
   const int size = static_cast<int>(band_rows(k, ranks)), first = min(rank * size, k);
-  return {{x, first, min(size, k - first), k}, own, columns, buffer};
+  return {{x, first, min(size, k - first), k, stride}, sums, columns, buffer, flags};
 }
 
+template <int N>
 __device__ inline Place place_resident(float* shared, int k, int rank, int ranks, bool backward) {
-  float* own = shared + band_rows(k, ranks) * k;
-  float* columns = own + own_floats(k, backward);
-  return place(shared, own, columns, columns + k + 1, k, rank, ranks);
+  constexpr int WIDTH = Lanes<N>::WIDTH;
+  const int stride = static_cast<int>(padded(k));
+  float *columns = shared + band_rows(k, ranks) * stride, *buffer = columns + WIDTH, *sums = buffer + warps() * WIDTH;
+  int* flags = reinterpret_cast<int*>(sums + slots(backward) * ranks * owned_columns(k, ranks));
+  const Place at = place(shared, stride, sums, columns, buffer, flags, k, rank, ranks);
+  // what follows the last row: past column k it stays so
+  for (float* x = at.band.row(at.band.rows) + threadIdx.x; x < buffer; x += blockDim.x) *x = 0.0f;
+  return at;
 }
 
 __device__ inline Place place_streamed(float* workspace, float* buffer, int k, int64_t image, int rank, int ranks,
                                        bool backward) {
   float* x = workspace + image * streamed_floats(k, ranks, backward);
-  float *columns = x + static_cast<int64_t>(k) * k, *own = columns + k + 1 + rank * own_floats(k, backward);
-  return place(x + min(rank * band_rows(k, ranks), int64_t{k}) * k, own, columns, buffer, k, rank, ranks);
+  float *columns = x + static_cast<int64_t>(k) * k, *flags = columns + k, *sums = flags + 2 + rank * slots(backward) * k;
+  return place(x + min(rank * band_rows(k, ranks), int64_t{k}) * k, k, sums, columns, buffer,
+               reinterpret_cast<int*>(flags), k, rank, ranks);
 }
 
 struct ForwardTensors {
@@ -207,77 +274,82 @@ struct ForwardTensors {
 template <typename Team, int N>
 struct Forward {
   const Ranking& p;
-  Logits logits;
+  int64_t image;
   State state;
   Team team;
   Place at;
-  const float* right;
   float *out, *scalings;
   int32_t* absorbed;
 
   __device__ Forward(const Ranking& p, const ForwardTensors& to, int64_t image, Team team, Place at)
       : p(p),
-        logits(p, image),
+        image(image),
         state(p, to.scalings, to.absorbed, image),
         team(team),
         at(at),
-        right(p.right ? p.right + image * p.k : nullptr),
         out(to.out + image * out_rows(p) * (p.readout == Readout::right ? 1 : p.k)),
         scalings(to.scalings + image * (p.iterations + 1) * 2 * p.k),
         absorbed(to.absorbed + image * p.iterations) {}
 
+  __device__ Logits logits() const { return {p, image}; }  // made where it is used: a sweep has no registers for it
   __device__ static int64_t out_rows(const Ranking& p) { return p.readout == Readout::left ? p.steps : p.k; }
   __device__ float* saved(int t, int side) const { return scalings + static_cast<int64_t>(2 * t + side) * p.k; }
 
-  // t = 0: row potentials and the column maxima of M + F; then iteration t, from the absorption of the one before.
+  // Iteration t, from the absorption of the one before.
   __device__ void rows(int t) const {
-    if (t == 0) return start();
     Columns<N> v;
-    const bool moved = t > 1 && (v.load(at.columns, p.k) || at.columns[p.k] != 0.0f);
+    const bool moved = t > 1 && team.raised(t - 1);
     if (t > 1 && threadIdx.x == 0) absorbed[t - 2] = moved;  // every CTA of the matrix comes to the same
     if (moved) {
       __syncthreads();
-      restart_rows(logits, state, t, at.band);
+      restart<N>(logits(), state, t, at.band);
+    } else if (t == 1) {
+      exponentiate<N>(state, t, at.band);
     }
-    if (t == 1 || moved) {
-      exponentiate(state, t, at.band);
-      v.reset();
-    }
+    if (t == 1 || moved) v.reset(p.k);
+    else v.load(at.columns);
     const auto none = [](int) { return 0; };
-    v.sweep(at.band, none, [&](int r, int, float dot) {
-      const float u = t == 1 ? 1.0f : 1.0f / dot;
-      if (lane() == 0) saved(t, 0)[at.band.first + r] = u;
+    const bool far = v.sweep(at.band, none, [&](int r, int, float dot, bool saves) {
+      const float u = t == 1 ? 1.0f : reciprocal(dot);
+      if (saves) saved(t, 0)[at.band.first + r] = u;
       return u;
-    }, at.buffer, at.own);
+    }, at.buffer, team, at.sums);
+    if (far) team.raise(t);
   }
 
+  // Iteration 0: row potentials and the column maxima of M + F.
   __device__ void start() const {
-    start_rows(p, logits, at.band, scalings);
-    __syncthreads();
-    for (int j = threadIdx.x; j < p.k; j += blockDim.x) {
-      float top = -INFINITY;
-      for (int r = 0; r < at.band.rows; ++r) top = fmaxf(top, at.band.row(r)[j]);
-      at.own[j] = top;
+    if (threadIdx.x < 2) at.flags[threadIdx.x] = 0;
+    if constexpr (N > 0) {
+      float top[N];
+      start_rows(p, logits(), at.band, scalings, top);
+      combine_warps(top, p.k, at.buffer, team, at.sums, 0, Most{});
+    } else {
+      start_rows(p, logits(), at.band, scalings);
+      __syncthreads();
+      for (int j = threadIdx.x; j < p.k; j += blockDim.x) {
+        float top = -INFINITY;
+        for (int r = 0; r < at.band.rows; ++r) top = fmaxf(top, at.band.row(r)[j]);
+        team.send(at.sums, 0, j, top);
+      }
     }
   }
 
-  // j = k: how many scalings of the rows have left their range.
   __device__ void column(int t, int j) const {
     if (t == 0) {
-      if (j == p.k) return;
-      float top = -INFINITY;
-      for (int r = 0; r < team.ranks; ++r) top = fmaxf(top, team.peer(at.own, r)[j]);
-      saved(0, 1)[j] = -top;
+      saved(0, 1)[j] = -team.most(at.sums, j);
       return;
     }
-    const float sum = total(team, at.own, j);
-    if (j < p.k) saved(t, 1)[j] = 1.0f / sum;
-    team.publish(at.columns, j, j < p.k ? 1.0f / sum : sum);
+    const float v = reciprocal(team.total(at.sums, 0, j));
+    saved(t, 1)[j] = v;
+    if (outside(v)) team.raise(t);
+    team.publish(at.columns, j, v);
   }
 
   // The rows of out that belong to the band; one row of P, of log P or of P right.
   __device__ void read_rows() const {
     const int t = p.iterations, origin = state.origin(t), k = p.k;
+    const float *right = p.right + image * k, *given = p.logits + image * k * k;  // if there are any
     for (int r = warp(); r < at.band.rows; r += warps()) {
       const int i = at.band.first + r;
       const float *x = at.band.row(r), u = state.rows(t)[i];
@@ -291,7 +363,7 @@ struct Forward {
           out[to] = u * x[j] * v;
         } else {
           const float f = state.potential(0, i, origin) + logf(u), g = state.potential(1, j, origin) + logf(v);
-          out[to] = logits.given[to] + f + g;
+          out[to] = given[to] + f + g;
         }
       }
       if (p.readout != Readout::right) continue;
@@ -300,9 +372,39 @@ struct Forward {
     }
   }
 
-  // One row of left P, over the columns j0 ... j1 - 1, a tile at most.
-  __device__ void read_left(int s, int j0, int j1) const {
-    const auto row = [&](int i) { return team.row(at.band, i); };
+  // What the band adds to row s of left P, most of left being 0; all warps.
+  __device__ void sum_left(int s) const {
+    float part[N] = {};
+    const float *left = p.left + static_cast<int64_t>(s) * p.k + at.band.first, *u = state.rows(p.iterations);
+    const unsigned turns = __ballot_sync(ALL_LANES, lane() % warps() == warp());  // the rows of this warp
+    bool any = false;
+    for (int r0 = 0; r0 < at.band.rows; r0 += WARP) {
+      float weight = r0 + lane() < at.band.rows ? left[r0 + lane()] : 0.0f;
+      unsigned rest = __ballot_sync(ALL_LANES, weight != 0.0f);
+      if (!rest) continue;
+      any = true;
+      weight *= u[at.band.first + min(r0 + lane(), at.band.rows - 1)];
+#pragma unroll 1
+      for (rest &= turns; rest; rest &= rest - 1) {
+        const int r = __ffs(rest) - 1;
+        const float w = __shfl_sync(ALL_LANES, weight, r);
+        float x[N];
+        Lanes<N>::load(at.band.row(r0 + r), x);
+#pragma unroll
+        for (int n = 0; n < N; ++n) part[n] = fmaf(w, x[n], part[n]);
+      }
+    }
+    if (any) return combine_warps(part, p.k, at.buffer, team, at.sums, s & 1, Add{});
+    for (int j = threadIdx.x; j < p.k; j += blockDim.x) team.send(at.sums, s & 1, j, 0.0f);
+  }
+
+  __device__ void read_left(int s, int j) const {
+    out[static_cast<int64_t>(s) * p.k + j] = team.total(at.sums, s & 1, j) * at.columns[j];
+  }
+
+  // Streamed: one row of left P, over the columns j0 ... j1 - 1, a tile at most.
+  __device__ void weigh_left(int s, int j0, int j1) const {
+    const auto row = [&](int i) { return at.band.row(i - at.band.first); };
     const auto finish = [&](int j, float sum) { out[static_cast<int64_t>(s) * p.k + j] = sum * at.columns[j]; };
     weigh_rows(p.left + static_cast<int64_t>(s) * p.k, state.rows(p.iterations), p.k, row, j0, j1, at.buffer, finish);
   }
@@ -314,44 +416,50 @@ __global__ void __launch_bounds__(resident_threads(N), resident_ctas(N, false))
   if constexpr (CLUSTER && !HAS_CLUSTERS) return;
   AHA_DYNAMIC_SHARED(float, shared);
   const int rank = blockIdx.x % ranks;
-  const int width = (p.k + ranks) / ranks, from = rank * width, until = min(from + width, p.k + 1);
-  const Resident<CLUSTER> team{rank, ranks};
-  const Place at = place_resident(shared, p.k, rank, ranks, false);
+  const Place at = place_resident<N>(shared, p.k, rank, ranks, false);
+  const Resident<CLUSTER> team(rank, ranks, p.k, at.flags);
+  const int from = rank * team.width, until = min(from + team.width, p.k);
   const Forward<Resident<CLUSTER>, N> forward(p, to, blockIdx.x / ranks, team, at);
+  team.after_columns();  // the others have begun: their memory may be written
+  forward.start();
   for (int t = 0; t <= p.iterations; ++t) {
-    forward.rows(t);
+    if (t > 0) forward.rows(t);
     team.after_rows();
     for (int j = from + threadIdx.x; j < until; j += blockDim.x) forward.column(t, j);
     team.after_columns();
   }
   if (threadIdx.x == 0) forward.absorbed[p.iterations - 1] = 0;
   if (p.readout != Readout::left) return forward.read_rows();
-  for (int s = 0; s < p.steps; ++s)
-    for (int j = from; j < min(until, p.k); j += TILE) forward.read_left(s, j, min(j + TILE, min(until, p.k)));
-  team.after_columns();  // others may still read the rows of this CTA
+  for (int s = 0; s < p.steps; ++s) {
+    forward.sum_left(s);
+    team.after_rows();
+    for (int j = from + threadIdx.x; j < until; j += blockDim.x) forward.read_left(s, j);
+    if (!CLUSTER) team.after_columns();  // of a cluster the sums of two steps lie apart
+  }
 }
 
 using StreamedForward = Forward<Streamed, 0>;
 
 __device__ inline StreamedForward streamed_forward(const Ranking& p, const ForwardTensors& to, int64_t image, int rank,
                                                    int ranks, float* buffer) {
-  const Streamed team{rank, ranks, static_cast<int>(own_floats(p.k, false))};
-  return {p, to, image, team, place_streamed(to.workspace, buffer, p.k, image, rank, ranks, false)};
+  const Place at = place_streamed(to.workspace, buffer, p.k, image, rank, ranks, false);
+  const Streamed team{rank, ranks, p.k, static_cast<int>(slots(false) * p.k), at.flags};
+  return {p, to, image, team, at};
 }
 
 // grid: bands of rows of every matrix; t = iterations + 1: the readout by rows
 __global__ void __launch_bounds__(256, 2) streamed_forward_rows(Ranking p, ForwardTensors to, int ranks, int t) {
   AHA_DYNAMIC_SHARED(float, buffer);
   const auto forward = streamed_forward(p, to, blockIdx.x / ranks, blockIdx.x % ranks, ranks, buffer);
-  t <= p.iterations ? forward.rows(t) : forward.read_rows();
+  t == 0 ? forward.start() : t <= p.iterations ? forward.rows(t) : forward.read_rows();
 }
 
 // grid: groups of columns of every matrix
 __global__ void __launch_bounds__(256) streamed_forward_columns(Ranking p, ForwardTensors to, int ranks, int t) {
-  const int groups = p.k / blockDim.x + 1, j = blockIdx.x % groups * blockDim.x + threadIdx.x;
+  const int groups = (p.k + blockDim.x - 1) / blockDim.x, j = blockIdx.x % groups * blockDim.x + threadIdx.x;
   const auto forward = streamed_forward(p, to, blockIdx.x / groups, 0, ranks, nullptr);
-  if (j <= p.k) forward.column(t, j);
-  if (t == p.iterations && j == p.k) forward.absorbed[t - 1] = 0;
+  if (j < p.k) forward.column(t, j);
+  if (t == p.iterations && j == 0) forward.absorbed[t - 1] = 0;
 }
 
 // items: tiles of columns of every step of every matrix
@@ -361,7 +469,7 @@ __global__ void __launch_bounds__(256) streamed_forward_left(Ranking p, ForwardT
   for (int64_t item = blockIdx.x; item < items; item += gridDim.x) {
     const int j = static_cast<int>(item % tiles) * TILE, s = static_cast<int>(item / tiles % p.steps);
     const auto forward = streamed_forward(p, to, item / tiles / p.steps, 0, ranks, buffer);
-    forward.read_left(s, j, min(j + TILE, p.k));
+    forward.weigh_left(s, j, min(j + TILE, p.k));
   }
 }
 
@@ -369,14 +477,15 @@ struct BackwardTensors {
   const float *grad, *scalings;
   const int32_t* absorbed;
   float *grad_scores, *grad_logits, *grad_tau, *grad_right, *grad_start;  // null where not wanted
-  float* kept;       // of every matrix r, terms of grad_tau (k,) each, y, z (iterations,k) each, the centre (k,)
+  float* kept;       // kept_floats of every matrix
   float* workspace;  // streamed
 };
 
 template <typename Team, int N>
 struct Backward {
+  static constexpr int C = tile_columns(N);
   const Ranking& p;
-  Logits logits;
+  int64_t image;
   State state;
   Arriving arriving;
   Team team;
@@ -385,7 +494,7 @@ struct Backward {
 
   __device__ Backward(const Ranking& p, const BackwardTensors& to, int64_t image, Team team, Place at)
       : p(p),
-        logits(p, image),
+        image(image),
         state(p, to.scalings, to.absorbed, image),
         arriving(p, to.grad, image),
         team(team),
@@ -397,16 +506,18 @@ struct Backward {
         grad_start(to.grad_start ? to.grad_start + image * p.k : nullptr),
         kept(to.kept + image * kept_floats(p.k, p.iterations)) {}
 
-  __device__ float* row_sums() const { return kept; }
-  __device__ float* tau_terms() const { return kept + p.k; }
-  __device__ float* y(int t) const { return kept + static_cast<int64_t>(t + 1) * p.k; }
-  __device__ float* z(int t) const { return y(t + p.iterations); }
-  __device__ float* centre() const { return z(p.iterations + 1); }
-  __device__ bool with_noise() const { return grad_tau && logits.noise != 0.0f; }
+  // (u, z) of row i and (y, v of the iteration before) of column j, as the fold reads them
+  __device__ float* row_pair(int t, int i) const { return kept + 2 * (static_cast<int64_t>(t - 1) * p.k + i); }
+  __device__ float* column_pair(int t, int j) const { return row_pair(t + p.iterations, j); }
+  __device__ float* row_sums() const { return row_pair(2 * p.iterations + 1, 0); }
+  __device__ float* tau_terms() const { return row_sums() + p.k; }
+  __device__ float* centre() const { return row_sums() + 2 * p.k; }
+  __device__ Logits logits() const { return {p, image}; }  // made where it is used: a sweep has no registers for it
+  __device__ bool with_noise() const { return grad_tau && p.noise != 0.0f; }
 
   // v of the iteration before t, relative to the X of t.
   __device__ float previous(int t, int j) const {
-    if (t == 1) return expf(logits.initial(p, j) - state.columns(0)[j]);
+    if (t == 1) return expf(logits().initial(p, j) - state.columns(0)[j]);
     return state.fresh(t) ? 1.0f : state.columns(t - 1)[j];
   }
   // The last iteration with the X of t.
@@ -417,14 +528,11 @@ struct Backward {
 
   // t = iterations + 2: X of the last segment; from iterations on the sweep of iteration t, backwards.
   __device__ void rows(int t) const {
-    if (t == p.iterations + 2 || (t < p.iterations && state.fresh(t + 1))) {
-      const int segment = min(t, p.iterations);
-      restart_rows(logits, state, segment, at.band);
-      exponentiate(state, segment, at.band);
-    }
+    if (t == p.iterations + 2 || (t < p.iterations && state.fresh(t + 1)))
+      restart<N>(logits(), state, min(t, p.iterations), at.band);
     if (t > p.iterations) return;
     Columns<N> v;
-    v.load(at.columns, p.k);
+    v.load(at.columns);
     struct Known {
       float u, sum;
     };
@@ -432,11 +540,11 @@ struct Backward {
       const int i = at.band.first + r;
       return Known{state.rows(t)[i], t == p.iterations ? row_sums()[i] : 0.0f};
     };
-    v.sweep(at.band, before, [&](int r, const Known& known, float dot) {
-      const float coefficient = known.u * (known.sum - known.u * dot);
-      if (lane() == 0) z(t)[at.band.first + r] = coefficient;
-      return coefficient;
-    }, at.buffer, at.own);
+    v.sweep(at.band, before, [&](int r, const Known& known, float dot, bool saves) {
+      const float z = known.u * (known.sum - known.u * dot);
+      if (saves) store_two(row_pair(t, at.band.first + r), {known.u, z});
+      return z;
+    }, at.buffer, team, at.sums);
   }
 
   // t = iterations + 2 and + 1: row and column sums of W; then what a segment leaves, where iteration t is its first.
@@ -448,22 +556,22 @@ struct Backward {
   // An entry of W from one of the gradient that arrives. Columns of P sum to 1, so a constant may be taken from each
   // column of its gradient: the mean, which the last column step would take away later, with larger rounding errors.
   __device__ float weighed(float permutation, float g, float mean) const {
-    return logits.given ? g - permutation * mean : permutation * (g - mean);
+    return p.logits ? g - permutation * mean : permutation * (g - mean);
   }
 
-  // own_j = sum_i W_ij, and the row sums. First without the centre, which comes of it; of P right without right_j.
+  // The column sums of W, and the row sums. First without the centre, which comes of it; of P right without right_j.
   __device__ void weigh(bool centred) const {
     const int t = p.iterations, k = p.k;
-    for (int j0 = 0; j0 < k; j0 += TILE) {
-      Tile part = {};
+    for (int j0 = 0; j0 < k; j0 += WARP * C) {
+      Tile<C> part = {};
       for (int r = warp(); r < at.band.rows; r += warps()) {
         const int i = at.band.first + r;
         const float *x = at.band.row(r), u = state.rows(t)[i];
-        Tile g;
+        Tile<C> g;
         arriving.row(i, j0, g);
         float sum = 0.0f;
 #pragma unroll
-        for (int c = 0; c < TILE_COLUMNS; ++c) {
+        for (int c = 0; c < C; ++c) {
           const int j = j0 + lane() + WARP * c;
           if (j >= k) continue;
           const float permutation = u * x[j] * state.columns(t)[j];
@@ -474,7 +582,8 @@ struct Backward {
         sum = warp_sum(sum);
         if (lane() == 0) row_sums()[i] = j0 ? row_sums()[i] + sum : sum;
       }
-      add_warps(part, min(TILE, k - j0), at.buffer, [&](int j, float sum) { at.own[j0 + j] = sum; });
+      const auto send = [&](int j, float sum) { team.send(at.sums, 0, j0 + j, sum); };
+      add_warps(part, min(WARP * C, k - j0), at.buffer, send);
     }
     __syncthreads();
   }
@@ -482,93 +591,94 @@ struct Backward {
   // What iterations from ... to, which share X, add to the gradient of the logits, and its column sums: weighted with
   // the rank, with the noise. Entry by entry: sums of these products over a matrix would cancel.
   __device__ void fold(int from, int to) const {
-    constexpr int R = N <= 2 ? 4 : 8;
+    constexpr int R = N <= 2 ? 4 : 7;
     const int k = p.k;
-    for (int j0 = 0; j0 < k; j0 += TILE) {
-      Tile ranked = {}, noisy = {};
+    for (int j0 = 0; j0 < k; j0 += WARP * C) {
+      Tile<C> ranked = {}, noisy = {};
+#pragma unroll 1
       for (int r0 = warp() * R; r0 < at.band.rows; r0 += warps() * R) {
-        float field[R][TILE_COLUMNS] = {};
-#pragma unroll 1  // its loads fill the registers as it is
-        for (int t = from; t <= to; ++t) add_outer<R>(t, r0, j0, field);
+        float field[R][C] = {};
+        add_outer<R>(from, to, r0, j0, field);
 #pragma unroll 1  // the code once; a row of the field is selected, not indexed, and so stays in registers
         for (int r = 0; r < min(R, at.band.rows - r0); ++r) {
-          Tile selected = {};
+          Tile<C> selected = {};
 #pragma unroll
-          for (int n = 0; n < R * TILE_COLUMNS; ++n)
-            if (n / TILE_COLUMNS == r) selected[n % TILE_COLUMNS] = field[n / TILE_COLUMNS][n % TILE_COLUMNS];
+          for (int n = 0; n < R * C; ++n)
+            if (n / C == r) selected[n % C] = field[n / C][n % C];
           finish_row(r0 + r, j0, to == p.iterations, selected, ranked, noisy);
         }
       }
-      if (logits.given) continue;
-      const int width = min(TILE, k - j0);
-      float* sums = at.own + k + 1 + j0;
-      add_warps(ranked, width, at.buffer, [&](int j, float sum) { sums[j] = sum; });
-      if (with_noise()) add_warps(noisy, width, at.buffer, [&](int j, float sum) { sums[k + j] = sum; });
+      if (p.logits) continue;
+      const int width = min(WARP * C, k - j0);
+      add_warps(ranked, width, at.buffer, [&](int j, float sum) { team.send(at.sums, 1, j0 + j, sum); });
+      if (with_noise())
+        add_warps(noisy, width, at.buffer, [&](int j, float sum) { team.send(at.sums, 2, j0 + j, sum); });
     }
     __syncthreads();
   }
 
+  // sum_t u_i y_j + z_i v_j over R rows and a tile of columns; past the ends of either whatever is kept there.
   template <int R>
-  __device__ void add_outer(int t, int r0, int j0, float (&field)[R][TILE_COLUMNS]) const {
-    Tile y_t, v;
+  __device__ __forceinline__ void add_outer(int from, int to, int r0, int j0, float (&field)[R][C]) const {
+    const float *rows = row_pair(from, at.band.first + r0), *columns = column_pair(from, j0 + lane());
+#pragma unroll 1  // its loads fill the registers as it is
+    for (int t = from; t <= to; ++t, rows += 2 * p.k, columns += 2 * p.k) {
+      float2 yv[C];
 #pragma unroll
-    for (int c = 0; c < TILE_COLUMNS; ++c) {
-      const int j = min(j0 + lane() + WARP * c, p.k - 1);
-      y_t[c] = y(t)[j];
-      v[c] = previous(t, j);
-    }
+      for (int c = 0; c < C; ++c) yv[c] = load_two(columns + 2 * WARP * c);
 #pragma unroll
-    for (int r = 0; r < R; ++r) {
-      const int i = at.band.first + min(r0 + r, at.band.rows - 1);
-      const float u = state.rows(t)[i], z_t = z(t)[i];
+      for (int r = 0; r < R; ++r) {
+        const float2 uz = load_two(rows + 2 * r);
 #pragma unroll
-      for (int c = 0; c < TILE_COLUMNS; ++c) field[r][c] = fmaf(u, y_t[c], fmaf(z_t, v[c], field[r][c]));
+        for (int c = 0; c < C; ++c) field[r][c] = fmaf(uz.x, yv[c].x, fmaf(uz.y, yv[c].y, field[r][c]));
+      }
     }
   }
 
   // The gradient of the logits in one row of a tile. X there is not needed any more: the noise takes its place.
-  __device__ void finish_row(int r, int j0, bool final, const Tile& field, Tile& ranked, Tile& noisy) const {
+  __device__ void finish_row(int r, int j0, bool final, const Tile<C>& field, Tile<C>& ranked,
+                             Tile<C>& noisy) const {
     const int i = at.band.first + r, k = p.k;
     float* x = at.band.row(r);
     const float u = state.rows(p.iterations)[i];
-    Tile g = {}, grad;
+    const Logits l = logits();
+    Tile<C> g = {}, grad;
     if (final) arriving.row(i, j0, g);
 #pragma unroll
-    for (int c = 0; c < TILE_COLUMNS; ++c) {
+    for (int c = 0; c < C; ++c) {
       const int j = j0 + lane() + WARP * c;
       if (j >= k) continue;
       const float w = final ? weighed(u * x[j] * state.columns(p.iterations)[j], g[c], centre()[j]) : 0.0f;
       grad[c] = w - x[j] * field[c];
-      ranked[c] = fmaf(logits.rank(i), grad[c], ranked[c]);
+      ranked[c] = fmaf(l.rank(i), grad[c], ranked[c]);
       if (!grad_logits) continue;
       float& to = grad_logits[static_cast<int64_t>(i) * k + j];
       to = final ? grad[c] : to + grad[c];
     }
     if (!with_noise()) return;
-    write_noise(logits, i, j0, min(j0 + TILE, k), x);
+    write_noise(l, i, j0, min(j0 + WARP * C, k), x);
 #pragma unroll
-    for (int c = 0; c < TILE_COLUMNS; ++c) {
+    for (int c = 0; c < C; ++c) {
       const int j = j0 + lane() + WARP * c;
       if (j < k) noisy[c] = fmaf(grad[c], x[j], noisy[c]);
     }
   }
 
   __device__ void column(int t, int j) const {
-    if (j == p.k) return;
-    float g = total(team, at.own, j);
+    float g = team.total(at.sums, 0, j);
     if (t == p.iterations + 2) {
       if (grad_right) grad_right[j] = g, g *= arriving.right[j];
       centre()[j] = g;
       return;
     }
-    if (t <= p.iterations) g *= -previous(t, j);
+    if (t <= p.iterations) g *= -column_pair(t, j)[1];
     if (t <= p.iterations && state.fresh(t) && grad_scores) gather(j, last(t) == p.iterations, t == 1 ? g : 0.0f);
     if (t == 1) {
       if (grad_start) grad_start[j] = g;
       return;
     }
     const float next = state.columns(t - 1)[j] * g;
-    y(t - 1)[j] = next;
+    store_two(column_pair(t - 1, j), {next, previous(t - 1, j)});
     team.publish(at.columns, j, next);
   }
 
@@ -577,13 +687,13 @@ struct Backward {
   // It is the scores' own where no start is given.
   __device__ void gather(int j, bool final, float initial) const {
     if (grad_start) initial = 0.0f;
-    float* sums = at.own + p.k + 1;
-    const float ranked = total(team, sums, j), c = logits.centred(j);
-    const float score = 2.0f * (ranked - c * initial) / logits.tau;
+    const Logits l = logits();
+    const float ranked = team.total(at.sums, 1, j), c = l.centred(j);
+    const float score = 2.0f * (ranked - c * initial) / l.tau;
     grad_scores[j] = final ? score : grad_scores[j] + score;
     if (!grad_tau) return;
     float term = c * (2.0f * ranked - c * initial);
-    if (with_noise()) term = fmaf(logits.noise, total(team, sums, p.k + j), term);
+    if (with_noise()) term = fmaf(l.noise, team.total(at.sums, 2, j), term);
     tau_terms()[j] = final ? term : tau_terms()[j] + term;
   }
 
@@ -592,7 +702,7 @@ struct Backward {
     float sum = 0.0f;
     for (int j = lane(); j < p.k; j += WARP) sum += tau_terms()[j];
     sum = warp_sum(sum);
-    if (lane() == 0) *grad_tau = -sum / logits.tau / logits.tau;
+    if (lane() == 0) *grad_tau = -sum / *p.tau / *p.tau;
   }
 };
 
@@ -602,10 +712,11 @@ __global__ void __launch_bounds__(resident_threads(N), resident_ctas(N, true))
   if constexpr (CLUSTER && !HAS_CLUSTERS) return;
   AHA_DYNAMIC_SHARED(float, shared);
   const int rank = blockIdx.x % ranks;
-  const int width = (p.k + ranks) / ranks, from = rank * width, until = min(from + width, p.k + 1);
-  const Resident<CLUSTER> team{rank, ranks};
-  const Place at = place_resident(shared, p.k, rank, ranks, true);
+  const Place at = place_resident<N>(shared, p.k, rank, ranks, true);
+  const Resident<CLUSTER> team(rank, ranks, p.k, at.flags);
+  const int from = rank * team.width, until = min(from + team.width, p.k);
   const Backward<Resident<CLUSTER>, N> backward(p, to, blockIdx.x / ranks, team, at);
+  team.after_columns();  // the others have begun: their memory may be written
   for (int t = p.iterations + 2; t >= 1; --t) {
     backward.rows(t);
     backward.tiles(t);
@@ -620,8 +731,9 @@ using StreamedBackward = Backward<Streamed, 0>;
 
 __device__ inline StreamedBackward streamed_backward(const Ranking& p, const BackwardTensors& to, int64_t image,
                                                      int rank, int ranks, float* buffer) {
-  const Streamed team{rank, ranks, static_cast<int>(own_floats(p.k, true))};
-  return {p, to, image, team, place_streamed(to.workspace, buffer, p.k, image, rank, ranks, true)};
+  const Place at = place_streamed(to.workspace, buffer, p.k, image, rank, ranks, true);
+  const Streamed team{rank, ranks, p.k, static_cast<int>(slots(true) * p.k), at.flags};
+  return {p, to, image, team, at};
 }
 
 // grid: bands of rows of every matrix
@@ -638,9 +750,9 @@ __global__ void __launch_bounds__(256, 1) streamed_backward_tiles(Ranking p, Bac
 
 // grid: groups of columns of every matrix
 __global__ void __launch_bounds__(256) streamed_backward_columns(Ranking p, BackwardTensors to, int ranks, int t) {
-  const int groups = p.k / blockDim.x + 1, j = blockIdx.x % groups * blockDim.x + threadIdx.x;
+  const int groups = (p.k + blockDim.x - 1) / blockDim.x, j = blockIdx.x % groups * blockDim.x + threadIdx.x;
   const auto backward = streamed_backward(p, to, blockIdx.x / groups, 0, ranks, nullptr);
-  if (j <= p.k) backward.column(t, j);
+  if (j < p.k) backward.column(t, j);
 }
 
 // grid: one warp for every matrix
@@ -669,7 +781,7 @@ __global__ void __launch_bounds__(256)
        item += static_cast<int64_t>(gridDim.x) * warps()) {
     const float* image = grad + item / k * steps * k;
     for (int j0 = 0; j0 < k; j0 += TILE) {
-      Tile sum;
+      Tile<TILE_COLUMNS> sum;
       weigh_steps(left, image, steps, k, static_cast<int>(item % k), j0, sum);
 #pragma unroll
       for (int c = 0; c < TILE_COLUMNS; ++c) {

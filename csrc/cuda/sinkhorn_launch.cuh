@@ -23,7 +23,8 @@ struct Plan {
   int ranks, columns, threads;
 
   Shape shape(int64_t batch, int64_t k, bool backward) const {
-    const int64_t floats = columns ? shared_floats(k, ranks, threads / WARP, backward) : int64_t{threads / WARP} * TILE;
+    const int64_t warps = threads / WARP, wide = int64_t{WARP} * columns;
+    const int64_t floats = columns ? shared_floats(k, ranks, wide, warps, backward) : warps * TILE;
     return {batch * ranks, threads, columns ? ranks : 1, floats * 4};
   }
   int64_t workspace_floats(int64_t k, bool backward) const { return columns ? 0 : streamed_floats(k, ranks, backward); }
@@ -65,9 +66,9 @@ void with_columns(const Plan& plan, const F& f) {
   return f.template operator()<true, 25>();
 }
 
-// Groups of columns of the streamed kernels: with the one more that counts the scalings out of range.
+// Groups of columns of the streamed kernels.
 inline Shape by_columns(int64_t batch, int k) {
-  return {batch * (k / STREAMED_THREADS + 1), STREAMED_THREADS, 1, 0};
+  return {batch * ((k + STREAMED_THREADS - 1) / STREAMED_THREADS), STREAMED_THREADS, 1, 0};
 }
 
 template <typename Launch>

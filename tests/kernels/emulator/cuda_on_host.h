@@ -10,10 +10,11 @@
 // Provided: threadIdx, blockIdx, blockDim, gridDim; __syncthreads and its _or, _and, _count; __syncwarp; __shfl_sync
 // and its _xor, _up, _down; __ballot_sync, __any_sync, __all_sync, each with any mask; __popc, __ffs, __clz, __ldg;
 // AHA_DYNAMIC_SHARED(T, name) and AHA_SHARED(T, name, count) in place of `extern __shared__ T name[]` and
-// `__shared__ T name[count]`; in namespace aha cluster_rank(), cluster_size(), cluster_sync() and cluster_map(pointer
-// to shared memory, rank).
+// `__shared__ T name[count]`; float2, float4; in namespace aha cluster_rank(), cluster_size(), cluster_sync(),
+// cluster_map(pointer to shared memory, rank), load_two, load_four, store_two, store_four and reciprocal.
 // Shared memory starts as NaN. launch() throws std::runtime_error where a kernel deadlocks (also where some threads of
-// a barrier have finished), writes past its dynamic shared memory, or maps the memory of a CTA that has finished.
+// a barrier have finished), writes past its dynamic shared memory, maps the memory of a CTA that has finished, or loads or
+// stores a vector where it is not aligned.
 // Not modelled: atomics, the order in which memory becomes visible, and the width of a shuffle.
 #pragma once
 
@@ -39,6 +40,12 @@ using std::min;
 
 struct dim3 {
   unsigned x = 1, y = 1, z = 1;
+};
+struct float2 {
+  float x, y;
+};
+struct float4 {
+  float x, y, z, w;
 };
 
 namespace cuda_on_host {
@@ -332,7 +339,24 @@ T __ldg(const T* address) {
   return *address;
 }
 
+namespace cuda_on_host {
+
+// A vector at an address that a GPU would accept.
+template <typename T>
+T* aligned(const float* address) {
+  if (reinterpret_cast<uintptr_t>(address) % sizeof(T)) throw std::runtime_error("an address that is not aligned");
+  return reinterpret_cast<T*>(const_cast<float*>(address));
+}
+
+}  // namespace cuda_on_host
+
 namespace aha {
+
+inline float2 load_two(const float* from) { return *cuda_on_host::aligned<float2>(from); }
+inline float4 load_four(const float* from) { return *cuda_on_host::aligned<float4>(from); }
+inline void store_two(float* to, const float2& x) { *cuda_on_host::aligned<float2>(to) = x; }
+inline void store_four(float* to, const float4& x) { *cuda_on_host::aligned<float4>(to) = x; }
+inline float reciprocal(float x) { return 1.0f / x; }
 
 inline int cluster_rank() { return cuda_on_host::here().cta->rank; }
 inline int cluster_size() { return cuda_on_host::machine().ctas.size(); }
