@@ -143,9 +143,9 @@ __device__ inline void write_noise(const Logits& l, int i, int from, int to, flo
   __syncwarp();
 }
 
-// M_ij. Explicit fma: forward and backward must round alike.
+// M_ij of noise that is 0 where there is none. Explicit fma: forward and backward must round alike.
 __device__ __forceinline__ float logit(const Logits& l, float twice_rank, float centred, float noise) {
-  return l.over_tau(fmaf(twice_rank, centred, l.noise != 0.0f ? l.noise * noise : 0.0f));
+  return l.over_tau(fmaf(twice_rank, centred, l.noise * noise));
 }
 
 // Rows of logits by one warp: of a lane's N columns in registers, -infinity past the end.
@@ -162,19 +162,32 @@ struct Rows {
   }
   // M_i; `row` is where the noise may lie meanwhile.
   __device__ void make(const Logits& l, int i, float* row, float (&m)[N]) const {
-    const bool noisy = !l.given && l.noise != 0.0f;
-    if (noisy) {
+    if (l.given) {
+#pragma unroll
+      for (int n = 0; n < N; ++n) {
+        const int j = Lanes<N>::column(n);
+        m[n] = j < l.k ? l.given[static_cast<int64_t>(i) * l.k + j] : -INFINITY;
+      }
+      return;
+    }
+#pragma unroll
+    for (int n = 0; n < N; ++n) m[n] = 0.0f;
+    if (l.noise != 0.0f) {
       write_noise(l, i, 0, l.k, row);
       Lanes<N>::load(row, m);
     }
     const float twice = 2.0f * l.rank(i);
 #pragma unroll
-    for (int n = 0; n < N; ++n) {
-      const int j = Lanes<N>::column(n);
-      if (j >= l.k) m[n] = -INFINITY;
-      else if (l.given) m[n] = l.given[static_cast<int64_t>(i) * l.k + j];
-      else m[n] = logit(l, twice, centred[n], noisy ? m[n] : 0.0f);
-    }
+    for (int n = 0; n < N; ++n)
+      m[n] = Lanes<N>::column(n) < l.k ? logit(l, twice, centred[n], m[n]) : -INFINITY;
+  }
+  // h_j, from the arguments of all images.
+  __device__ void initial(const Ranking& p, const Logits& l, float (&h)[N]) const {
+#pragma unroll
+    for (int n = 0; n < N; ++n) h[n] = l.given ? 0.0f : l.over_tau(-(centred[n] * centred[n]));
+    if (!p.start || l.given) return;
+#pragma unroll
+    for (int n = 0; n < N; ++n) h[n] = Lanes<N>::column(n) < l.k ? l.initial(p, Lanes<N>::column(n)) : 0.0f;
   }
 };
 
@@ -193,19 +206,12 @@ struct Rows<0> {
   }
 };
 
-// M_ij + F_i into the band, with F_i = -logsumexp_j(M_ij + h_j), which is also saved; top_j: the maxima of its columns
-// over the rows of this warp.
+// M_ij + F_i into the band, with F_i = -logsumexp_j(M_ij + h_j), which is also saved.
 template <int N>
-__device__ inline void start_rows(const Ranking& p, const Logits& l, const Band& band, float* potentials,
-                                  float (&top)[N]) {
+__device__ inline void start_rows(const Ranking& p, const Logits& l, const Band& band, float* potentials) {
   const Rows<N> rows(l);
   float initial[N];
-#pragma unroll
-  for (int n = 0; n < N; ++n) {
-    const int j = Lanes<N>::column(n);
-    initial[n] = j < l.k ? l.initial(p, j) : 0.0f;
-    top[n] = -INFINITY;
-  }
+  rows.initial(p, l, initial);
 #pragma unroll 1  // a row fills the registers
   for (int r = warp(); r < band.rows; r += warps()) {
     float m[N], most = -INFINITY, sum = 0.0f;
@@ -217,16 +223,14 @@ __device__ inline void start_rows(const Ranking& p, const Logits& l, const Band&
     for (int n = 0; n < N; ++n) sum += expf(m[n] + initial[n] - most);
     const float potential = -(most + logf(warp_sum(sum)));
 #pragma unroll
-    for (int n = 0; n < N; ++n) {
-      m[n] += potential;
-      top[n] = fmaxf(top[n], m[n]);
-    }
+    for (int n = 0; n < N; ++n) m[n] += potential;
     Lanes<N>::store(band.row(r), m, band.stride);
     if (lane() == 0) potentials[band.first + r] = potential;
   }
 }
 
-__device__ inline void start_rows(const Ranking& p, const Logits& l, const Band& band, float* potentials) {
+template <>
+__device__ inline void start_rows<0>(const Ranking& p, const Logits& l, const Band& band, float* potentials) {
   const Rows<0> rows(l);
   for (int r = warp(); r < band.rows; r += warps()) {
     float* row = band.row(r);
@@ -241,18 +245,38 @@ __device__ inline void start_rows(const Ranking& p, const Logits& l, const Band&
   }
 }
 
-// X of the first iteration from M_ij + F_i, or of iteration t where nothing was absorbed before it. A thread reads the
-// entries it has written itself.
+// M_ij + F_i into the band, with the potentials of iteration t.
 template <int N>
-__device__ inline void exponentiate(const State& state, int t, const Band& band) {
+__device__ inline void restart_rows(const Logits& l, const State& state, int t, const Band& band) {
+  t = state.origin(t);
+  const Rows<N> rows(l);
+#pragma unroll 1
+  for (int r = warp(); r < band.rows; r += warps()) {
+    const float potential = state.potential(0, band.first + r, t);
+    float* row = band.row(r);
+    if constexpr (N > 0) {
+      float m[N];
+      rows.make(l, band.first + r, row, m);
+#pragma unroll
+      for (int n = 0; n < N; ++n) m[n] += potential;
+      Lanes<N>::store(row, m, band.stride);
+    } else {
+      rows.make(l, band.first + r, row);
+      for (int j = lane(); j < l.k; j += WARP) row[j] += potential;
+    }
+  }
+}
+
+// X from M_ij + F_i, with the potentials of iteration t. A thread reads the entries it has written itself. `buffer` has
+// room for the columns of all lanes.
+template <int N>
+__device__ inline void exponentiate(const State& state, int t, const Band& band, float* buffer) {
   t = state.origin(t);
   if constexpr (N > 0) {
+    for (int j = threadIdx.x; j < WARP * N; j += blockDim.x) buffer[j] = j < band.k ? state.potential(1, j, t) : 0.0f;
+    __syncthreads();
     float g[N];
-#pragma unroll
-    for (int n = 0; n < N; ++n) {
-      const int j = Lanes<N>::column(n);
-      g[n] = j < band.k ? state.potential(1, j, t) : 0.0f;
-    }
+    Lanes<N>::load(buffer, g);
 #pragma unroll 1
     for (int r = warp(); r < band.rows; r += warps()) {
       float x[N];
@@ -268,39 +292,6 @@ __device__ inline void exponentiate(const State& state, int t, const Band& band)
     }
   }
   __syncthreads();
-}
-
-// X from the potentials of iteration t; the logits are made again.
-template <int N>
-__device__ inline void restart(const Logits& l, const State& state, int t, const Band& band) {
-  t = state.origin(t);
-  const Rows<N> rows(l);
-  if constexpr (N > 0) {
-    float g[N];
-#pragma unroll
-    for (int n = 0; n < N; ++n) {
-      const int j = Lanes<N>::column(n);
-      g[n] = j < l.k ? state.potential(1, j, t) : 0.0f;
-    }
-#pragma unroll 1
-    for (int r = warp(); r < band.rows; r += warps()) {
-      float x[N];
-      rows.make(l, band.first + r, band.row(r), x);
-      const float potential = state.potential(0, band.first + r, t);
-#pragma unroll
-      for (int n = 0; n < N; ++n) x[n] = expf(x[n] + potential + g[n]);
-      Lanes<N>::store(band.row(r), x, band.stride);
-    }
-    __syncthreads();
-  } else {
-    for (int r = warp(); r < band.rows; r += warps()) {
-      float* row = band.row(r);
-      rows.make(l, band.first + r, row);
-      const float potential = state.potential(0, band.first + r, t);
-      for (int j = lane(); j < l.k; j += WARP) row[j] += potential;
-    }
-    exponentiate<N>(state, t, band);
-  }
 }
 
 // Passes over tiles of columns: lane l of every warp holds the C columns l, l + WARP, ... of the tile.

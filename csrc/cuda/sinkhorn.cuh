@@ -13,7 +13,7 @@
 namespace aha {
 
 // Threads of a resident CTA with so many columns a lane, and how many CTAs an SM must have registers for.
-constexpr int resident_threads(int columns) { return columns <= 2 ? 128 : 256; }
+AHA_HD constexpr int resident_threads(int columns) { return columns <= 2 ? 128 : 256; }
 constexpr int resident_ctas(int columns, bool backward) {
   return columns <= 2 ? (backward ? 3 : 4) : columns <= 4 && !backward ? 2 : 1;
 }
@@ -34,11 +34,17 @@ AHA_HD int64_t owned_columns(int64_t k, int64_t ranks) { return padded(band_rows
 // One CTA, or a cluster of them. Sums are sent to the CTA that owns the column, and lie there by rank.
 template <bool CLUSTER>
 struct Resident {
-  int rank, ranks, width;  // width: columns of a CTA, a multiple of four
+  int rank, ranks, width, owner;  // width: columns of a CTA, a multiple of four; owner: of this thread's columns
   int* flags;
 
   __device__ Resident(int rank, int ranks, int k, int* flags)
-      : rank(rank), ranks(ranks), width(static_cast<int>(owned_columns(k, ranks))), flags(flags) {}
+      : rank(rank),
+        ranks(ranks),
+        width(static_cast<int>(owned_columns(k, ranks))),
+        owner(CLUSTER ? static_cast<int>(4 * threadIdx.x) / width : 0),
+        flags(flags) {}
+  // Columns that a thread adds up over the warps: in one CTA those that it finishes, without a barrier.
+  __device__ static constexpr int thread_columns() { return CLUSTER ? 4 : 1; }
   template <typename T>
   __device__ T* peer(T* own, int other) const {
     return CLUSTER ? cluster_map(own, other) : own;
@@ -47,6 +53,9 @@ struct Resident {
     if (!CLUSTER) return sums + slot * width + j;
     const int owner = j / width;
     return peer(sums + (slot * ranks + rank) * width + j - owner * width, owner);
+  }
+  __device__ float* place_of_thread(float* sums, int slot, int j) const {
+    return CLUSTER ? peer(sums + (slot * ranks + rank - owner) * width + j, owner) : sums + slot * width + j;
   }
   __device__ void send(float* sums, int slot, int j, float value) const { *place(sums, slot, j) = value; }
   __device__ float total(const float* sums, int slot, int j) const {
@@ -105,24 +114,25 @@ struct Streamed {
 template <int N, typename Team, typename Combine>
 __device__ __forceinline__ void combine_warps(const float (&part)[N], int k, float* buffer, const Team& team,
                                               float* sums, int slot, const Combine& combine) {
-  constexpr int WIDTH = Lanes<N>::WIDTH;
+  constexpr int WIDTH = Lanes<N>::WIDTH, WARPS = resident_threads(N) / WARP, EACH = Team::thread_columns();
+  static_assert(WIDTH <= EACH * resident_threads(N));
   Lanes<N>::store(buffer + warp() * WIDTH, part);
   __syncthreads();
-  if constexpr (WIDTH > 256) {  // more than threads: four columns each
-    for (int j = 4 * threadIdx.x; j < k; j += 4 * blockDim.x) {
-      float4 sum = load_four(buffer + j);
-      for (int w = 1; w < warps(); ++w) {
-        const float4 x = load_four(buffer + w * WIDTH + j);
-        sum = {combine(sum.x, x.x), combine(sum.y, x.y), combine(sum.z, x.z), combine(sum.w, x.w)};
-      }
-      store_four(team.place(sums, slot, j), sum);
+  const int j = EACH * static_cast<int>(threadIdx.x);
+  if (j >= k) return;
+  if constexpr (EACH == 4) {
+    float4 sum = load_four(buffer + j);
+#pragma unroll
+    for (int w = 1; w < WARPS; ++w) {
+      const float4 x = load_four(buffer + w * WIDTH + j);
+      sum = {combine(sum.x, x.x), combine(sum.y, x.y), combine(sum.z, x.z), combine(sum.w, x.w)};
     }
+    store_four(team.place_of_thread(sums, slot, j), sum);
   } else {
-    for (int j = threadIdx.x; j < k; j += blockDim.x) {
-      float sum = buffer[j];
-      for (int w = 1; w < warps(); ++w) sum = combine(sum, buffer[w * WIDTH + j]);
-      team.send(sums, slot, j, sum);
-    }
+    float sum = buffer[j];
+#pragma unroll
+    for (int w = 1; w < WARPS; ++w) sum = combine(sum, buffer[w * WIDTH + j]);
+    *team.place_of_thread(sums, slot, j) = sum;
   }
 }
 
@@ -143,11 +153,6 @@ struct Columns {
   float v[N];
 
   __device__ void load(const float* columns) { Lanes<N>::load(columns, v); }
-
-  __device__ void reset(int k) {
-#pragma unroll
-    for (int n = 0; n < N; ++n) v[n] = Lanes<N>::column(n) < k ? 1.0f : 0.0f;
-  }
 
   // M rows from r0 on. Each lane forms the coefficient of one of them.
   template <int M, typename Before, typename Coefficient>
@@ -193,7 +198,6 @@ struct Columns<0> {
   const float* v;
 
   __device__ void load(const float* columns) { v = columns; }
-  __device__ void reset(int) { v = nullptr; }
 
   template <typename Team, typename Before, typename Coefficient>
   __device__ bool sweep(const Band& band, const Before& before, const Coefficient& coefficient, float* buffer,
@@ -203,7 +207,7 @@ struct Columns<0> {
       const float* row = band.row(r);
       float dot = 0.0f;
 #pragma unroll 4
-      for (int j = lane(); j < band.k; j += WARP) dot = fmaf(row[j], v ? v[j] : 1.0f, dot);
+      for (int j = lane(); j < band.k; j += WARP) dot = fmaf(row[j], v[j], dot);
       const float c = coefficient(r, before(r), warp_sum(dot), lane() == 0);
       if (lane() == 0) buffer[r] = c;
       far |= outside(c);
@@ -297,17 +301,16 @@ struct Forward {
 
   // Iteration t, from the absorption of the one before.
   __device__ void rows(int t) const {
-    Columns<N> v;
     const bool moved = t > 1 && team.raised(t - 1);
     if (t > 1 && threadIdx.x == 0) absorbed[t - 2] = moved;  // every CTA of the matrix comes to the same
-    if (moved) {
+    if (t == 1 || moved) {
       __syncthreads();
-      restart<N>(logits(), state, t, at.band);
-    } else if (t == 1) {
-      exponentiate<N>(state, t, at.band);
+      for (int j = threadIdx.x; j < p.k; j += blockDim.x) at.columns[j] = 1.0f;
+      if (moved) restart_rows<N>(logits(), state, t, at.band);
+      exponentiate<N>(state, t, at.band, at.buffer);
     }
-    if (t == 1 || moved) v.reset(p.k);
-    else v.load(at.columns);
+    Columns<N> v;
+    v.load(at.columns);
     const auto none = [](int) { return 0; };
     const bool far = v.sweep(at.band, none, [&](int r, int, float dot, bool saves) {
       const float u = t == 1 ? 1.0f : reciprocal(dot);
@@ -320,12 +323,20 @@ struct Forward {
   // Iteration 0: row potentials and the column maxima of M + F.
   __device__ void start() const {
     if (threadIdx.x < 2) at.flags[threadIdx.x] = 0;
+    start_rows<N>(p, logits(), at.band, scalings);
     if constexpr (N > 0) {
       float top[N];
-      start_rows(p, logits(), at.band, scalings, top);
+#pragma unroll
+      for (int n = 0; n < N; ++n) top[n] = -INFINITY;
+#pragma unroll 1
+      for (int r = warp(); r < at.band.rows; r += warps()) {  // those this warp has written
+        float x[N];
+        Lanes<N>::load(at.band.row(r), x);
+#pragma unroll
+        for (int n = 0; n < N; ++n) top[n] = fmaxf(top[n], x[n]);
+      }
       combine_warps(top, p.k, at.buffer, team, at.sums, 0, Most{});
     } else {
-      start_rows(p, logits(), at.band, scalings);
       __syncthreads();
       for (int j = threadIdx.x; j < p.k; j += blockDim.x) {
         float top = -INFINITY;
@@ -528,8 +539,11 @@ struct Backward {
 
   // t = iterations + 2: X of the last segment; from iterations on the sweep of iteration t, backwards.
   __device__ void rows(int t) const {
-    if (t == p.iterations + 2 || (t < p.iterations && state.fresh(t + 1)))
-      restart<N>(logits(), state, min(t, p.iterations), at.band);
+    if (t == p.iterations + 2 || (t < p.iterations && state.fresh(t + 1))) {
+      const int segment = min(t, p.iterations);
+      restart_rows<N>(logits(), state, segment, at.band);
+      exponentiate<N>(state, segment, at.band, at.buffer);
+    }
     if (t > p.iterations) return;
     Columns<N> v;
     v.load(at.columns);
