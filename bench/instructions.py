@@ -68,7 +68,7 @@ LAYOUTS = {784: Layout(784, "true, 25", 16, 256)}
 PARTS = {
     "forward": {
         "start": "set-up", "start_rows": "set-up", "restart_rows": "set-up", "restart": "set-up", "exponentiate": "set-up",
-        "rows": "sweep", "sweep": "sweep", "column": "columns", "total": "columns", "publish": "columns",
+        "rows": "sweep", "begin": "set-up", "ones": "set-up", "sweep": "sweep", "column": "columns", "total": "columns", "publish": "columns",
         "raised": "sweep", "after_rows": "barriers", "after_columns": "barriers",
         "read_left": "readout", "sum_left": "readout", "weigh_rows": "readout", "read_rows": "readout",
     },

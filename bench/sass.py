@@ -247,8 +247,11 @@ def _is_predicate(text: str) -> bool:
     return re.fullmatch(r"!?U?P(T|\d)", text) is not None
 
 
-def _address(operands: str) -> Reader:
-    """int64 of `[R2.64+0x10]`, `[R3+UR4+0x10]`, with or without a descriptor before it."""
+def _address(operands: str, extended: bool) -> Reader:
+    """int64 of `[R2.64+0x10]`, `[R3+UR4+0x10]`, with or without a descriptor before it.
+
+    ``extended``: without a descriptor, R2 is a pair all the same.
+    """
     inside = re.sub(r"^desc\[\w+\]", "", operands).strip("[]")
     terms: list[Reader] = []
     offset = 0
@@ -257,7 +260,8 @@ def _address(operands: str) -> Reader:
         if re.match(r"-?0x", part):
             offset += int(part, 16)
         else:
-            terms.append(_wide(part[:-3]) if part.endswith(".64") else _raw(part, False))
+            pair = part.endswith(".64") or (extended and not operands.startswith("desc") and part.startswith("R"))
+            terms.append(_wide(part.removesuffix(".64")) if pair else _raw(part, False))
     return lambda c, i: sum((term(c, i).astype(np.int64) for term in terms), np.int64(offset))
 
 
@@ -277,7 +281,7 @@ def _words(c: Cluster, address: np.ndarray, space: str) -> tuple[np.ndarray, np.
 def _memory(opcode: str, operands: list[str], store: bool) -> Action:
     width = 4 if ".128" in opcode else 2 if ".64" in opcode else 1
     space = opcode.split(".")[0][2:]
-    address = _address(operands[0] if store else operands[-1])
+    address = _address(operands[0] if store else operands[-1], ".E" in opcode)
     parts = [_raw(operands[-1] if store else operands[0], False, n) for n in range(width)]
     target = None if store else _register(operands[0])
 

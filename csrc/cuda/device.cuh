@@ -35,6 +35,14 @@ __device__ __forceinline__ T* cluster_map(T* own, int rank) {
 #endif
 }
 
+// The same value, which the compiler cannot make again from what it came from, in a loop, to save a register.
+template <typename T>
+__device__ __forceinline__ T held(T x) {
+  if constexpr (sizeof(T) == 8) asm volatile("" : "+l"(x));
+  else asm volatile("" : "+r"(x));
+  return x;
+}
+
 // Four floats at an address that is a multiple of 16 bytes.
 __device__ __forceinline__ float4 load_four(const float* from) { return *reinterpret_cast<const float4*>(from); }
 __device__ __forceinline__ void store_four(float* to, const float4& x) { *reinterpret_cast<float4*>(to) = x; }
@@ -55,6 +63,9 @@ constexpr unsigned ALL_LANES = 0xffffffffu;
 __device__ __forceinline__ int lane() { return threadIdx.x % WARP; }
 __device__ __forceinline__ int warp() { return threadIdx.x / WARP; }
 __device__ __forceinline__ int warps() { return blockDim.x / WARP; }
+
+// warp(), and the compiler knows that all lanes have the same.
+__device__ __forceinline__ int uniform_warp() { return __shfl_sync(ALL_LANES, warp(), 0); }
 
 // R sums over the warp side by side, so that they wait for each other's shuffles; every lane gets the same bits.
 template <int R>

@@ -59,10 +59,14 @@ struct Resident {
   }
   __device__ void send(float* sums, int slot, int j, float value) const { *place(sums, slot, j) = value; }
   __device__ float total(const float* sums, int slot, int j) const {
-    if (!CLUSTER) return sums[slot * width + j];
-    const float* mine = sums + slot * ranks * width + j - rank * width;
-    float sum = mine[0];
-    for (int r = 1; r < ranks; ++r) sum += mine[r * width];
+    const float* mine = CLUSTER ? sums + slot * ranks * width + j - rank * width : sums + slot * width + j;
+    float sum = 0.0f;
+    if (CLUSTER && ranks == 16 && slot == 0) {  // where most of the time is spent
+#pragma unroll
+      for (int r = 0; r < 16; ++r) sum += mine[r * width];
+    } else {
+      for (int r = 0; r < ranks; ++r) sum += mine[r * width];
+    }
     return sum;
   }
   __device__ float most(const float* sums, int j) const {
@@ -71,8 +75,13 @@ struct Resident {
     for (int r = 0; r < ranks; ++r) top = fmaxf(top, mine[r * width]);
     return top;
   }
-  __device__ void publish(float* columns, int j, float value) const {
-    for (int r = 0; r < ranks; ++r) peer(columns, r)[j] = value;
+  __device__ void publish(float* columns, int j, float value) const { columns[j] = value; }
+  // What this CTA has published, to the others: four columns to one CTA by each thread, to its `owner`.
+  __device__ void spread(float* columns, int k) const {
+    if (!CLUSTER) return;
+    __syncthreads();
+    const int j = (rank - owner) * width + static_cast<int>(4 * threadIdx.x);
+    if (owner < ranks && j < k) store_four(peer(columns + j, owner), load_four(columns + j));
   }
   // Two flags in turn: a CTA may be told of iteration t + 1 before it has asked for t.
   __device__ void raise(int t) const {
@@ -146,6 +155,13 @@ struct Most {
 // The sweep: c_i = coefficient(r, before(r), X_i . v), then sum_i c_i X_ij, one read of X. Whether a c_i of this lane
 // has left the range of scalings is returned.
 
+// The smallest and the largest of some positive numbers and 1.
+struct Extremes {
+  float least = 1.0f, most = 1.0f;
+  __device__ void add(float x) { least = fminf(least, x), most = fmaxf(most, x); }
+  __device__ bool outside() const { return least < 1.0f / LARGE_SCALING || most > LARGE_SCALING; }
+};
+
 // N columns a lane, in registers with R rows at a time, then one by one.
 template <int N>
 struct Columns {
@@ -154,12 +170,11 @@ struct Columns {
 
   __device__ void load(const float* columns) { Lanes<N>::load(columns, v); }
 
-  // M rows from r0 on. Each lane forms the coefficient of one of them.
+  // M rows from r0 on. Each lane forms the coefficient of one of them, the row `mine` after r0.
   template <int M, typename Before, typename Coefficient>
-  __device__ __forceinline__ bool rows(const Band& band, int r0, const Before& before, const Coefficient& coefficient,
-                                       float (&part)[N]) const {
-    const int mine = r0 + sum_of<M>(lane());
-    const auto known = before(mine);
+  __device__ __forceinline__ void rows(const Band& band, int r0, int mine, const Before& before,
+                                       const Coefficient& coefficient, float (&part)[N], Extremes& seen) const {
+    const auto known = before(r0 + mine);
     float x[M][N], dot[M] = {};
 #pragma unroll
     for (int r = 0; r < M; ++r) Lanes<N>::load(band.row(r0 + r), x[r]);
@@ -167,28 +182,30 @@ struct Columns {
     for (int n = 0; n < N; ++n)
 #pragma unroll
       for (int r = 0; r < M; ++r) dot[r] = fmaf(x[r][n], v[n], dot[r]);
-    const float own = coefficient(mine, known, scattered_sums(dot), lane() < M);
+    const float own = coefficient(r0 + mine, known, scattered_sums(dot), lane() < M);
+    seen.add(own);
 #pragma unroll
     for (int r = 0; r < M; ++r) {
       const float c = M == 1 ? own : __shfl_sync(ALL_LANES, own, sum_of<M>(r));  // sum_of is its own inverse
 #pragma unroll
       for (int n = 0; n < N; ++n) part[n] = fmaf(c, x[r][n], part[n]);
     }
-    return outside(own);
   }
 
   template <typename Team, typename Before, typename Coefficient>
   __device__ bool sweep(const Band& band, const Before& before, const Coefficient& coefficient, float* buffer,
                         const Team& team, float* sums) const {
+    constexpr int STEP = resident_threads(N) / WARP * R;
     float part[N] = {};
-    bool far = false;
-    int r0 = warp() * R;
+    Extremes seen;
+    const int mine = held(sum_of<R>(lane()));
+    int r0 = uniform_warp() * R;
 #pragma unroll 1
-    for (; r0 + R <= band.rows; r0 += warps() * R) far |= rows<R>(band, r0, before, coefficient, part);
+    for (; r0 + R <= band.rows; r0 += STEP) rows<R>(band, r0, mine, before, coefficient, part, seen);
 #pragma unroll 1
-    for (int r = r0; r < min(r0 + R, band.rows); ++r) far |= rows<1>(band, r, before, coefficient, part);
+    for (int r = r0; r < min(r0 + R, band.rows); ++r) rows<1>(band, r, 0, before, coefficient, part, seen);
     combine_warps(part, band.k, buffer, team, sums, 0, Add{});
-    return far;
+    return seen.outside();
   }
 };
 
@@ -253,11 +270,12 @@ template <int N>
 __device__ inline Place place_resident(float* shared, int k, int rank, int ranks, bool backward) {
   constexpr int WIDTH = Lanes<N>::WIDTH;
   const int stride = static_cast<int>(padded(k));
-  float *columns = shared + band_rows(k, ranks) * stride, *buffer = columns + WIDTH, *sums = buffer + warps() * WIDTH;
-  int* flags = reinterpret_cast<int*>(sums + slots(backward) * ranks * owned_columns(k, ranks));
-  const Place at = place(shared, stride, sums, columns, buffer, flags, k, rank, ranks);
+  float *x = shared + 4, *columns = x + band_rows(k, ranks) * stride, *buffer = columns + WIDTH;
+  float* sums = buffer + resident_threads(N) / WARP * WIDTH;
+  int* flags = reinterpret_cast<int*>(shared);
+  const Place at = place(x, stride, sums, columns, buffer, flags, k, rank, ranks);
   // what follows the last row: past column k it stays so
-  for (float* x = at.band.row(at.band.rows) + threadIdx.x; x < buffer; x += blockDim.x) *x = 0.0f;
+  for (float* rest = at.band.row(at.band.rows) + threadIdx.x; rest < buffer; rest += blockDim.x) *rest = 0.0f;
   return at;
 }
 
@@ -299,30 +317,42 @@ struct Forward {
   __device__ static int64_t out_rows(const Ranking& p) { return p.readout == Readout::left ? p.steps : p.k; }
   __device__ float* saved(int t, int side) const { return scalings + static_cast<int64_t>(2 * t + side) * p.k; }
 
+  // X of the first iteration.
+  __device__ void begin() const {
+    ones();
+    exponentiate<N>(state, 1, at.band, at.buffer);
+  }
+
   // Iteration t, from the absorption of the one before.
   __device__ void rows(int t) const {
-    const bool moved = t > 1 && team.raised(t - 1);
-    if (t > 1 && threadIdx.x == 0) absorbed[t - 2] = moved;  // every CTA of the matrix comes to the same
-    if (t == 1 || moved) {
+    if (team.raised(t - 1)) {  // every CTA of the matrix comes to the same
+      if (threadIdx.x == 0) absorbed[t - 2] = 1;
       __syncthreads();
-      for (int j = threadIdx.x; j < p.k; j += blockDim.x) at.columns[j] = 1.0f;
-      if (moved) restart_rows<N>(logits(), state, t, at.band);
+      ones();
+      restart_rows<N>(logits(), state, t, at.band);
       exponentiate<N>(state, t, at.band, at.buffer);
     }
     Columns<N> v;
     v.load(at.columns);
+    float* scaling = held(saved(t, 0) + at.band.first);
     const auto none = [](int) { return 0; };
     const bool far = v.sweep(at.band, none, [&](int r, int, float dot, bool saves) {
       const float u = t == 1 ? 1.0f : reciprocal(dot);
-      if (saves) saved(t, 0)[at.band.first + r] = u;
+      if (saves) scaling[r] = u;
       return u;
     }, at.buffer, team, at.sums);
     if (far) team.raise(t);
   }
 
+  // Column scalings of a fresh X.
+  __device__ void ones() const {
+    for (int j = threadIdx.x; j < p.k; j += blockDim.x) at.columns[j] = 1.0f;
+  }
+
   // Iteration 0: row potentials and the column maxima of M + F.
   __device__ void start() const {
-    if (threadIdx.x < 2) at.flags[threadIdx.x] = 0;
+    if (threadIdx.x < 2) at.flags[threadIdx.x] = -1;
+    for (int t = threadIdx.x; t < p.iterations; t += blockDim.x) absorbed[t] = 0;
     start_rows<N>(p, logits(), at.band, scalings);
     if constexpr (N > 0) {
       float top[N];
@@ -406,7 +436,11 @@ struct Forward {
       }
     }
     if (any) return combine_warps(part, p.k, at.buffer, team, at.sums, s & 1, Add{});
-    for (int j = threadIdx.x; j < p.k; j += blockDim.x) team.send(at.sums, s & 1, j, 0.0f);
+    const int j = Team::thread_columns() * static_cast<int>(threadIdx.x);
+    if (j >= p.k) return;
+    float* to = team.place_of_thread(at.sums, s & 1, j);
+    if (Team::thread_columns() == 4) store_four(to, {0.0f, 0.0f, 0.0f, 0.0f});
+    else *to = 0.0f;
   }
 
   __device__ void read_left(int s, int j) const {
@@ -429,22 +463,26 @@ __global__ void __launch_bounds__(resident_threads(N), resident_ctas(N, false))
   const int rank = blockIdx.x % ranks;
   const Place at = place_resident<N>(shared, p.k, rank, ranks, false);
   const Resident<CLUSTER> team(rank, ranks, p.k, at.flags);
-  const int from = rank * team.width, until = min(from + team.width, p.k);
+  const int j = rank * team.width + threadIdx.x, until = min((rank + 1) * team.width, p.k);  // one column a thread
   const Forward<Resident<CLUSTER>, N> forward(p, to, blockIdx.x / ranks, team, at);
   team.after_columns();  // the others have begun: their memory may be written
   forward.start();
-  for (int t = 0; t <= p.iterations; ++t) {
-    if (t > 0) forward.rows(t);
+  team.after_rows();
+  if (j < until) forward.column(0, j);
+  team.after_columns();
+  forward.begin();
+  for (int t = 1; t <= p.iterations; ++t) {
+    forward.rows(t);
     team.after_rows();
-    for (int j = from + threadIdx.x; j < until; j += blockDim.x) forward.column(t, j);
+    if (j < until) forward.column(t, j);
+    team.spread(at.columns, p.k);
     team.after_columns();
   }
-  if (threadIdx.x == 0) forward.absorbed[p.iterations - 1] = 0;
   if (p.readout != Readout::left) return forward.read_rows();
   for (int s = 0; s < p.steps; ++s) {
     forward.sum_left(s);
     team.after_rows();
-    for (int j = from + threadIdx.x; j < until; j += blockDim.x) forward.read_left(s, j);
+    if (j < until) forward.read_left(s, j);
     if (!CLUSTER) team.after_columns();  // of a cluster the sums of two steps lie apart
   }
 }
@@ -462,7 +500,9 @@ __device__ inline StreamedForward streamed_forward(const Ranking& p, const Forwa
 __global__ void __launch_bounds__(256, 2) streamed_forward_rows(Ranking p, ForwardTensors to, int ranks, int t) {
   AHA_DYNAMIC_SHARED(float, buffer);
   const auto forward = streamed_forward(p, to, blockIdx.x / ranks, blockIdx.x % ranks, ranks, buffer);
-  t == 0 ? forward.start() : t <= p.iterations ? forward.rows(t) : forward.read_rows();
+  if (t == 0) return forward.start();
+  if (t == 1) forward.begin();
+  t <= p.iterations ? forward.rows(t) : forward.read_rows();
 }
 
 // grid: groups of columns of every matrix
@@ -470,7 +510,6 @@ __global__ void __launch_bounds__(256) streamed_forward_columns(Ranking p, Forwa
   const int groups = (p.k + blockDim.x - 1) / blockDim.x, j = blockIdx.x % groups * blockDim.x + threadIdx.x;
   const auto forward = streamed_forward(p, to, blockIdx.x / groups, 0, ranks, nullptr);
   if (j < p.k) forward.column(t, j);
-  if (t == p.iterations && j == 0) forward.absorbed[t - 1] = 0;
 }
 
 // items: tiles of columns of every step of every matrix
@@ -550,13 +589,12 @@ struct Backward {
     struct Known {
       float u, sum;
     };
-    const auto before = [&](int r) {
-      const int i = at.band.first + r;
-      return Known{state.rows(t)[i], t == p.iterations ? row_sums()[i] : 0.0f};
-    };
+    const float *scaling = state.rows(t) + at.band.first, *sums = row_sums() + at.band.first;
+    float* pairs = held(row_pair(t, at.band.first));
+    const auto before = [&](int r) { return Known{scaling[r], t == p.iterations ? sums[r] : 0.0f}; };
     v.sweep(at.band, before, [&](int r, const Known& known, float dot, bool saves) {
       const float z = known.u * (known.sum - known.u * dot);
-      if (saves) store_two(row_pair(t, at.band.first + r), {known.u, z});
+      if (saves) store_two(pairs + 2 * r, {known.u, z});
       return z;
     }, at.buffer, team, at.sums);
   }
@@ -728,14 +766,15 @@ __global__ void __launch_bounds__(resident_threads(N), resident_ctas(N, true))
   const int rank = blockIdx.x % ranks;
   const Place at = place_resident<N>(shared, p.k, rank, ranks, true);
   const Resident<CLUSTER> team(rank, ranks, p.k, at.flags);
-  const int from = rank * team.width, until = min(from + team.width, p.k);
+  const int j = rank * team.width + threadIdx.x, until = min((rank + 1) * team.width, p.k);  // one column a thread
   const Backward<Resident<CLUSTER>, N> backward(p, to, blockIdx.x / ranks, team, at);
   team.after_columns();  // the others have begun: their memory may be written
   for (int t = p.iterations + 2; t >= 1; --t) {
     backward.rows(t);
     backward.tiles(t);
     team.after_rows();
-    for (int j = from + threadIdx.x; j < until; j += blockDim.x) backward.column(t, j);
+    if (j < until) backward.column(t, j);
+    team.spread(at.columns, p.k);
     team.after_columns();
   }
   if (backward.grad_tau && rank == 0 && warp() == 0) backward.finish_tau();

@@ -11,7 +11,7 @@
 // and its _xor, _up, _down; __ballot_sync, __any_sync, __all_sync, each with any mask; __popc, __ffs, __clz, __ldg;
 // AHA_DYNAMIC_SHARED(T, name) and AHA_SHARED(T, name, count) in place of `extern __shared__ T name[]` and
 // `__shared__ T name[count]`; float2, float4; in namespace aha cluster_rank(), cluster_size(), cluster_sync(),
-// cluster_map(pointer to shared memory, rank), load_two, load_four, store_two, store_four and reciprocal.
+// cluster_map(pointer to shared memory, rank), load_two, load_four, store_two, store_four, reciprocal and held.
 // Shared memory starts as NaN. launch() throws std::runtime_error where a kernel deadlocks (also where some threads of
 // a barrier have finished), writes past its dynamic shared memory, maps the memory of a CTA that has finished, or loads or
 // stores a vector where it is not aligned.
@@ -367,6 +367,11 @@ T* cluster_map(T* own, int rank) {
   cuda_on_host::Cta &from = *cuda_on_host::here().cta, &to = cuda_on_host::machine().ctas.at(rank);
   if (!to.running) throw std::runtime_error("a map of the shared memory of a CTA that has finished");
   return reinterpret_cast<T*>(to.shared.data() + (reinterpret_cast<char*>(own) - from.shared.data()));
+}
+
+template <typename T>
+T held(T x) {
+  return x;
 }
 
 }  // namespace aha
