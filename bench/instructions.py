@@ -8,7 +8,7 @@ reference before a count is reported.
 Numbers of iterations: the counts are linear in T from T = 2 on (no scaling leaves its range here), so T = 2 and T = 3
 give T = 30; with --check T = 4 runs too, and must lie on their line.
 Parts: by the source line of an instruction and the calls it is inlined into (-lineinfo). What the compiler moves out of
-a function is counted where its line is.
+a function is counted where its line is. The readout is what S masks cost more than none, whatever its lines.
   useful FMA, forward    2 K² of an iteration: a dot product and a weighted sum over X
   useful FMA, backward   2 K² of an iteration's sweep, and 2 K² of its share of the rank-2T pass
 in warp instructions, K² / 32 each. A ratio of 1 would be a program of FMA alone.
@@ -70,7 +70,7 @@ PARTS = {
         "start": "set-up", "start_rows": "set-up", "restart_rows": "set-up", "restart": "set-up", "exponentiate": "set-up",
         "rows": "sweep", "begin": "set-up", "ones": "set-up", "sweep": "sweep", "column": "columns", "total": "columns", "publish": "columns",
         "raised": "sweep", "after_rows": "barriers", "after_columns": "barriers",
-        "read_left": "readout", "sum_left": "readout", "weigh_rows": "readout", "read_rows": "readout",
+        "read_left": "readout", "sum_left": "readout", "used_by": "readout", "weigh_rows": "readout", "read_rows": "readout",
     },
     "backward": {
         "restart_rows": "set-up", "restart": "set-up", "exponentiate": "set-up", "weigh": "set-up", "finish_row": "set-up",
@@ -241,6 +241,7 @@ def counts(layout: Layout, case: Case, csrc: Path = ROOT / "csrc", checked: bool
         parts["backward", t] = by_part("backward", programs["backward"], back, name)
         assert not arrays["absorbed"].any()
         check(small, arrays["out"], gradients["grad_scores"])
+    without, _ = run("forward", programs["forward"], layout, case._replace(iterations=2, steps=0))
     for direction in ("forward", "backward"):
         two, three = parts[direction, 2], parts[direction, 3]
         step = {part: three[part] - two[part] for part in three}
@@ -264,8 +265,9 @@ def counts(layout: Layout, case: Case, csrc: Path = ROOT / "csrc", checked: bool
             found[direction]["per_useful_fma_sweep"] = round((sum(iteration.values()) - fold) / 2, 3)
             found[direction]["per_useful_fma_fold"] = round(fold / 2, 3)
         else:
-            all_iterations = case.iterations * sum(step.values())
-            found[direction]["readout_share"] = round(total.get("readout", 0) / all_iterations, 4)
+            readout = sum(two.values()) - int(without.sum())
+            found[direction]["readout"] = readout
+            found[direction]["readout_share"] = round(readout / (case.iterations * sum(step.values())), 4)
     return found
 
 

@@ -58,15 +58,28 @@ struct Resident {
     return CLUSTER ? peer(sums + (slot * ranks + rank - owner) * width + j, owner) : sums + slot * width + j;
   }
   __device__ void send(float* sums, int slot, int j, float value) const { *place(sums, slot, j) = value; }
+  // Zeros, by the threads of place_of_thread.
+  __device__ void send_nothing(float* sums, int slot, int k) const {
+    const int j = thread_columns() * static_cast<int>(threadIdx.x);
+    if (j >= k) return;
+    float* to = place_of_thread(sums, slot, j);
+    if (CLUSTER) store_four(to, {0.0f, 0.0f, 0.0f, 0.0f});
+    else *to = 0.0f;
+  }
   __device__ float total(const float* sums, int slot, int j) const {
-    const float* mine = CLUSTER ? sums + slot * ranks * width + j - rank * width : sums + slot * width + j;
+    if (!CLUSTER || ranks != 16) return rare_total(sums, slot, j);
+    const float* mine = sums + slot * ranks * width + j - rank * width;
     float sum = 0.0f;
-    if (CLUSTER && ranks == 16 && slot == 0) {  // where most of the time is spent
-#pragma unroll
-      for (int r = 0; r < 16; ++r) sum += mine[r * width];
-    } else {
-      for (int r = 0; r < ranks; ++r) sum += mine[r * width];
-    }
+#pragma unroll  // where most of the time is spent
+    for (int r = 0; r < 16; ++r) sum += mine[r * width];
+    return sum;
+  }
+  // The same, in less code.
+  __device__ float rare_total(const float* sums, int slot, int j) const {
+    const float* mine = sums + (slot * ranks - rank) * width + j;
+    float sum = 0.0f;
+#pragma unroll 1
+    for (int r = 0; r < ranks; ++r) sum += mine[r * width];
     return sum;
   }
   __device__ float most(const float* sums, int j) const {
@@ -109,6 +122,7 @@ struct Streamed {
     for (int r = 0; r < ranks; ++r) sum += peer(sums, r)[slot * k + j];
     return sum;
   }
+  __device__ float rare_total(const float* sums, int slot, int j) const { return total(sums, slot, j); }
   __device__ float most(const float* sums, int j) const {
     float top = -INFINITY;
     for (int r = 0; r < ranks; ++r) top = fmaxf(top, peer(sums, r)[j]);
@@ -267,7 +281,7 @@ __device__ inline Place place(float* x, int stride, float* sums, float* columns,
 }
 
 template <int N>
-__device__ inline Place place_resident(float* shared, int k, int rank, int ranks, bool backward) {
+__device__ inline Place place_resident(float* shared, int k, int rank, int ranks) {
   constexpr int WIDTH = Lanes<N>::WIDTH;
   const int stride = static_cast<int>(padded(k));
   float *x = shared + 4, *columns = x + band_rows(k, ranks) * stride, *buffer = columns + WIDTH;
@@ -413,20 +427,33 @@ struct Forward {
     }
   }
 
-  // What the band adds to row s of left P, most of left being 0; all warps.
-  __device__ void sum_left(int s) const {
-    float part[N] = {};
-    const float *left = p.left + static_cast<int64_t>(s) * p.k + at.band.first, *u = state.rows(p.iterations);
-    const unsigned turns = __ballot_sync(ALL_LANES, lane() % warps() == warp());  // the rows of this warp
+  // Which of the rows s ... s + 31 of left have an entry for the band, most being 0: bits from the lowest on; all warps.
+  __device__ unsigned used_by(int s) const {
+    const float* left = p.left + static_cast<int64_t>(s + lane()) * p.k + at.band.first;
     bool any = false;
-    for (int r0 = 0; r0 < at.band.rows; r0 += WARP) {
-      float weight = r0 + lane() < at.band.rows ? left[r0 + lane()] : 0.0f;
-      unsigned rest = __ballot_sync(ALL_LANES, weight != 0.0f);
-      if (!rest) continue;
-      any = true;
-      weight *= u[at.band.first + min(r0 + lane(), at.band.rows - 1)];
+    if (s + lane() < p.steps)
+      for (int r = warp(); r < at.band.rows; r += warps()) any |= left[r] != 0.0f;
+    unsigned* words = reinterpret_cast<unsigned*>(at.buffer);
+    unsigned used = __ballot_sync(ALL_LANES, any);
+    if (lane() == 0) words[warp()] = used;
+    __syncthreads();
+    for (int w = 0; w < warps(); ++w) used |= words[w];
+    __syncthreads();
+    return used;
+  }
+
+  // What the band adds to row s of left P; all warps.
+  __device__ void sum_left(int s) const {
+    const float* left = p.left + static_cast<int64_t>(s) * p.k + at.band.first;
+    float part[N] = {};
+    const float* u = state.rows(p.iterations) + at.band.first;
+    const unsigned turns = __ballot_sync(ALL_LANES, lane() % warps() == warp());  // the rows of this warp
 #pragma unroll 1
-      for (rest &= turns; rest; rest &= rest - 1) {
+    for (int r0 = 0; r0 < at.band.rows; r0 += WARP) {
+      const int mine = min(r0 + lane(), at.band.rows - 1);
+      const float weight = r0 + lane() < at.band.rows ? left[mine] * u[mine] : 0.0f;
+#pragma unroll 1
+      for (unsigned rest = turns & __ballot_sync(ALL_LANES, weight != 0.0f); rest; rest &= rest - 1) {
         const int r = __ffs(rest) - 1;
         const float w = __shfl_sync(ALL_LANES, weight, r);
         float x[N];
@@ -435,12 +462,7 @@ struct Forward {
         for (int n = 0; n < N; ++n) part[n] = fmaf(w, x[n], part[n]);
       }
     }
-    if (any) return combine_warps(part, p.k, at.buffer, team, at.sums, s & 1, Add{});
-    const int j = Team::thread_columns() * static_cast<int>(threadIdx.x);
-    if (j >= p.k) return;
-    float* to = team.place_of_thread(at.sums, s & 1, j);
-    if (Team::thread_columns() == 4) store_four(to, {0.0f, 0.0f, 0.0f, 0.0f});
-    else *to = 0.0f;
+    combine_warps(part, p.k, at.buffer, team, at.sums, s & 1, Add{});
   }
 
   __device__ void read_left(int s, int j) const {
@@ -461,7 +483,7 @@ __global__ void __launch_bounds__(resident_threads(N), resident_ctas(N, false))
   if constexpr (CLUSTER && !HAS_CLUSTERS) return;
   AHA_DYNAMIC_SHARED(float, shared);
   const int rank = blockIdx.x % ranks;
-  const Place at = place_resident<N>(shared, p.k, rank, ranks, false);
+  const Place at = place_resident<N>(shared, p.k, rank, ranks);
   const Resident<CLUSTER> team(rank, ranks, p.k, at.flags);
   const int j = rank * team.width + threadIdx.x, until = min((rank + 1) * team.width, p.k);  // one column a thread
   const Forward<Resident<CLUSTER>, N> forward(p, to, blockIdx.x / ranks, team, at);
@@ -479,8 +501,11 @@ __global__ void __launch_bounds__(resident_threads(N), resident_ctas(N, false))
     team.after_columns();
   }
   if (p.readout != Readout::left) return forward.read_rows();
-  for (int s = 0; s < p.steps; ++s) {
-    forward.sum_left(s);
+  unsigned used = 0;
+  for (int s = 0; s < p.steps; ++s, used >>= 1) {
+    if (s % WARP == 0) used = forward.used_by(s);
+    if (used & 1) forward.sum_left(s);
+    else team.send_nothing(at.sums, s & 1, p.k);
     team.after_rows();
     if (j < until) forward.read_left(s, j);
     if (!CLUSTER) team.after_columns();  // of a cluster the sums of two steps lie apart
@@ -740,12 +765,12 @@ struct Backward {
   __device__ void gather(int j, bool final, float initial) const {
     if (grad_start) initial = 0.0f;
     const Logits l = logits();
-    const float ranked = team.total(at.sums, 1, j), c = l.centred(j);
+    const float ranked = team.rare_total(at.sums, 1, j), c = l.centred(j);
     const float score = 2.0f * (ranked - c * initial) / l.tau;
     grad_scores[j] = final ? score : grad_scores[j] + score;
     if (!grad_tau) return;
     float term = c * (2.0f * ranked - c * initial);
-    if (with_noise()) term = fmaf(l.noise, team.total(at.sums, 2, j), term);
+    if (with_noise()) term = fmaf(l.noise, team.rare_total(at.sums, 2, j), term);
     tau_terms()[j] = final ? term : tau_terms()[j] + term;
   }
 
@@ -764,7 +789,7 @@ __global__ void __launch_bounds__(resident_threads(N), resident_ctas(N, true))
   if constexpr (CLUSTER && !HAS_CLUSTERS) return;
   AHA_DYNAMIC_SHARED(float, shared);
   const int rank = blockIdx.x % ranks;
-  const Place at = place_resident<N>(shared, p.k, rank, ranks, true);
+  const Place at = place_resident<N>(shared, p.k, rank, ranks);
   const Resident<CLUSTER> team(rank, ranks, p.k, at.flags);
   const int j = rank * team.width + threadIdx.x, until = min((rank + 1) * team.width, p.k);  // one column a thread
   const Backward<Resident<CLUSTER>, N> backward(p, to, blockIdx.x / ranks, team, at);
