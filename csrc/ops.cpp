@@ -22,6 +22,10 @@ STABLE_TORCH_LIBRARY(aha, m) {
       "Tensor scalings, Tensor absorbed, float noise, bool need_tau, Tensor? start) "
       "-> (Tensor grad_scores, Tensor grad_tau, Tensor grad_right, Tensor grad_start)");
 
+  // without noise, on the CPU: how the images are ranked -> (B,6) int64: 1 if in blocks (blocks.h), blocks of rows, of
+  // columns, pairs of them, vector operations of one iteration, those of the dense matrix
+  m.def("ranking_plan(Tensor scores, Tensor tau, Tensor? start) -> Tensor");
+
   // logits (B,K,K) -> log P (B,K,K), and the same state
   m.def("log_sinkhorn(Tensor logits, int n_iters) -> (Tensor out, Tensor scalings, Tensor absorbed)");
   m.def("log_sinkhorn_backward(Tensor grad, Tensor logits, Tensor scalings, Tensor absorbed) -> Tensor");

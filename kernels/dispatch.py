@@ -37,19 +37,24 @@ class Call:
 
 
 class Backend(NamedTuple):
-    """An implementation of one operator."""
+    """An implementation of one operator; ``plan`` says how it would run a call, where it has a choice."""
 
     name: str
     why_not: Callable[[Call], str | None]
     run: Callable[..., Any]
+    plan: Callable[[Call], str | None] = lambda call: None
 
 
 class Choice(NamedTuple):
-    """One row of `explain`: the backend, whether "auto" would take it, and the reason if it cannot run."""
+    """One row of `explain`: the backend, whether "auto" would take it, the reason if it cannot run, and how it would.
+
+    ``plan`` is None where there is nothing to choose, or nothing to choose by: under torch.compile, on meta.
+    """
 
     backend: str
     chosen: bool
     reason: str | None
+    plan: str | None = None
 
 
 class BackendError(RuntimeError):
@@ -88,11 +93,35 @@ def _makes(why_not: Callable[[Call], str | None]) -> Callable[[Call], str | None
     return with_outputs
 
 
-def _backends(of: Callable[[Any], Callable[..., Any]], cuda: Any, cpu: Any, on_triton: Any) -> tuple[Backend, ...]:
-    """``of`` finds the operator in whatever implements all of them."""
+def _ranking_plan(call: Call) -> str | None:
+    """Dense, or in blocks (csrc/blocks.h), as the C++ operators count for each image."""
+    arguments = call.arguments
+    scores, tau = arguments["scores"], arguments["tau"]
+    if arguments["noise"]:
+        return "dense, as the noise is"
+    if not convergent.readable(scores) or not convergent.readable(tau):
+        return None
+    start = None if call.operator == "soft_topk_masks" else convergent.sorted_start(scores, tau)
+    counts = torch.ops.aha.ranking_plan(scores.detach(), tau.detach(), None if start is None else start.detach())
+    if not len(counts):
+        return None
+    taken = int(counts[:, 0].sum())
+    blocks, dense = (f"{float(column.double().mean()):.2g}" for column in counts[:, 4:].T)
+    name = {0: "dense", len(counts): "blocks"}.get(taken, f"blocks for {taken} of {len(counts)} images")
+    return f"{name}: vector operations of an iteration {blocks} in blocks, {dense} dense"
+
+
+def _backends(
+    of: Callable[[Any], Callable[..., Any]],
+    cuda: Any,
+    cpu: Any,
+    on_triton: Any,
+    plan: Callable[[Call], str | None] = lambda call: None,
+) -> tuple[Backend, ...]:
+    """``of`` finds the operator in whatever implements all of them; ``plan`` is that of the C++ operator."""
     return (
         Backend("cuda", cuda, of(native.ops)),
-        Backend("cpu", cpu, of(native.ops)),
+        Backend("cpu", cpu, of(native.ops), plan),
         Backend("triton", on_triton, of(triton.ops)),
         Backend("reference", lambda call: None, of(reference)),
     )
@@ -114,10 +143,10 @@ BACKENDS: dict[str, tuple[Backend, ...]] = {
     "log_sinkhorn": _backends(attrgetter("log_sinkhorn"), *_ranking),
     "gumbel_sinkhorn": _backends(attrgetter("gumbel_sinkhorn"), *_ranking),
     "cumulative_masks": (_masks["cuda"], _masks["triton"], _masks["reference"], _masks["cpu"]),
-    "soft_topk_masks": _backends(attrgetter("soft_topk_masks"), *_ranking),
-    "soft_sort": _backends(lambda ops: partial(convergent.read_right, ops), *_ranking),
-    "soft_rank": _backends(lambda ops: partial(convergent.read_left, ops), *_ranking),
-    "soft_topk": _backends(lambda ops: partial(convergent.read_left, ops), *_ranking),
+    "soft_topk_masks": _backends(attrgetter("soft_topk_masks"), *_ranking, _ranking_plan),
+    "soft_sort": _backends(lambda ops: partial(convergent.read_right, ops), *_ranking, _ranking_plan),
+    "soft_rank": _backends(lambda ops: partial(convergent.read_left, ops), *_ranking, _ranking_plan),
+    "soft_topk": _backends(lambda ops: partial(convergent.read_left, ops), *_ranking, _ranking_plan),
     "perturb": _backends(attrgetter("perturb"), *_perturbing),
     "perturb_by_rank": _backends(attrgetter("perturb_by_rank"), *_perturbing),
 }
@@ -155,6 +184,9 @@ def _choose(call: Call, backend: str) -> Backend:
 
 def explain(call: Call) -> list[Choice]:
     """How ``backend="auto"`` would decide: one `Choice` per backend, in the order of preference."""
-    reasons = {backend.name: backend.why_not(call) for backend in BACKENDS[call.operator]}
-    chosen = next((name for name, reason in reasons.items() if reason is None), None)
-    return [Choice(name, name == chosen, reason) for name, reason in reasons.items()]
+    backends = {backend: backend.why_not(call) for backend in BACKENDS[call.operator]}
+    chosen = next((backend.name for backend, reason in backends.items() if reason is None), None)
+    return [
+        Choice(backend.name, backend.name == chosen, reason, backend.plan(call) if reason is None else None)
+        for backend, reason in backends.items()
+    ]

@@ -108,7 +108,7 @@ def _row_error(scalings: Tensor, absorbed: Tensor) -> Tensor:
     if scalings.shape[1] < 3:
         return scalings.new_full(scalings.shape[:1], torch.inf)
     # absorbed scalings are in the potentials: the next ones count from 1
-    before = torch.where(absorbed[:, -2:-1] > 0, 1, scalings[:, -2, 0])
+    before = torch.where(absorbed[:, -2:-1] & 1 > 0, 1, scalings[:, -2, 0])
     return (before / scalings[:, -1, 0] - 1).detach().abs().amax(dim=1)
 
 

@@ -76,6 +76,7 @@ AHA_INLINE Lanes<double>::V exp(Lanes<double>::V x) {
 template <typename T>
 class Buffer {
  public:
+  Buffer() = default;
   explicit Buffer(int64_t n) : data_(static_cast<T*>(std::aligned_alloc(64, (n * sizeof(T) + 127) / 64 * 64))) {
     if (!data_) throw std::bad_alloc();
   }

@@ -4,13 +4,19 @@
 // X of one matrix (K x K) is the only large memory. Each sweep reads X once, from the second-level cache for K < 700.
 // Threads share out matrices, or blocks of rows if matrices are few; sums over blocks are formed in one order either
 // way, so results repeat bit for bit for any number of threads.
+// Without noise, and unless the matrix itself is asked for, block_ranking.cpp does the same in linear time; each image
+// takes whichever counts fewer operations.
 #include "sinkhorn.h"
 
 #include <torch/csrc/stable/library.h>
 
+#include <cstdlib>
+#include <cstring>
+#include <memory>
 #include <tuple>
 #include <vector>
 
+#include "block_ranking.h"
 #include "by_rank.h"
 #include "sinkhorn_rows.h"
 
@@ -174,9 +180,10 @@ void for_each_matrix(int64_t batch, const F& f) {
 template <typename T>
 struct Output {
   Readout kind;
+  const T* values;  // (S,K), left as it came
   const ByRank<T>* left;
-  int64_t steps;   // rows of left
-  const T* right;  // (B,K)
+  int64_t steps;    // rows of left
+  const T* right;   // (B,K)
   int64_t size(int64_t k) const {
     return kind == Readout::right ? k : (kind == Readout::left ? steps : k) * k;
   }
@@ -250,10 +257,44 @@ struct State {
   T* column(int64_t t) const { return row(t) + k; }
 };
 
+// AHA_RANKING_PLAN=dense or blocks takes one for all images that it can do; tests compare them.
+enum class Plan { fastest, dense, blocks };
+Plan asked_for() {
+  const char* name = std::getenv("AHA_RANKING_PLAN");
+  if (!name || !*name) return Plan::fastest;
+  if (!std::strcmp(name, "dense")) return Plan::dense;
+  STD_TORCH_CHECK(!std::strcmp(name, "blocks"), "AHA_RANKING_PLAN=", name, " is not known: set it to dense or blocks");
+  return Plan::blocks;
+}
+
+constexpr int64_t LEAST = 64, MOST = 8192;  // regions: below, blocks never pay; above, the matrix is too large
+
+template <typename T>
+BlockProblem<T> in_blocks(const Problem<T>& problem, const Output<T>& output, const LeftRows<T>* left, int64_t b) {
+  const auto [batch, k, iterations] = problem.shape;
+  return {problem.scores + b * k,
+          problem.start ? problem.start + b * k : nullptr,
+          static_cast<double>(problem.tau),
+          k,
+          iterations,
+          left,
+          output.kind == Readout::right ? output.right + b * k : nullptr,
+          batch < torch::stable::get_num_threads()};
+}
+
 template <typename T>
 void run_forward(const Problem<T>& problem, const Output<T>& output, T* scalings, int32_t* absorbed, T* out) {
   const auto [batch, k, iterations] = problem.shape;
+  const bool possible = problem.scores && problem.noise == 0 && (output.kind == Readout::left || output.kind == Readout::right);
+  const Plan plan = possible ? asked_for() : Plan::dense;
+  const bool blocks = plan == Plan::blocks || (plan == Plan::fastest && k >= LEAST);
+  std::unique_ptr<LeftRows<T>> left;
+  if (blocks && output.kind == Readout::left) left = std::make_unique<LeftRows<T>>(output.values, output.steps, k);
   for_each_matrix(batch, [&](int64_t b) {
+    if (blocks && block_forward(in_blocks(problem, output, left.get(), b), plan == Plan::fastest && k <= MOST,
+                                scalings + b * (iterations + 1) * 2 * k, absorbed + b * iterations,
+                                out + b * output.size(k)))
+      return;
     Matrix<T> matrix(problem, b);
     const State<T> state{scalings + b * (iterations + 1) * 2 * k, absorbed + b * iterations, k};
     Buffer<T> u(matrix.ld), v(matrix.ld);
@@ -289,7 +330,18 @@ void run_backward(const Problem<T>& problem, const Output<T>& output, T* scaling
                   const Gradients<T>& gradients) {
   const auto [batch, k_, iterations_] = problem.shape;
   const int64_t k = k_, iterations = iterations_;
+  const auto blocks = [&](int64_t b) { return (absorbed[b * iterations] & IN_BLOCKS) != 0; };
+  std::unique_ptr<LeftRows<T>> left;
+  for (int64_t b = 0; b < batch && !left && output.kind == Readout::left; ++b)
+    if (blocks(b)) left = std::make_unique<LeftRows<T>>(output.values, output.steps, k);
   for_each_matrix(batch, [&](int64_t b) {
+    if (blocks(b)) {
+      const BlockGradients<T> of_image{gradients.scores + b * k, gradients.tau ? gradients.tau + b : nullptr,
+                                       gradients.right ? gradients.right + b * k : nullptr,
+                                       gradients.start ? gradients.start + b * k : nullptr};
+      return block_backward(in_blocks(problem, output, left.get(), b), scalings + b * (iterations + 1) * 2 * k,
+                            absorbed + b * iterations, grad + b * output.size(k), of_image);
+    }
     Matrix<T> matrix(problem, b);
     const int64_t ld = matrix.ld, blocks = matrix.blocks;
     const State<T> state{scalings + b * (iterations + 1) * 2 * k, absorbed + b * iterations, k};
@@ -438,7 +490,7 @@ void with_output(const std::optional<Tensor>& left, const std::optional<Tensor>&
   const int64_t steps = rows ? rows->size(0) : 0;
   const ByRank<T> by_rank(rows ? data<T>(*rows) : nullptr, steps, k);
   const Readout kind = left ? Readout::left : right ? Readout::right : Readout::matrix;
-  f(Output<T>{kind, &by_rank, steps, values ? data<T>(*values) : nullptr});
+  f(Output<T>{kind, rows ? data<T>(*rows) : nullptr, &by_rank, steps, values ? data<T>(*values) : nullptr});
 }
 
 Triple gumbel_sinkhorn(const Tensor& scores, const Tensor& tau, const Tensor& seed, const std::optional<Tensor>& left,
@@ -488,6 +540,30 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gumbel_sinkhorn_backward(const Tensor
   return {grad_scores, grad_tau, grad_right, grad_start};
 }
 
+// One row per image: whether it is ranked in blocks, and how these count (BlockCount).
+Tensor ranking_plan(const Tensor& scores, const Tensor& tau, const std::optional<Tensor>& start) {
+  const Tensor seed = torch::stable::new_zeros(scores, {}, ScalarType::Long);
+  const RankingShape shape = check_ranking(scores, tau, seed, std::nullopt, std::nullopt, start, 1);
+  const Tensor values = torch::stable::contiguous(scores);
+  const std::optional<Tensor> initial = contiguous(start);
+  const Tensor out = torch::stable::new_zeros(values, {shape.batch, 6}, ScalarType::Long);
+  const Plan plan = asked_for();
+  with_type(values, "ranking_plan", [&](auto type) {
+    using T = decltype(type);
+    const Problem<T> problem = ranking<T>(shape, values, tau, seed, initial, 0);
+    const LeftRows<T> left(nullptr, 0, shape.k);
+    const Output<T> output{Readout::left, nullptr, nullptr, 0, nullptr};
+    for (int64_t b = 0; b < shape.batch; ++b) {
+      const BlockCount count = block_count(in_blocks(problem, output, &left, b));
+      const bool fewer = shape.k > MOST || (shape.k >= LEAST && count.work <= count.dense_work);
+      const int64_t row[] = {plan == Plan::blocks || (plan == Plan::fastest && fewer), count.row_blocks,
+                             count.column_blocks, count.pairs, count.work, count.dense_work};
+      std::copy_n(row, 6, data<int64_t>(out) + 6 * b);
+    }
+  });
+  return out;
+}
+
 Triple log_sinkhorn(const Tensor& logits, int64_t n_iters) {
   const RankingShape shape = check_logits(logits, n_iters);
   const Tensor values = torch::stable::contiguous(logits);
@@ -496,7 +572,7 @@ Triple log_sinkhorn(const Tensor& logits, int64_t n_iters) {
   with_type(values, "log_sinkhorn", [&](auto type) {
     using T = decltype(type);
     const Problem<T> problem{shape, nullptr, data<T>(values), nullptr, T{1}, T{0}, 0};
-    const Output<T> output{Readout::logarithm, nullptr, 0, nullptr};
+    const Output<T> output{Readout::logarithm, nullptr, nullptr, 0, nullptr};
     run_forward(problem, output, data<T>(scalings), data<int32_t>(absorbed), data<T>(out));
   });
   return {out, scalings, absorbed};
@@ -512,7 +588,7 @@ Tensor log_sinkhorn_backward(const Tensor& grad, const Tensor& logits, const Ten
   with_type(values, "log_sinkhorn_backward", [&](auto type) {
     using T = decltype(type);
     const Problem<T> problem{shape, nullptr, data<T>(values), nullptr, T{1}, T{0}, 0};
-    const Output<T> output{Readout::logarithm, nullptr, 0, nullptr};
+    const Output<T> output{Readout::logarithm, nullptr, nullptr, 0, nullptr};
     run_backward(problem, output, data<T>(state), data<int32_t>(moved), data<T>(above),
                  {nullptr, nullptr, nullptr, data<T>(grad_logits), nullptr});
   });
@@ -524,6 +600,7 @@ Tensor log_sinkhorn_backward(const Tensor& grad, const Tensor& logits, const Ten
 STABLE_TORCH_LIBRARY_IMPL(aha, CPU, m) {
   m.impl("gumbel_sinkhorn", TORCH_BOX(&gumbel_sinkhorn));
   m.impl("gumbel_sinkhorn_backward", TORCH_BOX(&gumbel_sinkhorn_backward));
+  m.impl("ranking_plan", TORCH_BOX(&ranking_plan));
   m.impl("log_sinkhorn", TORCH_BOX(&log_sinkhorn));
   m.impl("log_sinkhorn_backward", TORCH_BOX(&log_sinkhorn_backward));
 }

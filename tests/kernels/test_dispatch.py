@@ -123,7 +123,7 @@ def test_the_first_backend_without_a_reason_runs(monkeypatch):
         kernels.log_sinkhorn(torch.zeros(1, 3, 3), backend="cuda")
     with pytest.raises(kernels.BackendError, match=r"'triton' has no log_sinkhorn: .* by cuda, cpu, reference"):
         kernels.log_sinkhorn(torch.zeros(1, 3, 3), backend="triton")
-    expected = [("cuda", False, "no card"), ("cpu", True, None), ("reference", False, None)]
+    expected = [("cuda", False, "no card", None), ("cpu", True, None, None), ("reference", False, None, None)]
     assert kernels.explain("log_sinkhorn", torch.zeros(1, 3, 3)) == expected
 
 
