@@ -7,6 +7,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <algorithm>
 #include <map>
 #include <mutex>
 #include <optional>
@@ -92,15 +93,16 @@ bool fits(const Plan& plan, int64_t k, bool backward, int device) {
   return active > 0;
 }
 
-Plan plan_on(int device, int64_t k, bool backward) {
+Plan plan_on(int device, int64_t batch, int64_t k, bool backward) {
   static std::mutex mutex;
-  static std::map<std::tuple<int, int64_t, bool>, Plan> known;
+  static std::map<std::tuple<int, int64_t, int64_t, bool>, Plan> known;
   const std::lock_guard<std::mutex> lock(mutex);
-  const auto key = std::make_tuple(device, k, backward);
+  const int64_t processors = attribute(cudaDevAttrMultiProcessorCount, device) / std::max<int64_t>(batch, 1);
+  const auto key = std::make_tuple(device, std::min<int64_t>(processors, 16), k, backward);
   if (const auto found = known.find(key); found != known.end()) return found->second;
   const int shared = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  const Plan plan = choose_plan(k, backward, shared, [&](const Plan& plan) { return fits(plan, k, backward, device); });
-  return known[key] = plan;
+  const auto runs = [&](const Plan& plan) { return fits(plan, k, backward, device); };
+  return known[key] = choose_plan(k, backward, shared, processors, runs);
 }
 
 void check_float32(const Tensor& given) {
@@ -166,7 +168,7 @@ Tensor empty(const Tensor& like, const Sizes& sizes) {
 
 Tensors3 forward(const Inputs& inputs) {
   const DeviceGuard guard(inputs.given.get_device_index());
-  const Plan plan = plan_on(inputs.given.get_device_index(), inputs.shape.k, false);
+  const Plan plan = plan_on(inputs.given.get_device_index(), inputs.shape.batch, inputs.shape.k, false);
   const int64_t iterations = inputs.ranking.iterations;
   Tensor out = empty(inputs.given, inputs.sizes());
   Tensor scalings = empty(inputs.given, {inputs.shape.batch, iterations + 1, 2, inputs.shape.k});
@@ -181,7 +183,7 @@ Tensors3 forward(const Inputs& inputs) {
 void backward(const Inputs& inputs, const Tensor& grad, const Tensor& scalings, const Tensor& absorbed,
               BackwardTensors to) {
   const DeviceGuard guard(inputs.given.get_device_index());
-  const Plan plan = plan_on(inputs.given.get_device_index(), inputs.shape.k, true);
+  const Plan plan = plan_on(inputs.given.get_device_index(), inputs.shape.batch, inputs.shape.k, true);
   const Tensor grad_data = torch::stable::contiguous(grad), scalings_data = torch::stable::contiguous(scalings);
   const Tensor absorbed_data = torch::stable::contiguous(absorbed);
   Tensor kept = empty(inputs.given, {inputs.shape.batch * kept_floats(inputs.shape.k, inputs.ranking.iterations)});

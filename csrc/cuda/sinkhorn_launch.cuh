@@ -43,14 +43,23 @@ inline Plan resident_plan(int64_t k, int ranks) {
   return streamed_plan(k);
 }
 
-// The fewest CTAs whose shared memory holds X; fits(plan) says whether the device can run that plan at all.
+// Regions from which on an image may get more CTAs than its memory asks for, and the rows each must have then: four for
+// every warp, as many as the sweep takes at a time.
+constexpr int64_t SPLIT_REGIONS = 4 * WARP + 1, SPLIT_ROWS = 32;
+
+// The fewest CTAs whose shared memory holds X, or more where `processors`, multiprocessors for every image of the batch,
+// would be idle; fits(plan) says whether the device can run that plan at all.
 template <typename Fits>
-Plan choose_plan(int64_t k, bool backward, int64_t shared_bytes, const Fits& fits) {
+Plan choose_plan(int64_t k, bool backward, int64_t shared_bytes, int64_t processors, const Fits& fits) {
+  Plan best = streamed_plan(k);
   for (int ranks = 1; ranks <= 16; ranks *= 2) {
+    const bool enough = best.columns != 0, split = k >= SPLIT_REGIONS && band_rows(k, ranks) >= SPLIT_ROWS;
+    if (enough && (ranks > processors || !split)) break;
     const Plan plan = resident_plan(k, ranks);
-    if (plan.columns && plan.shape(1, k, backward).shared_bytes <= shared_bytes && fits(plan)) return plan;
+    if (plan.columns && plan.shape(1, k, backward).shared_bytes <= shared_bytes && fits(plan)) best = plan;
+    else if (enough) break;
   }
-  return streamed_plan(k);
+  return best;
 }
 
 // f.operator()<CLUSTER, N>() for a resident plan.

@@ -201,6 +201,25 @@ def test_layout_by_size(emulator, k, shared, cluster, forward, backward):
     assert emulator.planned_ranks(k, True, shared << 10, cluster) == backward
 
 
+@pytest.mark.parametrize(
+    ("k", "processors", "ranks"),
+    [
+        (196, 4, 4),  # a batch of 32 on 132 multiprocessors
+        (196, 2, 2),
+        (196, 16, 4),  # rows are left for every warp
+        (129, 16, 4),
+        (128, 16, 1),
+        (400, 1, 4),  # memory asks for them
+        (400, 8, 8),
+        (784, 100, 16),
+        (801, 100, STREAMED),
+    ],
+)
+def test_more_ctas_where_processors_would_be_idle(emulator, k, processors, ranks):
+    for backward in (False, True):
+        assert emulator.planned_ranks(k, backward, 227 << 10, 16, processors) == ranks
+
+
 def test_the_emulator_runs_a_correct_kernel(emulator):
     expected = 2 * torch.arange(64).roll(-1).float().expand(4, 64)
     for order in range(4):

@@ -119,6 +119,9 @@ class Emulator:
         self._call("faulty", fault, _POINTER(_data(out)), order)
         return out
 
-    def planned_ranks(self, k: int, backward: bool, shared_bytes: int, largest_cluster: int) -> int:
-        """``ranks`` that the launches choose on a card with so much shared memory for a CTA."""
-        return self._library.planned_ranks(_LONG(k), backward, _LONG(shared_bytes), largest_cluster)
+    def planned_ranks(
+        self, k: int, backward: bool, shared_bytes: int, largest_cluster: int, processors: int = 1
+    ) -> int:
+        """``ranks`` that the launches choose on a card with so much shared memory, so many processors for an image."""
+        sizes = _LONG(k), backward, _LONG(shared_bytes), largest_cluster, _LONG(processors)
+        return self._library.planned_ranks(*sizes)

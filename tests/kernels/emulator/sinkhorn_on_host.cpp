@@ -105,9 +105,9 @@ const char* faulty(int fault, float* out, unsigned order) {
   });
 }
 
-// ranks of the plan for a card with so much shared memory, 0: streamed
-int planned_ranks(int64_t k, int backward, int64_t shared_bytes, int largest_cluster) {
-  const aha::Plan plan = aha::choose_plan(k, backward, shared_bytes,
+// ranks of the plan for a card with so much shared memory and so many processors for an image, 0: streamed
+int planned_ranks(int64_t k, int backward, int64_t shared_bytes, int largest_cluster, int64_t processors) {
+  const aha::Plan plan = aha::choose_plan(k, backward, shared_bytes, processors,
                                           [&](const aha::Plan& plan) { return plan.ranks <= largest_cluster; });
   return plan.columns ? plan.ranks : 0;
 }
