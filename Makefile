@@ -32,13 +32,14 @@ test: $(BUILT)
 bench: $(BUILT)
 	$(PY) -m bench.report $(ARGS)
 
-# the operator tests on a build that reports reads and writes out of bounds and undefined behaviour
+# the operator tests on a build that reports reads and writes out of bounds and undefined behaviour;
+# AHA_FUZZ=10000 make sanitize ARGS="-k fuzz" makes that many random calls of every operator (tests/kernels/test_fuzz.py)
 sanitize: $(INSTALLED)
 	rm -rf build/sanitize && mkdir -p build/sanitize
 	cp -r aha csrc kernels tests setup.py pyproject.toml LICENSE README.md build/sanitize && rm -f build/sanitize/aha/*.so
 	ln -s ../kernels build/sanitize/aha/kernels
 	cd build/sanitize && AHA_BUILD=cpu AHA_SANITIZE=1 ../../$(PY) setup.py -q build_ext --inplace
-	cd build/sanitize && PYTHONPATH=. OMP_NUM_THREADS=2 ASAN_OPTIONS=detect_leaks=0 \
+	cd build/sanitize && PYTHONPATH=. OMP_NUM_THREADS=2 ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 \
 	LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libubsan.so)" \
 	../../$(PY) -m pytest tests/kernels -m "not slow and not gpu" $(ARGS)
 

@@ -175,7 +175,9 @@ class BlockMatrix {
     const double spread = (c(k / 10) - c(k - 1 - k / 10)) / 0.8;
     const double half = spread > 0 ? std::sqrt(BLOCK_REACH * tau / (2 * spread)) : 0.5;
     const int64_t most = std::max<int64_t>(1, k / Lanes<T>::N);
-    const auto count = static_cast<int64_t>(std::min(std::ceil(0.5 / half - 1e-9), static_cast<double>(most)));
+    // at least 1, also where half is enormous or NaN
+    const auto count =
+        static_cast<int64_t>(std::max(1.0, std::min(std::ceil(0.5 / half - 1e-9), static_cast<double>(most))));
     Cuts cuts;
     for (int64_t b = 0; b <= count; ++b) cuts.rows.push_back(k * b / count);
     const double longest = static_cast<double>((k + count - 1) / count - 1);

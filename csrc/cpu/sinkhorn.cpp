@@ -282,11 +282,16 @@ BlockProblem<T> in_blocks(const Problem<T>& problem, const Output<T>& output, co
           batch < torch::stable::get_num_threads()};
 }
 
+// Whether blocks can be asked for.
+template <typename T>
+bool without_matrix(const Problem<T>& problem, const Output<T>& output) {
+  return problem.scores && problem.noise == 0 && (output.kind == Readout::left || output.kind == Readout::right);
+}
+
 template <typename T>
 void run_forward(const Problem<T>& problem, const Output<T>& output, T* scalings, int32_t* absorbed, T* out) {
   const auto [batch, k, iterations] = problem.shape;
-  const bool possible = problem.scores && problem.noise == 0 && (output.kind == Readout::left || output.kind == Readout::right);
-  const Plan plan = possible ? asked_for() : Plan::dense;
+  const Plan plan = without_matrix(problem, output) ? asked_for() : Plan::dense;
   const bool blocks = plan == Plan::blocks || (plan == Plan::fastest && k >= LEAST);
   std::unique_ptr<LeftRows<T>> left;
   if (blocks && output.kind == Readout::left) left = std::make_unique<LeftRows<T>>(output.values, output.steps, k);
@@ -330,7 +335,8 @@ void run_backward(const Problem<T>& problem, const Output<T>& output, T* scaling
                   const Gradients<T>& gradients) {
   const auto [batch, k_, iterations_] = problem.shape;
   const int64_t k = k_, iterations = iterations_;
-  const auto blocks = [&](int64_t b) { return (absorbed[b * iterations] & IN_BLOCKS) != 0; };
+  const bool possible = without_matrix(problem, output);  // whatever state came
+  const auto blocks = [&](int64_t b) { return possible && (absorbed[b * iterations] & IN_BLOCKS) != 0; };
   std::unique_ptr<LeftRows<T>> left;
   for (int64_t b = 0; b < batch && !left && output.kind == Readout::left; ++b)
     if (blocks(b)) left = std::make_unique<LeftRows<T>>(output.values, output.steps, k);
