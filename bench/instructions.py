@@ -44,6 +44,14 @@ template __global__ void aha::resident_forward<%s>(aha::Ranking, aha::ForwardTen
 template __global__ void aha::resident_backward<%s>(aha::Ranking, aha::BackwardTensors, int);
 """
 RESULTS = ROOT / "bench/results/instructions_sm90.json"
+TITLE = """# Instructions of the dense CUDA ranking kernels
+
+Warp instructions that sm_90 code issues, counted without a GPU by `python -m bench.instructions`, which says how. One
+image of K standardised scores, T = 30, 16 masks, tau = 0.3, no noise. Forward, backward, sweep and rank-2T pass: per
+useful FMA of an iteration, everything in it included. Readout: share of the 30 iterations. Once: per entry of the K x K
+matrix, all that does not grow with T. These are counts, not times.
+
+"""
 _POINTER = ctypes.c_uint64
 
 
@@ -54,31 +62,40 @@ class _Ranking(ctypes.Structure):
 
 
 class Layout(NamedTuple):
-    """A resident plan: template arguments of its kernels, CTAs of a cluster, threads of a CTA."""
+    """A resident plan (sinkhorn_launch.cuh): CTAs of a cluster, columns of a lane, threads of a CTA."""
 
-    k: int
-    template: str
     ranks: int
+    columns: int
     threads: int
 
+    @property
+    def template(self) -> str:
+        return f"{str(self.ranks > 1).lower()}, {self.columns}"
 
-LAYOUTS = {784: Layout(784, "true, 25", 16, 256)}
+
+RANKS = {49: 1, 100: 1, 196: 4, 400: 4, 784: 16}  # for a batch of 32 on 132 multiprocessors
+
+
+def layout_of(k: int, ranks: int) -> Layout:
+    """The plan of ``k`` regions in ``ranks`` CTAs."""
+    choice = (2, 4, 7) if ranks == 1 else (7, 13, 25)
+    columns = next((n for n in choice if WARP * n >= k), None)
+    if columns is None:
+        raise ValueError(f"{k} regions in {ranks} CTAs: no resident plan; K is at most {WARP * choice[-1]} there")
+    return Layout(ranks, columns, 128 if columns <= 2 else 256)
+
 
 # A part of a kernel is named after the innermost of these functions that an instruction is inlined into.
+_SET_UP = ("start", "start_rows", "restart_rows", "begin", "ones", "exponentiate", "weigh", "weigh_masks", "finish_row")
+_COLUMNS = ("column", "gather", "total", "rare_total", "publish", "spread")
 PARTS = {
-    "forward": {
-        "start": "set-up", "start_rows": "set-up", "restart_rows": "set-up", "restart": "set-up", "exponentiate": "set-up",
-        "rows": "sweep", "begin": "set-up", "ones": "set-up", "sweep": "sweep", "column": "columns", "total": "columns", "publish": "columns",
-        "raised": "sweep", "after_rows": "barriers", "after_columns": "barriers",
-        "read_left": "readout", "sum_left": "readout", "used_by": "readout", "weigh_rows": "readout", "read_rows": "readout",
-    },
-    "backward": {
-        "restart_rows": "set-up", "restart": "set-up", "exponentiate": "set-up", "weigh": "set-up", "finish_row": "set-up",
-        "rows": "sweep", "sweep": "sweep", "fold": "fold", "add_outer": "fold", "column": "columns",
-        "gather": "columns", "total": "columns", "publish": "columns",
-        "after_rows": "barriers", "after_columns": "barriers",
-    },
-}  # fmt: skip
+    **dict.fromkeys(_SET_UP, "set-up"),
+    **dict.fromkeys(("rows", "sweep", "raised"), "sweep"),
+    **dict.fromkeys(("fold", "add_outer"), "fold"),
+    **dict.fromkeys(_COLUMNS, "columns"),
+    **dict.fromkeys(("after_rows", "after_columns"), "barriers"),
+    **dict.fromkeys(("read_left", "sum_left", "used_by", "weigh_rows", "read_rows"), "readout"),
+}
 
 
 def tool(name: str) -> str | None:
@@ -142,7 +159,7 @@ class Case(NamedTuple):
     iterations: int
     steps: int = 16
     tau: float = 0.3
-    noise: float = 1.0
+    noise: float = 0.0
 
     def inputs(self) -> dict[str, np.ndarray]:
         rng = np.random.default_rng(self.k)
@@ -202,12 +219,11 @@ def functions(csrc: Path = ROOT / "csrc") -> Callable[[tuple[str, int]], str]:
     return name
 
 
-def by_part(direction: str, program: Program, issued: np.ndarray, name: Callable[[tuple[str, int]], str]) -> Counter:
+def by_part(program: Program, issued: np.ndarray, name: Callable[[tuple[str, int]], str]) -> Counter:
     """Instructions issued in every part of a kernel."""
     found: Counter = Counter()
-    parts = PARTS[direction]
     for chain, count in zip(program.lines, issued.tolist(), strict=True):
-        named = [parts[f] for place in chain if (f := name(place)) in parts]
+        named = [PARTS[f] for place in chain if (f := name(place)) in PARTS]
         found[named[0] if named else "rest"] += count
     return found
 
@@ -236,9 +252,9 @@ def counts(layout: Layout, case: Case, csrc: Path = ROOT / "csrc", checked: bool
     for t in (2, 3, 4) if checked else (2, 3):
         small = case._replace(iterations=t)
         issued, arrays = run("forward", programs["forward"], layout, small)
-        parts["forward", t] = by_part("forward", programs["forward"], issued, name)
+        parts["forward", t] = by_part(programs["forward"], issued, name)
         back, gradients = run("backward", programs["backward"], layout, small, arrays)
-        parts["backward", t] = by_part("backward", programs["backward"], back, name)
+        parts["backward", t] = by_part(programs["backward"], back, name)
         assert not arrays["absorbed"].any()
         check(small, arrays["out"], gradients["grad_scores"])
     without, _ = run("forward", programs["forward"], layout, case._replace(iterations=2, steps=0))
@@ -271,20 +287,40 @@ def counts(layout: Layout, case: Case, csrc: Path = ROOT / "csrc", checked: bool
     return found
 
 
+def table(kept: list[dict]) -> str:
+    """The counts as a table, a line for every revision and number of regions."""
+    head = "code", "K", "CTAs", "forward", "backward", "its sweep", "its rank-2T pass", "readout"
+    lines = [f"| {' | '.join(head)} | once forward | once backward |", "|---" * 10 + "|"]
+    for row in kept:
+        forward, backward = row["forward"], row["backward"]
+        cells = [row["code"], row["k"], row["ranks"], f"{forward['per_useful_fma']:.2f}"]
+        cells += [f"{backward['per_useful_fma' + part]:.2f}" for part in ("", "_sweep", "_fold")]
+        cells += [
+            f"{100 * forward['readout_share']:.1f} %",
+            *(f"{x['once_per_entry']:.0f}" for x in (forward, backward)),
+        ]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines) + "\n"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--k", type=int, default=784, choices=sorted(LAYOUTS))
-    parser.add_argument("--noise", type=float, default=1.0)
+    parser.add_argument("--k", type=int, default=784, help="regions")
+    parser.add_argument("--ranks", type=int, help="CTAs of an image; without it those of a batch of 32")
+    parser.add_argument("--noise", type=float, default=0.0)
     parser.add_argument("--csrc", type=Path, default=ROOT / "csrc", help="kernels of another revision")
     parser.add_argument("--check", action="store_true", help="run T = 4 too: the counts must be linear in T")
-    parser.add_argument("--label", help="append the counts, so named, to bench/results/instructions_sm90.json")
+    parser.add_argument("--label", help=f"append the counts, so named, to {RESULTS.name} and its table")
     options = parser.parse_args()
-    layout, case = LAYOUTS[options.k], Case(options.k, 30, noise=options.noise)
+    layout = layout_of(options.k, options.ranks or RANKS.get(options.k, 1))
+    case = Case(options.k, 30, noise=options.noise)
     found = {**case._asdict(), "ranks": layout.ranks, **counts(layout, case, options.csrc.resolve(), options.check)}
     print(json.dumps(found, indent=1))
     if options.label:
         kept = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
-        RESULTS.write_text(json.dumps([*kept, {"code": options.label, **found}], indent=1) + "\n")
+        kept.append({"code": options.label, **found})
+        RESULTS.write_text(json.dumps(kept, indent=1) + "\n")
+        RESULTS.with_suffix(".md").write_text(TITLE + table(kept))
 
 
 if __name__ == "__main__":

@@ -112,6 +112,19 @@ struct Lanes {
 #pragma unroll
     for (int n = 4 * FOURS; n < N; ++n) row[WARP * n + lane()] = x[n];
   }
+  // x += weight row, of a row of k columns anywhere. Held: 2 N addresses and conditions would be kept in registers.
+  __device__ __forceinline__ static void add(const float* row, int k, float weight, float (&x)[N]) {
+    const float *fours = held(row + 4 * lane()), *ones = held(row + lane());
+    const int after_fours = held(k - 4 * lane()), after_ones = held(k - lane());
+#pragma unroll
+    for (int n = 0; n < 4 * FOURS; ++n) {
+      const int j = 4 * WARP * (n / 4) + n % 4;
+      if (j < after_fours) x[n] = fmaf(weight, fours[j], x[n]);
+    }
+#pragma unroll
+    for (int n = 4 * FOURS; n < N; ++n)
+      if (WARP * n < after_ones) x[n] = fmaf(weight, ones[WARP * n], x[n]);
+  }
   // The columns below `end`, a multiple of four.
   __device__ __forceinline__ static void store(float* row, const float (&x)[N], int end) {
 #pragma unroll
@@ -299,6 +312,12 @@ template <int C>
 using Tile = float[C];
 constexpr int TILE_COLUMNS = 4, TILE = WARP * TILE_COLUMNS;  // where nothing asks for others
 
+// The columns of a lane in the tile that starts at j0.
+struct TileColumns {
+  int j0;
+  __device__ int operator()(int c) const { return j0 + lane() + WARP * c; }
+};
+
 // Sums a tile over the warps in their order, then finish(column, sum) for its first `width` columns.
 template <int C, typename Finish>
 __device__ __forceinline__ void add_warps(const Tile<C>& part, int width, float* buffer, const Finish& finish) {
@@ -335,25 +354,30 @@ __device__ void weigh_rows(const float* left, const float* scale, int k, const R
   add_warps(part, j1 - j0, buffer, [&](int j, float sum) { finish(j0 + j, sum); });
 }
 
-// sum_s left_si grad_sj over a tile of columns, most of left being 0; one warp.
-template <int C>
-__device__ inline void weigh_steps(const float* left, const float* grad, int steps, int k, int i, int j0,
-                                   Tile<C>& sum) {
-#pragma unroll
-  for (int c = 0; c < C; ++c) sum[c] = 0.0f;
+// Sums over the rows of grad, of which left weighs a few: add(weight, row); one warp.
+template <typename Row>
+__device__ __forceinline__ void each_step(const float* left, const float* grad, int steps, int k, int i,
+                                          const Row& add) {
   for (int s0 = 0; s0 < steps; s0 += WARP) {
     const float weight = s0 + lane() < steps ? left[static_cast<int64_t>(s0 + lane()) * k + i] : 0.0f;
     for (unsigned rest = __ballot_sync(ALL_LANES, weight != 0.0f); rest; rest &= rest - 1) {
       const int s = __ffs(rest) - 1;
-      const float w = __shfl_sync(ALL_LANES, weight, s);
-      const float* from = grad + static_cast<int64_t>(s0 + s) * k;
-#pragma unroll
-      for (int c = 0; c < C; ++c) {
-        const int j = j0 + lane() + WARP * c;
-        if (j < k) sum[c] = fmaf(w, from[j], sum[c]);
-      }
+      add(__shfl_sync(ALL_LANES, weight, s), grad + static_cast<int64_t>(s0 + s) * k);
     }
   }
+}
+
+// sum_s left_si grad_sj over a tile of columns, most of left being 0; one warp.
+template <int C>
+__device__ inline void weigh_steps(const float* left, const float* grad, int steps, int k, int i, TileColumns column,
+                                   Tile<C>& sum) {
+#pragma unroll
+  for (int c = 0; c < C; ++c) sum[c] = 0.0f;
+  each_step(left, grad, steps, k, i, [&](float w, const float* from) {
+#pragma unroll
+    for (int c = 0; c < C; ++c)
+      if (column(c) < k) sum[c] = fmaf(w, from[column(c)], sum[c]);
+  });
 }
 
 // The gradient that arrives at P (of log_sinkhorn: at log P), from that of the output of one image.
@@ -370,13 +394,13 @@ struct Arriving {
         steps(p.steps),
         k(p.k) {}
 
-  // Row i over the tile of columns that starts at j0; one warp.
+  // Row i over a tile of columns, 0 past the end; one warp.
   template <int C>
-  __device__ void row(int i, int j0, Tile<C>& g) const {
-    if (readout == Readout::left) return weigh_steps(left, grad, steps, k, i, j0, g);
+  __device__ void row(int i, TileColumns column, Tile<C>& g) const {
+    if (readout == Readout::left) return weigh_steps(left, grad, steps, k, i, column, g);
 #pragma unroll
     for (int c = 0; c < C; ++c) {
-      const int j = j0 + lane() + WARP * c;
+      const int j = column(c);
       if (j >= k) g[c] = 0.0f;
       else g[c] = readout == Readout::right ? grad[i] * right[j] : grad[static_cast<int64_t>(i) * k + j];
     }

@@ -68,10 +68,11 @@ struct Resident {
   }
   __device__ float total(const float* sums, int slot, int j) const {
     if (!CLUSTER || ranks != 16) return rare_total(sums, slot, j);
-    const float* mine = sums + slot * ranks * width + j - rank * width;
+    const float* mine = sums + (slot * ranks - rank) * width + j;
+    const int step = held(width);  // or 16 addresses would be kept in registers
     float sum = 0.0f;
 #pragma unroll  // where most of the time is spent
-    for (int r = 0; r < 16; ++r) sum += mine[r * width];
+    for (int r = 0; r < 16; ++r) sum += mine[r * step];
     return sum;
   }
   // The same, in less code.
@@ -638,18 +639,21 @@ struct Backward {
 
   // The column sums of W, and the row sums. First without the centre, which comes of it; of P right without right_j.
   __device__ void weigh(bool centred) const {
+    if constexpr (N > 0)
+      if (p.readout == Readout::left) return weigh_masks(centred);
     const int t = p.iterations, k = p.k;
     for (int j0 = 0; j0 < k; j0 += WARP * C) {
+      const TileColumns column{j0};
       Tile<C> part = {};
       for (int r = warp(); r < at.band.rows; r += warps()) {
         const int i = at.band.first + r;
         const float *x = at.band.row(r), u = state.rows(t)[i];
         Tile<C> g;
-        arriving.row(i, j0, g);
+        arriving.row(i, column, g);
         float sum = 0.0f;
 #pragma unroll
         for (int c = 0; c < C; ++c) {
-          const int j = j0 + lane() + WARP * c;
+          const int j = column(c);
           if (j >= k) continue;
           const float permutation = u * x[j] * state.columns(t)[j];
           const float w = weighed(permutation, g[c], centred ? centre()[j] : 0.0f);
@@ -662,6 +666,38 @@ struct Backward {
       const auto send = [&](int j, float sum) { team.send(at.sums, 0, j0 + j, sum); };
       add_warps(part, min(WARP * C, k - j0), at.buffer, send);
     }
+    __syncthreads();
+  }
+
+  // The same of left P: whole rows, so that the steps of a row are looked up once.
+  __device__ void weigh_masks(bool centred) const {
+    float mean[N], part[N] = {};
+    for (int j = threadIdx.x; j < p.k; j += blockDim.x) at.columns[j] = state.columns(p.iterations)[j];
+#pragma unroll
+    for (int n = 0; n < N; ++n) {
+      const int j = Lanes<N>::column(n);
+      mean[n] = centred && j < p.k ? centre()[j] : 0.0f;
+    }
+    __syncthreads();
+#pragma unroll 1  // a row fills the registers
+    for (int r = warp(); r < at.band.rows; r += warps()) {
+      const int i = at.band.first + r;
+      const float u = state.rows(p.iterations)[i];
+      float x[N], v[N], g[N] = {}, sum = 0.0f;
+      const auto add = [&](float weight, const float* from) { Lanes<N>::add(from, p.k, weight, g); };
+      each_step(p.left, arriving.grad, p.steps, p.k, i, add);
+      Lanes<N>::load(at.band.row(r), x);
+      Lanes<N>::load(at.columns, v);
+#pragma unroll
+      for (int n = 0; n < N; ++n) {
+        const float w = u * x[n] * v[n] * (g[n] - mean[n]);
+        sum += w;
+        part[n] += w;
+      }
+      sum = warp_sum(sum);
+      if (lane() == 0) row_sums()[i] = sum;
+    }
+    combine_warps(part, p.k, at.buffer, team, at.sums, 0, Add{});
     __syncthreads();
   }
 
@@ -720,7 +756,7 @@ struct Backward {
     const float u = state.rows(p.iterations)[i];
     const Logits l = logits();
     Tile<C> g = {}, grad;
-    if (final) arriving.row(i, j0, g);
+    if (final) arriving.row(i, TileColumns{j0}, g);
 #pragma unroll
     for (int c = 0; c < C; ++c) {
       const int j = j0 + lane() + WARP * c;
@@ -798,7 +834,7 @@ __global__ void __launch_bounds__(resident_threads(N), resident_ctas(N, true))
     backward.rows(t);
     backward.tiles(t);
     team.after_rows();
-    if (j < until) backward.column(t, j);
+    if (j < until) backward.column(t, held(j));
     team.spread(at.columns, p.k);
     team.after_columns();
   }
@@ -860,7 +896,7 @@ __global__ void __launch_bounds__(256)
     const float* image = grad + item / k * steps * k;
     for (int j0 = 0; j0 < k; j0 += TILE) {
       Tile<TILE_COLUMNS> sum;
-      weigh_steps(left, image, steps, k, static_cast<int>(item % k), j0, sum);
+      weigh_steps(left, image, steps, k, static_cast<int>(item % k), TileColumns{j0}, sum);
 #pragma unroll
       for (int c = 0; c < TILE_COLUMNS; ++c) {
         const int j = j0 + lane() + WARP * c;
