@@ -7,6 +7,7 @@ AHA_BUILD = auto   whatever this machine can build; what it cannot is a warning,
 Also read: CUDA_HOME, TORCH_CUDA_ARCH_LIST, MAX_JOBS, CXX. A GPU need not be present to build for one.
 """
 
+import functools
 import importlib.util
 import logging
 import os
@@ -27,6 +28,7 @@ TORCH_TARGET = "0x020b000000000000"  # libtorch stable ABI 2.11
 MANYLINUX = {"GLIBC": (2, 28), "GLIBCXX": (3, 4, 24)}
 
 
+@functools.cache  # the same line once
 def warn(line: str) -> None:
     print(f"aha: warning: {line}", file=sys.stderr)
 
