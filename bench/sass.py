@@ -39,7 +39,8 @@ _COMPARE = {
 _BOOLEAN = {"AND": np.logical_and, "OR": np.logical_or, "XOR": np.logical_xor}
 _NOTHING = {"NOP", "WARPSYNC", "MEMBAR", "ERRBAR", "CGAERRBAR", "CCTL", "DEPBAR", "ENDCOLLECTIVE", "UCGABAR_ARV"}
 _NOTHING |= {"YIELD", "FENCE", "LEPC"}
-_CONTROL = {"BRA", "EXIT", "CALL", "RET", "BSSY", "BSYNC", "BREAK", "BAR", "UCGABAR_WAIT", "SYNCS"}
+_CONTROL = {"BRA", "EXIT", "CALL", "RET", "BSSY", "BSYNC", "BREAK", "BAR", "UCGABAR_WAIT"}
+_BLOCK, _CLUSTER = 100, 101  # what a thread waits for, beside 2 + the number of a BSYNC
 
 
 class Program:
@@ -840,7 +841,9 @@ def _control(name: str, opcode: str, operands: list[str], predicate: Reader | No
             _retry(c, barrier)
 
         return join
-    barrier = {"BAR": 100, "UCGABAR_WAIT": 101}[name]
+    barrier = {"BAR": _BLOCK, "UCGABAR_WAIT": _CLUSTER}.get(name, 0)
+    if not barrier or predicate is not None:
+        raise NotImplementedError(f"{opcode} {', '.join(operands)}: not known here")
 
     def wait(c: Cluster, i: Index) -> None:
         c.jump(i, np.full(len(c.group), False), 0)
@@ -853,9 +856,9 @@ def _control(name: str, opcode: str, operands: list[str], predicate: Reader | No
 def _retry(c: Cluster, barrier: int) -> None:
     """Lets go whoever waits at a barrier that is complete."""
     waiting = np.flatnonzero(c.state == barrier)
-    if barrier == 101:
+    if barrier == _CLUSTER:
         c.release(barrier, np.arange(c.count))
-    elif barrier == 100:
+    elif barrier == _BLOCK:
         for cta in np.unique(c.cta[waiting]):
             c.release(barrier, np.arange(cta * c.threads, (cta + 1) * c.threads))
     else:
@@ -874,9 +877,9 @@ def _action(program: Program, opcode: str, operands: list[str], predicate: str |
     guard = None if predicate is None else _predicate(predicate)
     if name in _NOTHING:
         return lambda c, i: None
-    if name in _CONTROL:
-        return _control(name, opcode, operands, guard, program)
     try:
+        if name in _CONTROL:
+            return _control(name, opcode, operands, guard, program)
         value = _value_instruction(name, opcode, operands)
         if value is None:
             act = _other(name, opcode, operands, program)
@@ -884,7 +887,7 @@ def _action(program: Program, opcode: str, operands: list[str], predicate: str |
             store = _store(operands[0])
             act = _writes(store, value)
     except (NotImplementedError, ValueError, IndexError, StopIteration) as problem:
-        message = f"{opcode} {', '.join(operands)}: not known here ({problem})"
+        message = f"{opcode} {', '.join(operands)}: not known here ({problem!r})"
 
         def unknown(c: Cluster, i: Index) -> None:
             raise NotImplementedError(message)

@@ -47,7 +47,8 @@ struct Logits {
   }
   // p.start is that of all images; found from here, it occupies no register between its uses
   __device__ float initial(const Ranking& p, int j) const {
-    return given ? 0.0f : p.start ? p.start[scores - p.scores + j] : over_tau(-(centred(j) * centred(j)));
+    return given ? 0.0f : p.start ? p.start[scores - p.scores + j]
+                                  : over_tau(-(centred(j) * centred(j)));
   }
 };
 
@@ -387,7 +388,8 @@ struct Arriving {
   int steps, k;
 
   __device__ Arriving(const Ranking& p, const float* grad, int64_t image)
-      : grad(grad + image * p.k * (p.readout == Readout::left ? p.steps : p.readout == Readout::right ? 1 : p.k)),
+      : grad(grad + image * p.k * (p.readout == Readout::left ? p.steps : p.readout == Readout::right ? 1
+                                                                                                      : p.k)),
         left(p.left),
         right(p.right ? p.right + image * p.k : nullptr),
         readout(p.readout),

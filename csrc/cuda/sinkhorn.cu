@@ -141,7 +141,8 @@ struct Inputs {
     ranking.left = data(left);
     ranking.right = data(right);
     ranking.start = data(initial);
-    ranking.readout = left ? Readout::left : right ? Readout::right : Readout::matrix;
+    ranking.readout = left ? Readout::left : right ? Readout::right
+                                                   : Readout::matrix;
     ranking.noise = static_cast<float>(noise);
     ranking.steps = left ? as_int(left->size(0), "the number of steps") : 0;
   }

@@ -52,12 +52,29 @@ def test_sizes_in_one_cta(emulator, k, noise):
 
 
 @pytest.mark.parametrize(
-    ("k", "ranks"), [(1, 2), (9, 4), (100, 2), (103, 4), (230, 2), (1, STREAMED), (33, STREAMED), (70, STREAMED)]
+    ("k", "ranks"),
+    [(1, 2), (9, 4), (100, 2), (103, 4), (230, 2), (1, 16), (37, 16), (1, STREAMED), (33, STREAMED), (70, STREAMED)],
 )
 def test_sizes_in_the_other_layouts(emulator, k, ranks):
     # bands of unequal and of no rows; more columns than one lane of the smallest kernel holds
     problem, grad = make(k, "right", batch=4, noise=1.0, iterations=2)
     assert_as_good_as_float32(by_kernels(emulator, problem, grad, ranks), problem, grad)
+
+
+@pytest.mark.slow
+def test_the_largest_resident_kernel(emulator):
+    problem, grad = make(420, "left", batch=1, noise=1.0, iterations=2)
+    assert_as_good_as_float32(by_kernels(emulator, problem, grad, 8), problem, grad)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_more_steps_than_a_warp_has_lanes(emulator, layout):
+    # steps without an entry for a band, or for any
+    problem, _ = make(21, "left")
+    left = torch.cat([increments(21, 40), torch.zeros(1, 21), increments(21, 3)])
+    problem = problem._replace(left=left)
+    grad = torch.randn(2, 44, 21, generator=torch.Generator().manual_seed(0))
+    assert_as_good_as_float32(by_kernels(emulator, problem, grad, LAYOUTS[layout]), problem, grad)
 
 
 @pytest.mark.slow
@@ -138,9 +155,10 @@ def test_the_order_of_threads_changes_nothing(emulator, layout, readout):
             torch.testing.assert_close(got, expected, rtol=0, atol=0)
 
 
-def test_the_order_of_threads_changes_nothing_in_a_larger_cta(emulator):
-    problem, grad = make(140, "left", batch=1, noise=1.0, iterations=2)
-    results = [by_kernels(emulator, problem, grad, ONE_CTA, order) for order in range(3)]
+@pytest.mark.parametrize(("k", "ranks"), [(140, ONE_CTA), (37, 16)])
+def test_the_order_of_threads_changes_nothing_in_larger_layouts(emulator, k, ranks):
+    problem, grad = make(k, "left", batch=1, noise=1.0, iterations=2)
+    results = [by_kernels(emulator, problem, grad, ranks, order) for order in range(3)]
     for result in results[1:]:
         for got, expected in zip(result, results[0], strict=True):
             torch.testing.assert_close(got, expected, rtol=0, atol=0)
