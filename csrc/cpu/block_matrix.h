@@ -60,14 +60,16 @@ class BlockMatrix {
   template <typename F>
   void each_tile(int side, const F& f) const {
     const std::vector<Tile>& tiles = axis[side].tiles;
-    const auto body = [&](int64_t n) {
-      thread_local TileRoom<T> room;
-      f(tiles[n], room);
+    const auto count = static_cast<int64_t>(tiles.size());
+    const auto some = [&](int64_t begin, int64_t end, TileRoom<T>& room) {
+      for (int64_t n = begin; n < end; ++n) f(tiles[n], room);
     };
-    if (shared_out_ && work() > SHARED)
-      for_each(static_cast<int64_t>(tiles.size()), body);
-    else
-      for (size_t n = 0; n < tiles.size(); ++n) body(static_cast<int64_t>(n));
+    if (!shared_out_ || work() <= SHARED) return some(0, count, room_);
+    torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+      const FlushDenormals guard;
+      TileRoom<T> room;
+      some(begin, end, room);
+    });
   }
 
   // Potentials of the first iteration from the column potential h: the largest logit of every row, then of every
@@ -195,6 +197,7 @@ class BlockMatrix {
   }
 
   const bool shared_out_;
+  mutable TileRoom<T> room_;  // of the thread that has the image to itself
   Buffer<T> factors_, moments_;
   int64_t work_ = 0, factor_room_ = 0, moment_room_ = 0;
 };
