@@ -89,7 +89,7 @@ def layout(draw: Draw, x: Tensor) -> Tensor:
     if kind == "expanded" and x.numel():  # here the values do change: all are the first of some dimension
         dim = draw.between(-x.ndim, -1) if x.ndim else None
         return x if dim is None else x.narrow(dim, 0, 1).expand(x.shape)
-    if kind == "negated" and x.is_floating_point():
+    if kind == "negated" and x.dtype in IMAGES:
         return torch._neg_view(-x)
     return x
 
