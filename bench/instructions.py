@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 import ctypes
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -35,9 +34,10 @@ import torch
 
 from aha.kernels import reference
 
+from . import ROOT
 from .sass import GLOBAL, WARP, Cluster, Program
+from .toolkit import tool
 
-ROOT = Path(__file__).parents[1]
 SOURCE = """
 #include "cuda/sinkhorn_launch.cuh"
 template __global__ void aha::resident_forward<%s>(aha::Ranking, aha::ForwardTensors, int);
@@ -98,22 +98,10 @@ PARTS = {
 }
 
 
-def tool(name: str) -> str | None:
-    """Path of a CUDA tool: of $CUDA_HOME, the search path, /usr/local/cuda, or shipped with triton."""
-    places = [f"{home}/bin" for home in (os.environ.get("CUDA_HOME"), "/usr/local/cuda") if home]
-    try:
-        import triton
-
-        places.append(str(Path(triton.__file__).parent / "backends/nvidia/bin"))
-    except ImportError:
-        pass
-    return shutil.which(name, path=os.pathsep.join([*places[:1], os.environ.get("PATH", os.defpath), *places[1:]]))
-
-
 def listings(layout: Layout, csrc: Path = ROOT / "csrc") -> dict[str, str]:
     """The disassembly of resident_forward and resident_backward, with source lines, by direction."""
     nvcc, nvdisasm = tool("nvcc"), tool("nvdisasm")
-    if nvcc is None or nvdisasm is None:
+    if not (shutil.which(nvcc) and shutil.which(nvdisasm)):
         raise RuntimeError("there is no nvcc or no nvdisasm; install the CUDA toolkit or set CUDA_HOME")
     with tempfile.TemporaryDirectory() as folder:
         source, cubin = Path(folder, "kernels.cu"), Path(folder, "kernels.cubin")

@@ -69,7 +69,7 @@ class Results:
     """
 
     def __init__(self, path: Path, head: Mapping[str, Any], again: bool = False):
-        self.path, self.head = path, {**head, "sources": sources(), "torch": _version("torch")}
+        self.path, self.head = path, {**head, "sources": sources(), "torch": version("torch")}
         self.stages: dict[str, dict[str, Any]] = {}
         with contextlib.suppress(OSError, ValueError):  # none, or not of this form
             before = json.loads(path.read_text())
@@ -97,7 +97,7 @@ class Results:
 
     def write(self) -> None:
         """Put the file in place."""
-        content: dict[str, Any] = {**self.head, "triton": _version("triton"), "commit": commit()}
+        content: dict[str, Any] = {**self.head, "triton": version("triton"), "commit": commit()}
         content["date"] = datetime.now(timezone.utc).isoformat(timespec="seconds")
         content["stages"] = list(self.stages.values())
         write_atomically(self.path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
@@ -155,7 +155,8 @@ def sources() -> str:
     return digest.hexdigest()[:12]
 
 
-def _version(package: str) -> str:
+def version(package: str) -> str:
+    """Of an installed package; empty where there is none."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

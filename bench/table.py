@@ -7,7 +7,6 @@ import io
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import date
 from functools import lru_cache
-from importlib import metadata
 from pathlib import Path
 
 import torch
@@ -18,7 +17,7 @@ from aha.files import write_atomically
 
 from .cases import HEADLINES, Case, Size, the
 from .rows import DEVICE_ROWS
-from .stages import commit
+from .stages import commit, version
 
 KEY = ("operator", "case", "B", "K", "T", "S", "tau", "noise", "dtype", "row", "device", "phase")
 FIGURES = ("median_ms", "p20_ms", "p80_ms", "peak_mib", "error", "error_reference")
@@ -64,11 +63,7 @@ def device_name(device: str) -> str:
 def made() -> dict[str, str]:
     """Versions, commit and date that go with every figure."""
     found = {"torch": torch.__version__, "aha": __version__, "commit": commit(), "date": str(date.today())}
-    try:
-        found["triton"] = metadata.version("triton")
-    except metadata.PackageNotFoundError:
-        found["triton"] = ""
-    return found
+    return {**found, "triton": version("triton")}
 
 
 def read(path: Path) -> list[Record]:

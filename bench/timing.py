@@ -64,6 +64,11 @@ def _cpu_ms(call: Callable[[], object]) -> float:
 
 def _cuda_ms(call: Callable[[], object]) -> float:
     flush()
+    return between_events(call)
+
+
+def between_events(call: Callable[[], object]) -> float:
+    """Milliseconds that the GPU takes for what ``call`` launches."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
     call()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -18,9 +19,13 @@ NO_CACHE = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
 
 
 def tool(name: str) -> str:
-    """The program ``name`` of the toolkit, on PATH or not."""
-    named = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or "/usr/local/cuda"
-    return shutil.which(name) or str(Path(named) / "bin" / name)
+    """The program ``name``: on PATH, of the toolkit, or of what triton ships; where the toolkit has it if nowhere."""
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or "/usr/local/cuda"
+    folders = [Path(home) / "bin"]
+    if triton := importlib.util.find_spec("triton"):  # not imported: that takes seconds
+        folders += [Path(folder) / "backends/nvidia/bin" for folder in triton.submodule_search_locations or ()]
+    places = os.pathsep.join([os.environ.get("PATH", os.defpath), *map(str, folders)])
+    return shutil.which(name, path=places) or str(folders[0] / name)
 
 
 def build() -> bool:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import tempfile
 import time
@@ -25,24 +24,18 @@ from .. import timing
 from ..cases import CASES, TINY, Size, the
 from ..stages import end_with_parent, tell
 from ..truth import why
-from . import PLAN
-from .right import plan_of
+from .right import NoPlanError, require
 
 ROUNDS = 30
 CYCLES = 2_000_000  # of a sleep: a millisecond
-
-
-class NoPlanError(RuntimeError):
-    """The operator has no such plan here."""
 
 
 def call_of(operator: str, size: Size, device: str, backend: str) -> Callable[[], object]:
     """One forward and backward pass, the reference's or a backend's."""
     case = CASES[operator]
     inputs = case.inputs(size, device)
-    wanted = os.environ.get(PLAN)
-    if operator == "soft_topk_masks" and backend != "reference" and wanted and plan_of(inputs) != wanted:
-        raise NoPlanError
+    if operator == "soft_topk_masks" and backend != "reference":
+        require(inputs)
     with torch.no_grad():
         cotangents = case.cotangents(case.call(case.first(inputs, 1), backend), size.B)
     return lambda: case.gradients(lambda given: case.call(given, backend), inputs, cotangents)
@@ -61,7 +54,7 @@ def by_events(call: Callable[[], object], rounds: int = ROUNDS) -> timing.Times:
     for _ in range(rounds):
         timing.flush()
         torch.cuda._sleep(cycles)
-        taken.append(_between(call))
+        taken.append(timing.between_events(call))
     return timing.summary(taken)
 
 
@@ -80,22 +73,13 @@ def by_replay(call: Callable[[], object], rounds: int = ROUNDS) -> timing.Times:
     taken = []
     for _ in range(rounds):
         torch.cuda._sleep(CYCLES)
-        taken.append(_between(graph.replay))
+        taken.append(timing.between_events(graph.replay))
     return timing.summary(taken)
-
-
-def _between(call: Callable[[], object]) -> float:
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    call()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end)
 
 
 def clock_mhz() -> int:
     """The multiprocessors' clock: cycles slept over the time that took."""
-    return round(10 * CYCLES / _between(lambda: torch.cuda._sleep(10 * CYCLES)) / 1e3)
+    return round(10 * CYCLES / timing.between_events(lambda: torch.cuda._sleep(10 * CYCLES)) / 1e3)
 
 
 def launches(call: Callable[[], object]) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -125,8 +109,8 @@ def reported(case: str) -> Iterator[list[bool]]:
     good = [True]
     try:
         yield good
-    except NoPlanError:
-        good[0] = tell(case, f"not available: the operator has no {os.environ[PLAN]} plan for this")
+    except NoPlanError as none:
+        good[0] = tell(case, str(none))
     except Exception as error:
         good[0] = tell(case, why(error))
 

@@ -8,12 +8,11 @@ import platform
 import shutil
 import subprocess
 import sys
-from importlib import metadata
 
 import torch
 
 from .. import table
-from ..stages import end_with_parent, tell
+from ..stages import end_with_parent, tell, version
 from ..toolkit import tool
 
 QUERY = "name,driver_version,clocks.sm,clocks.max.sm,clocks.mem,power.draw,power.limit,temperature.gpu,mig.mode.current"
@@ -54,11 +53,7 @@ def main(device: str) -> int:
     else:
         tell("device", name=table.device_name(device))
     versions = {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda}
-    for package in ("triton", "numpy"):
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            versions[package] = "not available"
+    versions |= {package: version(package) or "not available" for package in ("triton", "numpy")}
     tell("versions", **versions, kernel=platform.release(), cores=os.cpu_count())
     return 0
 

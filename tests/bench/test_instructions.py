@@ -1,10 +1,13 @@
 """Counting the machine code of the CUDA kernels: the interpreter by hand, and the kernels within their budgets."""
 
+import shutil
+
 import numpy as np
 import pytest
 
 from bench import instructions
 from bench.sass import GLOBAL, Cluster, Program
+from bench.toolkit import tool
 
 LISTING = """
         /*0000*/                   S2R R0, SR_TID.X ;
@@ -73,7 +76,9 @@ def test_layouts_are_those_of_the_launches(k, ranks, template):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not (instructions.tool("nvcc") and instructions.tool("nvdisasm")), reason="needs nvcc and nvdisasm")
+@pytest.mark.skipif(
+    not all(shutil.which(tool(name)) for name in ("nvcc", "nvdisasm")), reason="needs nvcc and nvdisasm"
+)
 @pytest.mark.parametrize(
     ("k", "noise", "forward", "backward"), [(49, 1.0, 7.5, 7.2), (196, 0.0, 4.3, 3.7), (784, 0.0, 2.0, 2.6)]
 )
