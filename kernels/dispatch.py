@@ -36,13 +36,17 @@ class Call:
         return next(iter(self.arguments.values()))
 
 
+def _no_choice(call: Call) -> str | None:
+    return None
+
+
 class Backend(NamedTuple):
     """An implementation of one operator; ``plan`` says how it would run a call, where it has a choice."""
 
     name: str
     why_not: Callable[[Call], str | None]
     run: Callable[..., Any]
-    plan: Callable[[Call], str | None] = lambda call: None
+    plan: Callable[[Call], str | None] = _no_choice
 
 
 class Choice(NamedTuple):
@@ -116,7 +120,7 @@ def _backends(
     cuda: Any,
     cpu: Any,
     on_triton: Any,
-    plan: Callable[[Call], str | None] = lambda call: None,
+    plan: Callable[[Call], str | None] = _no_choice,
 ) -> tuple[Backend, ...]:
     """``of`` finds the operator in whatever implements all of them; ``plan`` is that of the C++ operator."""
     return (

@@ -23,15 +23,15 @@ struct Axis {
   static constexpr int64_t TILE = 8192 / sizeof(T) / 4;  // elements whose powers and factors stay in the nearest cache
   static constexpr double NOWHERE = -1e300;              // potential of the padding
 
-  int64_t count, size, ld;  // elements, with padding, distance of the rows of powers
+  int64_t size = 0;  // with padding
   std::vector<Block> blocks;
   std::vector<Tile> tiles;
   Buffer<double> place, potential;
-  Buffer<T> powers, pad;  // [TERMS][ld]: m-th power of an element's number; pad: 1 at the padding
+  Buffer<T> powers, pad;  // [TERMS][size]: m-th power of an element's number; pad: 1 at the padding
 
   // edges: where blocks begin, and the end; number(i) = (place_i - centre) unit
   template <typename Place>
-  Axis(int64_t k, const std::vector<int64_t>& edges, const Place& place_of, double unit) : count(k), size(0) {
+  Axis(const std::vector<int64_t>& edges, const Place& place_of, double unit) {
     constexpr int64_t N = Lanes<T>::N;
     blocks.reserve(edges.size() - 1);
     for (size_t b = 0; b + 1 < edges.size(); ++b) {
@@ -44,9 +44,8 @@ struct Axis {
       blocks.push_back({first, length, begin, size, tile, static_cast<int64_t>(tiles.size()) - tile, (high + low) / 2,
                         (high - low) / 2});
     }
-    ld = size;
     place = Buffer<double>(size), potential = Buffer<double>(size);
-    powers = Buffer<T>(TERMS<T> * ld), pad = Buffer<T>(size);
+    powers = Buffer<T>(TERMS<T> * size), pad = Buffer<T>(size);
     for (const Block& block : blocks)
       for (int64_t i = block.begin; i < block.end; ++i) {
         const bool real = i - block.begin < block.count;
@@ -56,7 +55,7 @@ struct Axis {
         powers[i] = real ? static_cast<T>((place[i] - block.centre) * unit) : T{0};
       }
     for (int m = 1; m < TERMS<T>; ++m)
-      for (int64_t i = 0; i < size; ++i) powers[m * ld + i] = powers[(m - 1) * ld + i] * powers[i];
+      for (int64_t i = 0; i < size; ++i) powers[m * size + i] = powers[(m - 1) * size + i] * powers[i];
   }
 
   // f(padded position, sorted position) of all elements

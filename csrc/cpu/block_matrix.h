@@ -1,8 +1,8 @@
 // X of one image as factors of pairs of blocks (blocks.h), and products with it.
 #pragma once
 
+#include <array>
 #include <cmath>
-#include <limits>
 #include <vector>
 
 #include "block_axis.h"
@@ -56,7 +56,7 @@ class BlockMatrix {
   BlockMatrix(const T* scores, int64_t size, double temperature, bool shared_out)
       : BlockMatrix(scores, descending(scores, size), size, temperature, shared_out) {}
 
-  // f(tile number, tile, room) for all tiles of a side, shared out among threads if that pays
+  // f(tile, room) for all tiles of a side, shared out among threads if that pays
   template <typename F>
   void each_tile(int side, const F& f) const {
     const std::vector<Tile>& tiles = axis[side].tiles;
@@ -87,14 +87,6 @@ class BlockMatrix {
   T* moment(int side, const Pair& pair, int64_t tile, int set) const {
     return moments_ + pair.moment[side] + ((tile - axis[side].blocks[pair.block[side]].tile) * 2 + set) * ROOM<T>;
   }
-  // sum over the tiles of the pair's block on this side
-  T total(int side, const Pair& pair, int set, int m) const {
-    const T* from = moments_ + pair.moment[side] + set * ROOM<T> + m;
-    T sum = from[0];
-    for (int64_t tile = 1; tile < axis[side].blocks[pair.block[side]].tiles; ++tile) sum += from[tile * 2 * ROOM<T>];
-    return sum;
-  }
-
   // room.factors of all pairs of the tile's block, at the tile
   int64_t gather(int side, const Tile& tile, TileRoom<T>& room) const {
     const int64_t count = pairs_of(side, tile.block);
@@ -102,45 +94,48 @@ class BlockMatrix {
     for (int64_t n = 0; n < count; ++n) room.factors[n] = factor(side, pair(side, tile.block, n), tile.begin);
     return count;
   }
-  // The coefficients of the polynomials of a tile from the moments of the other side, [pairs][sets][ROOM].
-  //   f(pair, set, m) -> moment, or what is made of several
-  template <typename F>
-  void coefficients(int side, const Tile& tile, int sets, TileRoom<T>& room, const F& f) const {
-    const int64_t count = pairs_of(side, tile.block);
-    for (int64_t n = 0; n < count; ++n)
-      for (int set = 0; set < sets; ++set)
-        for (int m = 0; m < TERMS<T>; ++m)
-          room.coefficients[(n * sets + set) * ROOM<T> + m] =
-              BlockExp<T>::COEFFICIENTS[m] * f(pair(side, tile.block, n), set, m);
-  }
-  // The moments of a pair on the other side, as they are.
+  // The moments of a pair on one side, as they are, or with those of set 0 times a weight.
   Term<T> term(int side, const Pair& pair, int set = 0) const {
-    return {moments_ + pair.moment[side] + set * ROOM<T>, axis[side].blocks[pair.block[side]].tiles, T{1}, T{0}};
+    return {moments_ + pair.moment[side] + set * ROOM<T>, axis[side].blocks[pair.block[side]].tiles, 2 * ROOM<T>};
   }
-  // Those of the rows, every row weighed by q_i - q.
-  Term<T> ranked(const Pair& pair, double q, int set) const {
-    Term<T> term = this->term(ROWS, pair, set);
-    term.offset = static_cast<T>(axis[ROWS].blocks[pair.block[ROWS]].centre - q), term.scale = static_cast<T>(scale);
+  Term<T> term(int side, const Pair& pair, int set, double weight) const {
+    Term<T> term = this->term(side, pair, set);
+    term.others = this->term(side, pair).sums, term.weight = static_cast<T>(weight);
     return term;
   }
-  // The coefficients of the polynomials of a tile, [pairs][sets][ROOM]: f(pair, terms of its sets)
+  // Those of a block of rows, every row weighed by q_i - q.
+  Term<T> ranked(Term<T> term, int64_t block, double q) const {
+    term.offset = static_cast<T>(axis[ROWS].blocks[block].centre - q), term.scale = static_cast<T>(scale);
+    return term;
+  }
+
+  // The polynomials of a tile of one side, summed over its pairs and added to out: f(pair, its terms, one for each set)
   template <typename F>
-  void combine(int side, const Tile& tile, int sets, TileRoom<T>& room, const F& f) const {
-    const int64_t count = pairs_of(side, tile.block);
+  void add_products(int side, const Tile& tile, int sets, TileRoom<T>& room, T* const* out, const F& f) const {
+    const int64_t count = gather(side, tile, room);
     for (int64_t n = 0; n < count; ++n) f(pair(side, tile.block, n), room.terms.data() + n * sets);
-    aha::combine(count * sets, room.terms.data(), room.coefficients.get());
+    combine(count * sets, room.terms.data(), room.coefficients.get());
+    evaluate(tile.size(), count, room.factors.data(), room.coefficients.get(), powers(side, tile), sets, out);
+  }
+  // The same from 0, in the first buffers of the room.
+  template <typename F>
+  std::array<T*, 3> products(int side, const Tile& tile, int sets, TileRoom<T>& room, const F& f) const {
+    const std::array<T*, 3> out = {room.value[0], room.value[1], room.value[2]};
+    for (int set = 0; set < sets; ++set) std::fill_n(out[set], tile.size(), T{0});
+    add_products(side, tile, sets, room, out.data(), f);
+    return out;
   }
   // moments of the weights at this tile, for all its pairs, in `set`
   void add_up(int side, const Tile& tile, const T* weights, TileRoom<T>& room, int set = 0) const {
     const int64_t count = pairs_of(side, tile.block), number = &tile - axis[side].tiles.data();
     for (int64_t n = 0; n < count; ++n) room.sums[n] = moment(side, pair(side, tile.block, n), number, set);
-    moments(tile.size(), count, room.factors.data(), weights, powers(side, tile), axis[side].ld, room.sums.data());
+    moments(tile.size(), count, room.factors.data(), weights, powers(side, tile), axis[side].size, room.sums.data());
   }
   // The same with one power more, for the products with q; sets: one or two weights.
   void add_up_more(int side, const Tile& tile, const T* const* weights, int sets, TileRoom<T>& room) const {
     const int64_t count = pairs_of(side, tile.block), number = &tile - axis[side].tiles.data();
     for (int64_t n = 0; n < count; ++n) room.sums[n] = moment(side, pair(side, tile.block, n), number, 0);
-    more_moments(tile.size(), count, room.factors.data(), weights, sets, powers(side, tile), axis[side].ld,
+    more_moments(tile.size(), count, room.factors.data(), weights, sets, powers(side, tile), axis[side].size,
                  room.sums.data());
   }
   const T* powers(int side, const Tile& tile) const { return axis[side].powers + tile.begin; }
@@ -161,8 +156,8 @@ class BlockMatrix {
       : BlockMatrix(scores, cut(scores, sorted, size, temperature), std::move(sorted), size, temperature, shared_out) {}
   BlockMatrix(const T* scores, const Cuts& cuts, std::vector<int32_t>&& sorted, int64_t size, double temperature, bool shared_out)
       : k(size), tau(temperature), order(std::move(sorted)), scale(cuts.scale),
-        axis{Axis<T>(size, cuts.rows, [&](int64_t i) { return rank(i, size); }, 1 / cuts.scale),
-             Axis<T>(size, cuts.columns, [&](int64_t j) { return scores[order[j]] - 0.5; },
+        axis{Axis<T>(cuts.rows, [&](int64_t i) { return rank(i, size); }, 1 / cuts.scale),
+             Axis<T>(cuts.columns, [&](int64_t j) { return scores[order[j]] - 0.5; },
                      2 * cuts.scale / temperature)},
         shared_out_(shared_out) {}
 
@@ -304,11 +299,8 @@ void BlockMatrix<T>::make() {
       work_ += (block.end - block.begin) / Lanes<T>::N * 2 * (TERMS<T> + 1) + PER_PAIR * block.tiles;
     }
   if (factor_room > factor_room_) factors_ = Buffer<T>(factor_room_ = factor_room);
-  if (moment_room > moment_room_) {
-    moments_ = Buffer<T>((moment_room_ = moment_room) + ROOM<T>);
-    // one power more is read than every sum has
-    std::fill_n(moments_.get(), moment_room + ROOM<T>, T{0});
-  }
+  // of every sum one power more is read than it may have
+  if (moment_room > moment_room_) moments_ = zeros<T>((moment_room_ = moment_room) + ROOM<T>);
   for (int side : {ROWS, COLUMNS}) {
     std::vector<int64_t>& first = first_of[side];
     first.assign(axis[side].blocks.size() + 1, 0);

@@ -76,7 +76,8 @@ class Steps {
       rows_room += (first_slot_[b + 1] - first_slot_[b]) * ROOM<T>;
       columns_room += count(b) * X.axis[COLUMNS].blocks[pair.block[COLUMNS]].tiles * ROOM<T>;
     }
-    rows_ = Buffer<T>(rows_room), columns_ = Buffer<T>(columns_room);
+    // of every sum one power more is read than it may have
+    rows_ = zeros<T>(rows_room + ROOM<T>), columns_ = zeros<T>(columns_room + ROOM<T>);
   }
 
   int64_t outputs() const { return outputs_; }
@@ -96,7 +97,7 @@ class Steps {
           room.sums[p] = rows_ + from_rows_[pair_number(ROWS, tile.block, p)] + (m - first_slot_[tile.block]) * ROOM<T>;
         }
         more_moments(slot.end - slot.begin, pairs, factors.data(), &weights, 1, X_.axis[ROWS].powers + slot.begin,
-                     X_.axis[ROWS].ld, room.sums.data());
+                     X_.axis[ROWS].size, room.sums.data());
       }
   }
 
@@ -110,19 +111,13 @@ class Steps {
       const int64_t b = pair.block[ROWS], n = number_[b * outputs_ + s];
       if (n < 0) continue;
       const Step& step = steps_[first_[b] + n];
-      T sums[ROOM<T>];
       const T* from = rows_ + from_rows_[pair_number(COLUMNS, tile.block, p)] + (step.slot - first_slot_[b]) * ROOM<T>;
-      std::copy_n(from, TERMS<T> + 1, sums);
-      for (int64_t slot = 1; slot < step.slots; ++slot)
-        for (int m = 0; m <= TERMS<T>; ++m) sums[m] += from[slot * ROOM<T> + m];
-      const T offset = static_cast<T>(X_.axis[ROWS].blocks[b].centre - q_J), scale = static_cast<T>(X_.scale);
-      T* C = room.coefficients.get() + used * sets * ROOM<T>;
-      for (int m = 0; m < TERMS<T>; ++m) {
-        C[m] = BlockExp<T>::COEFFICIENTS[m] * sums[m];
-        if (sets == 2) C[ROOM<T> + m] = BlockExp<T>::COEFFICIENTS[m] * (offset * sums[m] + scale * sums[m + 1]);
-      }
+      Term<T>* terms = room.terms.data() + used * sets;
+      terms[0] = {from, step.slots, ROOM<T>};
+      if (sets == 2) terms[1] = X_.ranked(terms[0], b, q_J);
       room.factors[used++] = X_.factor(COLUMNS, pair, tile.begin);
     }
+    combine(used * sets, room.terms.data(), room.coefficients.get());
     aha::evaluate(tile.size(), used, room.factors.data(), room.coefficients.get(), X_.powers(COLUMNS, tile), sets, out);
   }
 
@@ -139,7 +134,7 @@ class Steps {
       room.factors[used] = X_.factor(COLUMNS, pair, tile.begin);
       room.sums[used++] = column_sums(pair, pair_number(COLUMNS, tile.block, p), n) + (number - columns.blocks[tile.block].tile) * ROOM<T>;
     }
-    moments(tile.size(), used, room.factors.data(), weights, X_.powers(COLUMNS, tile), columns.ld, room.sums.data());
+    moments(tile.size(), used, room.factors.data(), weights, X_.powers(COLUMNS, tile), columns.size, room.sums.data());
   }
 
   // out_i = Σ_s W_si (X w_s)_i at a tile of rows, from those moments
@@ -156,12 +151,9 @@ class Steps {
           const auto& pair = X_.pair(ROWS, tile.block, p);
           const T* from = column_sums(pair, pair_number(ROWS, tile.block, p), n - first_[tile.block]);
           factors[p] = room.factors[p] + slot.begin - tile.begin;
-          for (int c = 0; c < TERMS<T>; ++c) {
-            T sum = from[c];
-            for (int64_t t = 1; t < X_.axis[COLUMNS].blocks[pair.block[COLUMNS]].tiles; ++t) sum += from[t * ROOM<T> + c];
-            room.coefficients[p * ROOM<T> + c] = BlockExp<T>::COEFFICIENTS[c] * sum;
-          }
+          room.terms[p] = {from, X_.axis[COLUMNS].blocks[pair.block[COLUMNS]].tiles, ROOM<T>};
         }
+        combine(pairs, room.terms.data(), room.coefficients.get());
         T* sums = room.value[0];
         std::fill_n(sums, slot.end - slot.begin, T{0});
         aha::evaluate(slot.end - slot.begin, pairs, factors.data(), room.coefficients.get(), X_.axis[ROWS].powers + slot.begin, 1, &sums);
@@ -211,14 +203,14 @@ class Ranking {
       const double c = columns_.place[j];
       h_[sorted] = problem.start ? problem.start[X_.order[sorted]] : -(c * c) / problem.tau;
     });
-    if (!problem.single()) return;
-    // sums of the vector that reads out, for its mean over blocks
-    before_.resize(k_ + 1, 0);
   }
 
   BlockCount count() {
     X_.start(h_);
     X_.make();
+    return counted();
+  }
+  BlockCount counted() const {
     return {static_cast<int64_t>(rows_.blocks.size()), static_cast<int64_t>(columns_.blocks.size()),
             static_cast<int64_t>(X_.pairs.size()), block_work(), dense_work()};
   }
@@ -226,7 +218,7 @@ class Ranking {
   bool forward(bool may_refuse, T* scalings, int32_t* absorbed, T* out) {
     X_.start(h_);
     X_.make();
-    if (may_refuse && block_work() > dense_work()) return false;
+    if (may_refuse && !counted().fewer()) return false;
     const int64_t iterations = problem_.iterations;
     pack_potentials(scalings);
     std::fill_n(absorbed, iterations, IN_BLOCKS);
@@ -263,10 +255,7 @@ class Ranking {
       if (absorbed[t - 1] & ABSORBED) absorb(scalings, t, v, 1);
     X_.make();
     load(scalings, iterations, v);
-    mean_ = Buffer<T>(columns_.size);
-    ranked_ = Buffer<double>(columns_.size);
-    std::fill_n(ranked_.get(), columns_.size, 0.0);
-    std::fill_n(mean_.get(), columns_.size, T{0});
+    mean_ = zeros<T>(columns_.size), ranked_ = zeros<double>(columns_.size);
     if (problem_.single())
       begin_single(grad, v, z, gradients.right);
     else
@@ -282,29 +271,26 @@ class Ranking {
       else
         columns_.unpack(scalings + (2 * t - 1) * k_, before, T{1});
       X_.each_tile(ROWS, [&](const Tile& tile, TileRoom<T>& room) {
-        const int64_t pairs = X_.gather(ROWS, tile, room);
-        T *here = z + tile.begin, *sums = room.value[0];
+        T* here = z + tile.begin;
         const T* u = u_ + tile.begin;
-        if (t < iterations) {
-          X_.combine(ROWS, tile, 1, room, [&](const Pair& p, Term<T>* terms) { terms[0] = X_.term(COLUMNS, p); });
-          std::fill_n(sums, tile.size(), T{0});
-          evaluate(tile.size(), pairs, room.factors.data(), room.coefficients.get(), X_.powers(ROWS, tile), 1, &sums);
+        if (t == iterations) {
+          X_.gather(ROWS, tile, room);
+        } else {
+          const T* sums = product(ROWS, tile, room);
           for (int64_t i = 0; i < tile.size(); ++i) here[i] = -u[i] * u[i] * sums[i];
         }
         const T* const weights[] = {here, u};
         X_.add_up_more(ROWS, tile, weights, 2, room);
       });
       X_.each_tile(COLUMNS, [&](const Tile& tile, TileRoom<T>& room) {
-        const int64_t pairs = X_.gather(COLUMNS, tile, room), n = tile.size();
         const double q_J = mean_rank(tile.block);
-        X_.combine(COLUMNS, tile, 3, room, [&](const Pair& p, Term<T>* terms) {
-          terms[0] = X_.term(ROWS, p), terms[1] = X_.ranked(p, q_J, 0), terms[2] = X_.ranked(p, q_J, 1);
+        const auto sums = X_.products(COLUMNS, tile, 3, room, [&](const Pair& p, Term<T>* terms) {
+          const int64_t block = p.block[ROWS];
+          terms[0] = X_.term(ROWS, p, 0);
+          terms[1] = X_.ranked(terms[0], block, q_J), terms[2] = X_.ranked(X_.term(ROWS, p, 1), block, q_J);
         });
-        T* const sums[] = {room.value[0], room.value[1], room.value[2]};
-        for (T* some : sums) std::fill_n(some, n, T{0});
-        evaluate(n, pairs, room.factors.data(), room.coefficients.get(), X_.powers(COLUMNS, tile), 3, sums);
         const int64_t at = tile.begin;
-        step_back(n, sums[2], sums[1], sums[0], mean_ + at, v + at, y + at, before + at, ranked_ + at, g + at);
+        step_back(tile.size(), sums[2], sums[1], sums[0], mean_ + at, v + at, y + at, before + at, ranked_ + at, g + at);
         if (t == 1 || restarts) return;
         for (int64_t j = at; j < tile.end; ++j) y[j] = before[j] * g[j];
         X_.add_up(COLUMNS, tile, y + at, room);
@@ -355,14 +341,16 @@ class Ranking {
       X_.add_up(side, tile, weights + tile.begin, room);
     });
   }
+  // the product of a tile's rows or columns with what the other side's moments are of
+  const T* product(int side, const Tile& tile, TileRoom<T>& room) const {
+    return X_.products(side, tile, 1, room, [&](const Pair& p, Term<T>* terms) { terms[0] = X_.term(1 - side, p); })[0];
+  }
   // scaling = 1 / (product with the other side's), and its moments
   void solve(int side, T* scaling) const {
     X_.each_tile(side, [&](const Tile& tile, TileRoom<T>& room) {
-      const int64_t pairs = X_.gather(side, tile, room);
-      X_.combine(side, tile, 1, room, [&](const Pair& p, Term<T>* terms) { terms[0] = X_.term(1 - side, p); });
       T* here = scaling + tile.begin;
       std::copy_n(X_.axis[side].pad + tile.begin, tile.size(), here);
-      evaluate(tile.size(), pairs, room.factors.data(), room.coefficients.get(), X_.powers(side, tile), 1, &here);
+      X_.add_products(side, tile, 1, room, &here, [&](const Pair& p, Term<T>* terms) { terms[0] = X_.term(1 - side, p); });
       invert(tile.size(), here);
       X_.add_up(side, tile, here, room);
     });
@@ -380,9 +368,9 @@ class Ranking {
   }
   // alpha (K,), by rank, as the weights of rows: centred by block
   void centre(const T* alpha, Buffer<T>& padded) {
+    before_.assign(k_ + 1, 0);
     for (int64_t i = 0; i < k_; ++i) before_[i + 1] = before_[i] + static_cast<double>(alpha[i]);
-    padded = Buffer<T>(rows_.size);
-    std::fill_n(padded.get(), rows_.size, T{0});
+    padded = zeros<T>(rows_.size);
     for (const Block& block : rows_.blocks)
       for (int64_t i = 0; i < block.count; ++i)
         padded[block.begin + i] = static_cast<T>(alpha[block.first + i] - mean_weight(block));
@@ -404,15 +392,10 @@ class Ranking {
     centre(problem_.left->row(0), alpha);
     add_up_weighted(alpha);
     X_.each_tile(COLUMNS, [&](const Tile& tile, TileRoom<T>& room) {
-      const int64_t pairs = X_.gather(COLUMNS, tile, room);
       const double alpha_J = mean_weight(columns_.blocks[tile.block]);
-      X_.coefficients(COLUMNS, tile, 1, room, [&](const Pair& p, int, int m) {
-        const T offset = static_cast<T>(mean_weight(rows_.blocks[p.block[ROWS]]) - alpha_J);
-        return X_.total(ROWS, p, 1, m) + offset * X_.total(ROWS, p, 0, m);
-      });
-      T* sums = room.value[0];
-      std::fill_n(sums, tile.size(), T{0});
-      evaluate(tile.size(), pairs, room.factors.data(), room.coefficients.get(), X_.powers(COLUMNS, tile), 1, &sums);
+      const T* sums = X_.products(COLUMNS, tile, 1, room, [&](const Pair& p, Term<T>* terms) {
+        terms[0] = X_.term(ROWS, p, 1, mean_weight(rows_.blocks[p.block[ROWS]]) - alpha_J);
+      })[0];
       columns_.each(tile, [&](int64_t j, int64_t sorted) {
         out[X_.order[sorted]] = static_cast<T>(alpha_J + v_[j] * sums[j - tile.begin]);
       });
@@ -421,16 +404,11 @@ class Ranking {
 
   // out_i = Σ_j P_ij right_j
   void read_right(T* out) {
-    Buffer<T> weights(columns_.size);
-    std::fill_n(weights.get(), columns_.size, T{0});
+    const Buffer<T> weights = zeros<T>(columns_.size);
     columns_.each([&](int64_t j, int64_t sorted) { weights[j] = v_[j] * problem_.right[X_.order[sorted]]; });
     add_up(COLUMNS, weights);
     X_.each_tile(ROWS, [&](const Tile& tile, TileRoom<T>& room) {
-      const int64_t pairs = X_.gather(ROWS, tile, room);
-      X_.combine(ROWS, tile, 1, room, [&](const Pair& p, Term<T>* terms) { terms[0] = X_.term(COLUMNS, p); });
-      T* sums = room.value[0];
-      std::fill_n(sums, tile.size(), T{0});
-      evaluate(tile.size(), pairs, room.factors.data(), room.coefficients.get(), X_.powers(ROWS, tile), 1, &sums);
+      const T* sums = product(ROWS, tile, room);
       rows_.each(tile, [&](int64_t i, int64_t sorted) { out[sorted] = u_[i] * sums[i - tile.begin]; });
     });
   }
@@ -454,26 +432,19 @@ class Ranking {
   // dP_ij = alpha_i beta_j: what the readout leaves to the last iteration, z = u (row sums of P (dP - its column mean)),
   // and to the scores directly.
   void begin_single(const T* grad, const T* v, T* z, T* grad_right) {
-    Buffer<T> alpha, products(2 * columns_.size);
-    T *weights = products, *moved = products + columns_.size;
-    std::fill_n(products.get(), 2 * columns_.size, T{0});
+    Buffer<T> alpha;
+    const Buffer<T> weights = zeros<T>(columns_.size), moved = zeros<T>(columns_.size);
     centre(problem_.right ? grad : problem_.left->row(0), alpha);
     add_up_weighted(alpha);
     const T* beta = problem_.right ? problem_.right : grad;
     X_.each_tile(COLUMNS, [&](const Tile& tile, TileRoom<T>& room) {
-      const int64_t pairs = X_.gather(COLUMNS, tile, room);
       const double q_J = mean_rank(tile.block), alpha_J = mean_weight(columns_.blocks[tile.block]);
-      X_.coefficients(COLUMNS, tile, 3, room, [&](const Pair& p, int set, int m) {
-        const Block& block = rows_.blocks[p.block[ROWS]];
-        const T of_q = static_cast<T>(block.centre - q_J), of_alpha = static_cast<T>(mean_weight(block) - alpha_J);
-        const auto weighted = [&](int power) { return X_.total(ROWS, p, 1, power) + of_alpha * X_.total(ROWS, p, 0, power); };
-        const T scale = static_cast<T>(X_.scale);
-        if (set == 0) return of_q * X_.total(ROWS, p, 0, m) + scale * X_.total(ROWS, p, 0, m + 1);
-        return set == 1 ? weighted(m) : of_q * weighted(m) + scale * weighted(m + 1);
+      const auto sums = X_.products(COLUMNS, tile, 3, room, [&](const Pair& p, Term<T>* terms) {
+        const int64_t block = p.block[ROWS];
+        terms[0] = X_.ranked(X_.term(ROWS, p, 0), block, q_J);
+        terms[1] = X_.term(ROWS, p, 1, mean_weight(rows_.blocks[block]) - alpha_J);
+        terms[2] = X_.ranked(terms[1], block, q_J);
       });
-      T* const sums[] = {room.value[0], room.value[1], room.value[2]};
-      for (T* some : sums) std::fill_n(some, tile.size(), T{0});
-      evaluate(tile.size(), pairs, room.factors.data(), room.coefficients.get(), X_.powers(COLUMNS, tile), 3, sums);
       columns_.each(tile, [&](int64_t j, int64_t sorted) {
         const int64_t n = j - tile.begin, column = X_.order[sorted];
         const T rank = v[j] * sums[0][n], mean = v[j] * sums[1][n];
@@ -486,17 +457,11 @@ class Ranking {
       X_.add_up(COLUMNS, tile, moved + tile.begin, room, 1);
     });
     X_.each_tile(ROWS, [&](const Tile& tile, TileRoom<T>& room) {
-      const int64_t pairs = X_.gather(ROWS, tile, room);
       const double alpha_I = mean_weight(rows_.blocks[tile.block]);
-      X_.coefficients(ROWS, tile, 2, room, [&](const Pair& p, int set, int m) {
-        const T sum = X_.total(COLUMNS, p, 0, m);
-        if (set == 0) return sum;
-        const T offset = static_cast<T>(mean_weight(columns_.blocks[p.block[COLUMNS]]) - alpha_I);
-        return X_.total(COLUMNS, p, 1, m) + offset * sum;
+      const auto sums = X_.products(ROWS, tile, 2, room, [&](const Pair& p, Term<T>* terms) {
+        terms[0] = X_.term(COLUMNS, p, 0);
+        terms[1] = X_.term(COLUMNS, p, 1, mean_weight(columns_.blocks[p.block[COLUMNS]]) - alpha_I);
       });
-      T* const sums[] = {room.value[0], room.value[1]};
-      for (T* some : sums) std::fill_n(some, tile.size(), T{0});
-      evaluate(tile.size(), pairs, room.factors.data(), room.coefficients.get(), X_.powers(ROWS, tile), 2, sums);
       for (int64_t n = 0; n < tile.size(); ++n) {
         const T u = u_[tile.begin + n];
         z[tile.begin + n] = u * u * (alpha[tile.begin + n] * sums[0][n] - sums[1][n]);
@@ -514,9 +479,7 @@ class Ranking {
       const int64_t n = tile.size(), outputs = steps.outputs();
       const auto of = [&](int64_t s, int64_t sorted) { return s < left.steps ? grad[s * k_ + X_.order[sorted]] : T{0}; };
       // relative to the gradient at the column's own rank while the mean is not known
-      Buffer<T> mean(n), rank(n), product(n), values(outputs * n);
-      for (T* some : {mean.get(), rank.get(), product.get()}) std::fill_n(some, n, T{0});
-      std::fill_n(values.get(), outputs * n, T{0});
+      const Buffer<T> mean = zeros<T>(n), rank = zeros<T>(n), product = zeros<T>(n), values = zeros<T>(outputs * n);
       columns_.each(tile, [&](int64_t j, int64_t sorted) {
         const T own = of(left.heaviest[sorted], sorted);
         for (int64_t s = 0; s < outputs; ++s) values[s * n + j - tile.begin] = of(s, sorted) - own;
@@ -553,12 +516,11 @@ class Ranking {
   void finish(const T* g, const BlockGradients<T>& gradients) const {
     double of_tau = 0;
     const double middle = columns_.place[columns_.blocks[0].begin];
-    columns_.each([&](int64_t j, int64_t sorted) {
-      const Block& block = *std::upper_bound(columns_.blocks.begin(), columns_.blocks.end(), j,
-                                             [](int64_t at, const Block& b) { return at < b.end; });
-      const double rank = mean_rank(&block - columns_.blocks.data()) + static_cast<double>(mean_[j]);
+    const auto column_of = [&](const Block& block, double q_J, int64_t n) {
+      const int64_t j = block.begin + n;
+      const double rank = q_J + static_cast<double>(mean_[j]);
       const double moment = ranked_[j] + rank * g[j], c = columns_.place[j];
-      const int64_t column = X_.order[sorted];
+      const int64_t column = X_.order[block.first + n];
       const double square = problem_.start ? 0 : c * g[j];
       if (gradients.scores) gradients.scores[column] = static_cast<T>(2 * (moment - square) / problem_.tau);
       if (gradients.start) gradients.start[column] = g[j];
@@ -566,7 +528,11 @@ class Ranking {
       const double relative = c - middle;
       of_tau += 2 * relative * moment;
       if (!problem_.start) of_tau -= relative * (relative + 2 * middle) * g[j];
-    });
+    };
+    for (size_t b = 0; b < columns_.blocks.size(); ++b) {
+      const double q_J = mean_rank(static_cast<int64_t>(b));
+      for (int64_t n = 0; n < columns_.blocks[b].count; ++n) column_of(columns_.blocks[b], q_J, n);
+    }
     if (gradients.tau) *gradients.tau = static_cast<T>(-of_tau / (problem_.tau * problem_.tau));
   }
 

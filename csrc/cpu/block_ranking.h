@@ -49,6 +49,7 @@ void block_backward(const BlockProblem<T>& problem, const T* scalings, const int
 // How the factors of the first iteration count: vector operations of an iteration, in blocks and with the dense matrix.
 struct BlockCount {
   int64_t row_blocks, column_blocks, pairs, work, dense_work;
+  bool fewer() const { return work <= dense_work; }
 };
 template <typename T>
 BlockCount block_count(const BlockProblem<T>& problem);

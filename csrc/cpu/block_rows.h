@@ -57,12 +57,10 @@ AHA_INLINE void evaluate_(int64_t n, int64_t pairs, const T* const* factors, con
 }
 
 // Eight vectors to the eight sums of their lanes.
-typedef float Eight __attribute__((vector_size(32), may_alias, aligned(4)));
 AHA_INLINE void sum_eight(const Lanes<float>::V (&v)[8], float* out) {
   Eight half[8];
   for (int m = 0; m < 8; ++m)
-    half[m] = __builtin_shufflevector(v[m], v[m], 0, 1, 2, 3, 4, 5, 6, 7) +
-              __builtin_shufflevector(v[m], v[m], 8, 9, 10, 11, 12, 13, 14, 15);
+    half[m] = add_halves(v[m]);
   Eight quarter[4], eighth[2];
   for (int m = 0; m < 4; ++m)
     quarter[m] = __builtin_shufflevector(half[2 * m], half[2 * m + 1], 0, 2, 8, 10, 4, 6, 12, 14) +
@@ -74,15 +72,6 @@ AHA_INLINE void sum_eight(const Lanes<float>::V (&v)[8], float* out) {
                                    __builtin_shufflevector(eighth[0], eighth[1], 4, 5, 6, 7, 12, 13, 14, 15);
 }
 
-// The sum of the lanes; sum() of lanes.h adds in the same order, one lane at a time.
-AHA_INLINE float sum_lanes(Lanes<float>::V v) {
-  const Eight half = __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7) + __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
-  const Eight quarter = half + __builtin_shufflevector(half, half, 4, 5, 6, 7, 0, 1, 2, 3);
-  const Eight eighth = quarter + __builtin_shufflevector(quarter, quarter, 2, 3, 0, 1, 6, 7, 4, 5);
-  return eighth[0] + eighth[1];
-}
-AHA_INLINE double sum_lanes(Lanes<double>::V v) { return sum<double>(v); }
-
 template <typename T, int COUNT>
 AHA_INLINE void sums(const typename Lanes<T>::V (&v)[COUNT], T* out) {
   int m = 0;
@@ -90,16 +79,18 @@ AHA_INLINE void sums(const typename Lanes<T>::V (&v)[COUNT], T* out) {
     sum_eight(reinterpret_cast<const Lanes<float>::V(&)[8]>(v), out);
     m = 8;
   }
-  for (; m < COUNT; ++m) out[m] = sum_lanes(v[m]);
+  for (; m < COUNT; ++m) out[m] = sum<T>(v[m]);
 }
 
-// What becomes a polynomial's coefficients: moments S added up over tiles, and of them offset S_m + scale S_(m+1), which
-// weighs every element by offset + scale times its number.
+// What becomes a polynomial's coefficients: moments S added up over tiles, those of other weights added to them, and of
+// the sum offset S_m + scale S_(m+1), which weighs every element by offset + scale times its number.
 template <typename T>
 struct Term {
-  const T* sums;  // [tiles][2][ROOM]
-  int64_t tiles;
-  T offset, scale;
+  const T* sums;
+  int64_t tiles, stride;  // how many, and how far apart
+  T offset = 1, scale = 0;
+  const T* others = nullptr;
+  T weight = 0;  // of the others
 };
 
 // C[term][ROOM]
@@ -107,15 +98,19 @@ template <typename T>
 AHA_INLINE void combine_(int64_t count, const Term<T>* terms, T* C) {
   using V = typename Lanes<T>::V;
   typedef T Unaligned __attribute__((vector_size(64), may_alias, aligned(sizeof(T))));
+  const auto add = [](const T* from, int64_t tiles, int64_t stride, T weight, V& here, V& next) {
+    for (int64_t tile = 0; tile < tiles; ++tile, from += stride) {
+      here += weight * at(from);
+      next += weight * *reinterpret_cast<const Unaligned*>(from + 1);
+    }
+  };
   for (int64_t n = 0; n < count; ++n, C += ROOM<T>)
     for (int64_t m = 0; m < TERMS<T>; m += Lanes<T>::N) {
-      const T* from = terms[n].sums + m;
-      V here = at(from), next = *reinterpret_cast<const Unaligned*>(from + 1);
-      for (int64_t tile = 1; tile < terms[n].tiles; ++tile) {
-        from += 2 * ROOM<T>;
-        here += at(from), next += *reinterpret_cast<const Unaligned*>(from + 1);
-      }
-      at(C + m) = at(&BlockExp<T>::COEFFICIENTS[m]) * (terms[n].offset * here + terms[n].scale * next);
+      const Term<T>& term = terms[n];
+      V here = at(term.sums + m), next = *reinterpret_cast<const Unaligned*>(term.sums + m + 1);
+      add(term.sums + m + term.stride, term.tiles - 1, term.stride, T{1}, here, next);
+      if (term.others) add(term.others + m, term.tiles, term.stride, term.weight, here, next);
+      at(C + m) = at(&BlockExp<T>::COEFFICIENTS[m]) * (term.offset * here + term.scale * next);
     }
 }
 

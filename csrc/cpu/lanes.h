@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
@@ -44,11 +45,24 @@ AHA_INLINE const typename Lanes<T>::V& at(const T* p) {
   return *reinterpret_cast<const typename Lanes<T>::V*>(p);
 }
 
+// Half a vector of floats, anywhere.
+typedef float Eight __attribute__((vector_size(32), may_alias, aligned(4)));
+AHA_INLINE Eight add_halves(Lanes<float>::V v) {
+  return __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7) + __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
+}
+
+// The upper half of the lanes onto the lower, until one is left.
 template <typename T>
 AHA_INLINE T sum(typename Lanes<T>::V v) {
-  for (int64_t w = Lanes<T>::N / 2; w > 0; w /= 2)
-    for (int64_t l = 0; l < w; ++l) v[l] += v[l + w];
-  return v[0];
+  if constexpr (sizeof(T) == 4) {
+    const Eight half = add_halves(v), quarter = half + __builtin_shufflevector(half, half, 4, 5, 6, 7, 0, 1, 2, 3);
+    const Eight eighth = quarter + __builtin_shufflevector(quarter, quarter, 2, 3, 0, 1, 6, 7, 4, 5);
+    return eighth[0] + eighth[1];
+  } else {
+    for (int64_t w = Lanes<T>::N / 2; w > 0; w /= 2)
+      for (int64_t l = 0; l < w; ++l) v[l] += v[l + w];
+    return v[0];
+  }
 }
 
 // exp to 1.2 ulp for x <= 88; below 2^-126 the result is 0.
@@ -89,6 +103,13 @@ class Buffer {
   };
   std::unique_ptr<T[], Free> data_;
 };
+
+template <typename T>
+Buffer<T> zeros(int64_t n) {
+  Buffer<T> buffer(n);
+  std::fill_n(buffer.get(), n, T{0});
+  return buffer;
+}
 
 // Denormal numbers count as zero while this lives: they slow x86 down a hundredfold and weigh nothing here.
 class FlushDenormals {

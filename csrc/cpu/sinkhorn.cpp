@@ -180,10 +180,17 @@ void for_each_matrix(int64_t batch, const F& f) {
 template <typename T>
 struct Output {
   Readout kind;
-  const T* values;  // (S,K), left as it came
-  const ByRank<T>* left;
-  int64_t steps;    // rows of left
-  const T* right;   // (B,K)
+  const T* left;   // (S,K)
+  int64_t steps;   // rows of left
+  const T* right;  // (B,K)
+  std::shared_ptr<const ByRank<T>> by_rank = nullptr;  // left as the dense matrix is read by it,
+  std::shared_ptr<const LeftRows<T>> rows = nullptr;   // and the blocks
+
+  void prepare(int64_t k, bool dense, bool blocks) {
+    if (kind != Readout::left) return;
+    if (dense) by_rank = std::make_shared<const ByRank<T>>(left, steps, k);
+    if (blocks) rows = std::make_shared<const LeftRows<T>>(left, steps, k);
+  }
   int64_t size(int64_t k) const {
     return kind == Readout::right ? k : (kind == Readout::left ? steps : k) * k;
   }
@@ -220,7 +227,7 @@ struct Output {
       Buffer<T> sums(steps * width);
       std::fill_n(sums.get(), steps * width, T{0});
       for (int64_t i = 0; i < k; ++i)
-        left->of(i, [&](int64_t s, T weight) {
+        by_rank->of(i, [&](int64_t s, T weight) {
           add_row(weight * u[i], matrix.row(i) + from, width, sums + s * width);
         });
       for (int64_t s = 0; s < steps; ++s)
@@ -234,7 +241,7 @@ struct Output {
     switch (kind) {
       case Readout::left:
         std::fill_n(row, ld, T{0});
-        left->of(i, [&](int64_t s, T weight) {
+        by_rank->of(i, [&](int64_t s, T weight) {
           for (int64_t j = 0; j < k; ++j) row[j] += weight * grad[s * k + j];
         });
         return;
@@ -269,15 +276,24 @@ Plan asked_for() {
 
 constexpr int64_t LEAST = 64, MOST = 8192;  // regions: below, blocks never pay; above, the matrix is too large
 
+// Whether an image of k regions is tried in blocks, and whether it may turn out to take fewer operations without.
+struct Trial {
+  bool blocks, may_refuse;
+  Trial(Plan plan, int64_t k)
+      : blocks(plan == Plan::blocks || (plan == Plan::fastest && k >= LEAST)),
+        may_refuse(blocks && plan == Plan::fastest && k <= MOST) {}
+  bool taken(const BlockCount& count) const { return blocks && (!may_refuse || count.fewer()); }
+};
+
 template <typename T>
-BlockProblem<T> in_blocks(const Problem<T>& problem, const Output<T>& output, const LeftRows<T>* left, int64_t b) {
+BlockProblem<T> in_blocks(const Problem<T>& problem, const Output<T>& output, int64_t b) {
   const auto [batch, k, iterations] = problem.shape;
   return {problem.scores + b * k,
           problem.start ? problem.start + b * k : nullptr,
           static_cast<double>(problem.tau),
           k,
           iterations,
-          left,
+          output.rows.get(),
           output.kind == Readout::right ? output.right + b * k : nullptr,
           batch < torch::stable::get_num_threads()};
 }
@@ -289,16 +305,15 @@ bool without_matrix(const Problem<T>& problem, const Output<T>& output) {
 }
 
 template <typename T>
-void run_forward(const Problem<T>& problem, const Output<T>& output, T* scalings, int32_t* absorbed, T* out) {
+void run_forward(const Problem<T>& problem, Output<T> output, T* scalings, int32_t* absorbed, T* out) {
   const auto [batch, k, iterations] = problem.shape;
-  const Plan plan = without_matrix(problem, output) ? asked_for() : Plan::dense;
-  const bool blocks = plan == Plan::blocks || (plan == Plan::fastest && k >= LEAST);
-  std::unique_ptr<LeftRows<T>> left;
-  if (blocks && output.kind == Readout::left) left = std::make_unique<LeftRows<T>>(output.values, output.steps, k);
+  if (batch == 0) return;
+  const Trial trial(without_matrix(problem, output) ? asked_for() : Plan::dense, k);
+  output.prepare(k, !trial.blocks || trial.may_refuse, trial.blocks);
   for_each_matrix(batch, [&](int64_t b) {
-    if (blocks && block_forward(in_blocks(problem, output, left.get(), b), plan == Plan::fastest && k <= MOST,
-                                scalings + b * (iterations + 1) * 2 * k, absorbed + b * iterations,
-                                out + b * output.size(k)))
+    if (trial.blocks && block_forward(in_blocks(problem, output, b), trial.may_refuse,
+                                      scalings + b * (iterations + 1) * 2 * k, absorbed + b * iterations,
+                                      out + b * output.size(k)))
       return;
     Matrix<T> matrix(problem, b);
     const State<T> state{scalings + b * (iterations + 1) * 2 * k, absorbed + b * iterations, k};
@@ -331,21 +346,21 @@ struct Gradients {
 
 // The gradients of one matrix, gathered block by block.
 template <typename T>
-void run_backward(const Problem<T>& problem, const Output<T>& output, T* scalings, int32_t* absorbed, const T* grad,
+void run_backward(const Problem<T>& problem, Output<T> output, T* scalings, int32_t* absorbed, const T* grad,
                   const Gradients<T>& gradients) {
   const auto [batch, k_, iterations_] = problem.shape;
   const int64_t k = k_, iterations = iterations_;
   const bool possible = without_matrix(problem, output);  // whatever state came
   const auto blocks = [&](int64_t b) { return possible && (absorbed[b * iterations] & IN_BLOCKS) != 0; };
-  std::unique_ptr<LeftRows<T>> left;
-  for (int64_t b = 0; b < batch && !left && output.kind == Readout::left; ++b)
-    if (blocks(b)) left = std::make_unique<LeftRows<T>>(output.values, output.steps, k);
+  int64_t of_blocks = 0;
+  for (int64_t b = 0; b < batch; ++b) of_blocks += blocks(b);
+  output.prepare(k, of_blocks < batch, of_blocks > 0);
   for_each_matrix(batch, [&](int64_t b) {
     if (blocks(b)) {
       const BlockGradients<T> of_image{gradients.scores + b * k, gradients.tau ? gradients.tau + b : nullptr,
                                        gradients.right ? gradients.right + b * k : nullptr,
                                        gradients.start ? gradients.start + b * k : nullptr};
-      return block_backward(in_blocks(problem, output, left.get(), b), scalings + b * (iterations + 1) * 2 * k,
+      return block_backward(in_blocks(problem, output, b), scalings + b * (iterations + 1) * 2 * k,
                             absorbed + b * iterations, grad + b * output.size(k), of_image);
     }
     Matrix<T> matrix(problem, b);
@@ -491,12 +506,11 @@ Problem<T> ranking(const RankingShape& shape, const Tensor& scores, const Tensor
 
 // Calls f with the output that left and right ask for.
 template <typename T, typename F>
-void with_output(const std::optional<Tensor>& left, const std::optional<Tensor>& right, int64_t k, const F& f) {
+void with_output(const std::optional<Tensor>& left, const std::optional<Tensor>& right, const F& f) {
   const std::optional<Tensor> rows = contiguous(left), values = contiguous(right);
   const int64_t steps = rows ? rows->size(0) : 0;
-  const ByRank<T> by_rank(rows ? data<T>(*rows) : nullptr, steps, k);
   const Readout kind = left ? Readout::left : right ? Readout::right : Readout::matrix;
-  f(Output<T>{kind, rows ? data<T>(*rows) : nullptr, &by_rank, steps, values ? data<T>(*values) : nullptr});
+  f(Output<T>{kind, rows ? data<T>(*rows) : nullptr, steps, values ? data<T>(*values) : nullptr});
 }
 
 Triple gumbel_sinkhorn(const Tensor& scores, const Tensor& tau, const Tensor& seed, const std::optional<Tensor>& left,
@@ -509,7 +523,7 @@ Triple gumbel_sinkhorn(const Tensor& scores, const Tensor& tau, const Tensor& se
   Tensor out = torch::stable::new_empty(values, out_sizes(shape, left, right));
   with_type(values, "gumbel_sinkhorn", [&](auto type) {
     using T = decltype(type);
-    with_output<T>(left, right, shape.k, [&](const Output<T>& output) {
+    with_output<T>(left, right, [&](const Output<T>& output) {
       run_forward(ranking<T>(shape, values, tau, seed, initial, noise), output, data<T>(scalings), data<int32_t>(absorbed),
                   data<T>(out));
     });
@@ -535,7 +549,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gumbel_sinkhorn_backward(const Tensor
   Tensor grad_right = like_scores(right.has_value()), grad_start = like_scores(start.has_value());
   with_type(values, "gumbel_sinkhorn_backward", [&](auto type) {
     using T = decltype(type);
-    with_output<T>(left, right, shape.k, [&](const Output<T>& output) {
+    with_output<T>(left, right, [&](const Output<T>& output) {
       const Gradients<T> gradients{data<T>(grad_scores), need_tau ? data<T>(grad_tau) : nullptr,
                                    right ? data<T>(grad_right) : nullptr, nullptr,
                                    start ? data<T>(grad_start) : nullptr};
@@ -553,17 +567,15 @@ Tensor ranking_plan(const Tensor& scores, const Tensor& tau, const std::optional
   const Tensor values = torch::stable::contiguous(scores);
   const std::optional<Tensor> initial = contiguous(start);
   const Tensor out = torch::stable::new_zeros(values, {shape.batch, 6}, ScalarType::Long);
-  const Plan plan = asked_for();
+  const Trial trial(asked_for(), shape.k);
   with_type(values, "ranking_plan", [&](auto type) {
     using T = decltype(type);
     const Problem<T> problem = ranking<T>(shape, values, tau, seed, initial, 0);
-    const LeftRows<T> left(nullptr, 0, shape.k);
-    const Output<T> output{Readout::left, nullptr, nullptr, 0, nullptr};
+    const Output<T> output{Readout::left, nullptr, 0, nullptr};
     for (int64_t b = 0; b < shape.batch; ++b) {
-      const BlockCount count = block_count(in_blocks(problem, output, &left, b));
-      const bool fewer = shape.k > MOST || (shape.k >= LEAST && count.work <= count.dense_work);
-      const int64_t row[] = {plan == Plan::blocks || (plan == Plan::fastest && fewer), count.row_blocks,
-                             count.column_blocks, count.pairs, count.work, count.dense_work};
+      const BlockCount count = block_count(in_blocks(problem, output, b));
+      const int64_t row[] = {trial.taken(count), count.row_blocks, count.column_blocks,
+                             count.pairs,        count.work,       count.dense_work};
       std::copy_n(row, 6, data<int64_t>(out) + 6 * b);
     }
   });
@@ -578,7 +590,7 @@ Triple log_sinkhorn(const Tensor& logits, int64_t n_iters) {
   with_type(values, "log_sinkhorn", [&](auto type) {
     using T = decltype(type);
     const Problem<T> problem{shape, nullptr, data<T>(values), nullptr, T{1}, T{0}, 0};
-    const Output<T> output{Readout::logarithm, nullptr, nullptr, 0, nullptr};
+    const Output<T> output{Readout::logarithm, nullptr, 0, nullptr};
     run_forward(problem, output, data<T>(scalings), data<int32_t>(absorbed), data<T>(out));
   });
   return {out, scalings, absorbed};
@@ -594,7 +606,7 @@ Tensor log_sinkhorn_backward(const Tensor& grad, const Tensor& logits, const Ten
   with_type(values, "log_sinkhorn_backward", [&](auto type) {
     using T = decltype(type);
     const Problem<T> problem{shape, nullptr, data<T>(values), nullptr, T{1}, T{0}, 0};
-    const Output<T> output{Readout::logarithm, nullptr, nullptr, 0, nullptr};
+    const Output<T> output{Readout::logarithm, nullptr, 0, nullptr};
     run_backward(problem, output, data<T>(state), data<int32_t>(moved), data<T>(above),
                  {nullptr, nullptr, nullptr, data<T>(grad_logits), nullptr});
   });
