@@ -46,8 +46,9 @@ def refine(
         steps: T ≥ 0; 0 is ``explainer.attribute(images, target)``, one pass of the explainer.
         lr: learning rate of AdamW (no decay).
         references: names of the reference images whose losses are averaged.
-        cells: the grids to rank on, as cells along the shorter side; the references take them in turn, so that no
-            map fits one grid alone. Default: 3/4, 7/8 and all of the finest grid of the training.
+        cells: the grids to rank on, as cells along the shorter side, 1 … one per pixel; the references take them in
+            turn, so that no map fits one grid alone. Default: 3/4, 7/8 and all of the finest grid of the training.
+            docs/large_k.md measures what finer ones bring.
         fractions: S, points on the curves.
         chunk: perturbed images in memory at a time.
         precision: of the classifier's passes, "auto" | "bf16" | "fp32".
@@ -64,6 +65,8 @@ def refine(
     check_number("lr", lr, 0, above=True)
     if not references or isinstance(references, str):
         raise ValueError(f"references={references!r}: give names such as {reference_images.REFERENCES}")
+    if cells is not None and (not isinstance(cells, Sequence) or isinstance(cells, str) or not cells):
+        raise ValueError(f"cells={cells!r}: give cells along the shorter side, one number a grid, such as (12, 14, 16)")
     if not isinstance(explainer, Explainer):
         raise ValueError(f"explainer is a {type(explainer).__name__}: give an aha.Explainer")
     check_classifier(classifier).require("refinement", gradients=steps > 0, inside=False)

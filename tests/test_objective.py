@@ -2,12 +2,19 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 
 import aha
-from aha import kernels, references, regions
+from aha import kernels, objective, references, regions
+from aha.kernels import native
+from aha.kernels.reference import gumbel_sinkhorn
 from aha.objective import Objective, sharpness, standardize
+
+from .toys import tiny_classifier
+
+needs_native = pytest.mark.skipif(native.load("_C") is not None, reason=f"aha._C: {native.load('_C')}")
 
 
 @pytest.fixture
@@ -94,6 +101,70 @@ def test_gradient_by_finite_differences(setting, chunk, scores):
         return objective(images, x, target[:1], blank, grid, 0.3, 0.5, 3).loss
 
     assert torch.autograd.gradcheck(call, (maps,), fast_mode=True)
+
+
+def every_pixel(height, width):
+    """A tiny ViT for height×width pixels, and the arguments of the objective with one pixel per cell."""
+    side = min(height, width)
+    clf = tiny_classifier(img_size=(height, width), patch_size=side // 4)
+    images = torch.rand(1, 3, height, width, generator=torch.Generator().manual_seed(0))
+    maps = torch.randn(1, 1, height, width, generator=torch.Generator().manual_seed(1))
+    grid = regions.grid(height, width, side)
+    assert grid.count == height * width
+    return clf, images, maps, clf.resolve_target(images), [references.blur(images)], grid
+
+
+@pytest.mark.parametrize(("height", "width"), [(32, 32), (24, 36)])
+def test_one_pixel_per_cell_is_the_plain_loop_in_double(height, width):
+    clf, images, maps, target, blank, grid = every_pixel(height, width)
+    ours = Objective(clf, fractions=5, n_iters=5)
+    expected, truth = loss_and_gradient(
+        Objective(clf.double(), fractions=5, n_iters=5, backend="reference", chunk=None),
+        *(images.double(), maps.double(), target, [b.double() for b in blank], grid, 0.05),
+    )
+    clf.float()
+    actual, gradient = loss_and_gradient(ours, images, maps, target, blank, grid, 0.05)
+    for name, value in actual._asdict().items():
+        torch.testing.assert_close(value.double(), getattr(expected, name), rtol=1e-5, atol=1e-6, msg=name)
+    assert (gradient - truth).norm() < 1e-4 * truth.norm()
+
+
+@needs_native
+def test_one_pixel_per_cell_by_finite_differences():
+    clf, images, maps, target, blank, grid = every_pixel(32, 32)
+    rank = Objective(clf.double(), fractions=5, n_iters=8)
+    images, blank = images.double(), [blank[0].double()]
+    maps = maps.double().requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: rank(images, x, target, blank, grid, 0.05).loss, (maps,), fast_mode=True)
+
+
+@needs_native
+def test_every_pixel_of_a_photograph():
+    # 50,176 cells: one matrix would take 10 GB
+    clf, images, maps, target, blank, grid = every_pixel(224, 224)
+    rank = Objective(clf, fractions=6)
+    _, gradient = loss_and_gradient(rank, images, maps, target, blank, grid, 0.005)
+    assert gradient.isfinite().all()
+    # the slope along the gradient, by a central difference
+    step = 1e-3 * maps.norm() / gradient.norm()
+    above, below = (rank(images, maps + s * gradient, target, blank, grid, 0.005).loss for s in (step, -step))
+    torch.testing.assert_close((above - below) / (2 * step), gradient.square().sum()[None], rtol=0.01, atol=0)
+    assert 0 < rank.diagnose(maps, grid, 0.005)["row_entropy"] < 1
+
+
+def test_row_entropy_by_the_matrix(setting, monkeypatch):
+    clf, _, maps, *_ = setting
+    rank = Objective(clf, n_iters=5)
+    for cells in (6, 24):
+        grid = regions.grid(32, 32, cells)
+        scores = grid.pool(standardize(maps.double()))
+        p = gumbel_sinkhorn(scores, torch.tensor(0.01).double(), 5, 0.0, None)
+        p = (p / p.sum(dim=2, keepdim=True)).numpy()
+        expected = -(p * np.log(p)).sum(2).mean() / np.log(grid.count)
+        assert rank.diagnose(maps, grid, 0.01)["row_entropy"] == pytest.approx(expected, rel=1e-5)
+    # of 36 ranks the middle one each
+    monkeypatch.setattr(objective, "DIAGNOSED", 16 * grid.count)
+    assert rank.diagnose(maps, grid, 0.01)["row_entropy"] == pytest.approx(expected, rel=1e-2)
 
 
 def test_images_are_independent(setting):

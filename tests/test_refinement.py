@@ -6,20 +6,21 @@ import pytest
 import torch
 
 import aha
+from aha.kernels import native
 from aha.objective import Objective
 from aha.references import REFERENCES, make
 from aha.regions import grid
 
-from .toys import tiny_classifier
+from .toys import TINY_DECODER, pictures, tiny_classifier
 
 OPTIONS = {"precision": "fp32", "cells": (6,), "fractions": 6, "chunk": 32, "lr": 5e-3}
 
 
-def loss_of(explainer, classifier, images, maps, target):
+def loss_of(explainer, classifier, images, maps, target, cells=6):
     blank = [make(name, images, classifier.mean_colour) for name in REFERENCES]
     objective = Objective(classifier, fractions=6)
     tau = explainer.settings["temperature"]
-    return objective(images, maps, target, blank, grid(32, 32, 6), tau).loss
+    return objective(images, maps, target, blank, grid(*images.shape[-2:], cells), tau).loss
 
 
 def test_zero_steps_is_attribute(explainer, classifier, images):
@@ -79,6 +80,35 @@ def test_the_loss_never_rises_whatever_the_learning_rate(explainer, classifier, 
     assert (losses[-1] < losses[0]).any()
 
 
+@pytest.mark.parametrize(("height", "width"), [(32, 32), (32, 48)])
+def test_down_to_one_pixel_per_cell(height, width):
+    classifier = tiny_classifier(img_size=(height, width))
+    torch.manual_seed(1)
+    explainer = aha.Explainer.build(classifier, decoder=TINY_DECODER)
+    images = pictures(2, 48)[..., :height, :width]
+    target = classifier.resolve_target(images)
+    trail = aha.refine(explainer, classifier, images, target, steps=3, every_step=True, **{**OPTIONS, "cells": (32,)})
+    losses = torch.stack([loss_of(explainer, classifier, images, maps, target, 32) for maps in trail])
+    assert (losses.diff(dim=0) <= 1e-6).all()
+    assert (losses[-1] < losses[0]).all()
+    coarse = aha.refine(explainer, classifier, images, target, steps=3, **OPTIONS)
+    assert (trail[-1] - coarse).abs().max() > 0
+    with pytest.raises(ValueError, match=r"a grid of 33×.* does not fit"):
+        aha.refine(explainer, classifier, images, target, steps=1, **{**OPTIONS, "cells": (33,)})
+
+
+@pytest.mark.skipif(native.load("_C") is not None, reason=f"aha._C: {native.load('_C')}")
+def test_every_pixel_of_a_photograph():
+    # 50,176 cells: one matrix would take 10 GB
+    classifier = tiny_classifier(img_size=224, patch_size=32)
+    torch.manual_seed(1)
+    explainer = aha.Explainer.build(classifier, decoder=TINY_DECODER)
+    images, target = pictures(1, 224), torch.tensor([2])
+    trail = aha.refine(explainer, classifier, images, target, steps=1, every_step=True, **{**OPTIONS, "cells": (224,)})
+    first, last = (loss_of(explainer, classifier, images, maps, target, 224) for maps in trail)
+    assert (last < first).all()
+
+
 def test_references_take_the_grids_in_turn(explainer, classifier, images):
     target = classifier.resolve_target(images)
     one = aha.refine(explainer, classifier, images, target, steps=1, **{**OPTIONS, "cells": (6,)})
@@ -92,6 +122,12 @@ def test_another_classifier_can_be_the_target(explainer, images):
     ours = aha.refine(explainer, explainer.classifier, images, target, steps=2, **OPTIONS)
     theirs = aha.refine(explainer, other, images, target, steps=2, **OPTIONS)
     assert (ours - theirs).abs().max() > 1e-5
+
+
+@pytest.mark.parametrize("cells", [16, "16", ()])
+def test_bad_cells(explainer, classifier, images, cells):
+    with pytest.raises(ValueError, match="one number a grid"):
+        aha.refine(explainer, classifier, images, cells=cells)
 
 
 def test_negative_steps(explainer, classifier, images):

@@ -42,6 +42,17 @@ def test_gaussian_upsampling_is_nearest_then_blur():
     assert rows.weight.shape[1] <= 3  # banded: cells of 8 px meet at most two neighbours
 
 
+def test_one_pixel_per_cell_pools_nothing_and_blurs_pixels():
+    made = regions.grid(20, 30, 20)
+    maps = torch.rand(1, 1, 20, 30)
+    assert torch.equal(made.pool(maps), maps.flatten(1))
+    rows, cols = made.upsampler()
+    torch.testing.assert_close(rows.dense() @ maps[0, 0] @ cols.dense().T, references.blur(maps, 7, 1.0)[0, 0])
+    assert rows.weight.shape[1] == 7
+    # a shift would empty a cell: it is left out
+    assert torch.equal(regions.grid(20, 30, 20, (0.4, -0.2)).cell_index(), made.cell_index())
+
+
 def test_square_cells_on_wide_images():
     made = regions.grid(100, 200, 10)
     assert (made.rows, made.cols) == (10, 20)
