@@ -39,8 +39,28 @@ def read_right(
     def run(images: Any, count: int) -> tuple[Tensor, Tensor]:
         return backend.read_right(scores[images], start[images], right[images], tau, count, noise, seed)
 
+    unit = gradient_unit(size)
+    if tau.requires_grad:
+        tau = times_gradient(tau, unit[0, 0])
     start = sorted_start(scores, tau)
-    return size * _converge(run, scores, n_iters, bool(noise))
+    read = _converge(run, scores, n_iters, bool(noise))
+    with_gradient = size / unit * read
+    return (size * read).detach() + (with_gradient - with_gradient.detach())
+
+
+def gradient_unit(size: Tensor) -> Tensor:
+    """(B,1) → (1,1), the unit in which gradients are counted between the values and what is read from them.
+
+    That of a score is as large as ``size`` over τ, which may be more than the type holds where that of a value is not:
+    their sizes cancel. It is 1 unless the values are beyond 2^±64.
+    """
+    mean = torch.nan_to_num(size.clamp(min=2.0**-100) / max(len(size), 1), 0, 0, 0).sum(dim=0, keepdim=True)
+    return mean / mean.clamp(2.0**-64, 2.0**64)
+
+
+def times_gradient(value: Tensor, factor: Tensor) -> Tensor:
+    """The same value, whose gradient is multiplied by ``factor``."""
+    return value.detach() + factor * (value - value.detach())
 
 
 def sorted_start(scores: Tensor, tau: Tensor) -> Tensor:
@@ -80,6 +100,7 @@ def _converge(run: Callable[[Any, int], tuple[Tensor, Tensor]], scores: Tensor, 
             return out
         count = min(2 * count, n_iters)
         if together or len(rest) == len(error):
+            del out  # with what its gradient would need, as large as half of what comes
             out, error = run(everything, count)
         else:
             better, smaller = run(rest, count)
