@@ -142,6 +142,7 @@ def extension(name: str) -> Extension:
     sanitize = os.environ.get("AHA_SANITIZE")
     if sanitize:  # make sanitize; without clones, which the loader chooses before a sanitizer is ready
         flags += ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-O1", "-g", "-DAHA_NO_CLONES"]
+        flags += ["-fno-wrapv"]  # Python's own -fwrapv would define signed overflow, and hide it
     link_args = ["-Wl,--as-needed", "-Wl,--strip-all"] if sys.platform == "linux" else []
     if sanitize:
         link_args = ["-fsanitize=address,undefined"]

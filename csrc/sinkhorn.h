@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <cstdint>
 #include <optional>
 #include <vector>
 
@@ -24,11 +25,17 @@ inline void check_like(const Tensor& value, const char* name, const Tensor& like
                   " must have the type and the device of the scores; convert it with .to()");
 }
 
+// one scaling more than iterations is counted in 32 bits
+inline void check_iterations(int64_t iterations, const char* name) {
+  STD_TORCH_CHECK(iterations >= 1 && iterations < INT32_MAX, name, ": n_iters is ", iterations,
+                  "; it must be at least 1 and below 2^31 - 1");
+}
+
 inline RankingShape check_ranking(const Tensor& scores, const Tensor& tau, const Tensor& seed,
                                   const std::optional<Tensor>& left, const std::optional<Tensor>& right,
                                   const std::optional<Tensor>& start, int64_t iterations) {
   STD_TORCH_CHECK(scores.dim() == 2 && scores.size(1) > 0, "gumbel_sinkhorn: scores must be (B,K) with K >= 1");
-  STD_TORCH_CHECK(iterations >= 1, "gumbel_sinkhorn: n_iters is ", iterations, "; it must be at least 1");
+  check_iterations(iterations, "gumbel_sinkhorn");
   STD_TORCH_CHECK(tau.dim() == 0 && seed.dim() == 0, "gumbel_sinkhorn: tau and seed must have no dimension");
   STD_TORCH_CHECK(seed.scalar_type() == ScalarType::Long && seed.device() == scores.device(),
                   "gumbel_sinkhorn: seed must be int64 on the device of the scores");
@@ -53,7 +60,7 @@ inline RankingShape check_ranking(const Tensor& scores, const Tensor& tau, const
 inline RankingShape check_logits(const Tensor& logits, int64_t iterations) {
   STD_TORCH_CHECK(logits.dim() == 3 && logits.size(1) == logits.size(2) && logits.size(1) > 0,
                   "log_sinkhorn: logits must be square matrices (B,K,K) with K >= 1");
-  STD_TORCH_CHECK(iterations >= 1, "log_sinkhorn: n_iters is ", iterations, "; it must be at least 1");
+  check_iterations(iterations, "log_sinkhorn");
   return {logits.size(0), logits.size(1), iterations};
 }
 

@@ -15,13 +15,14 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from . import dispatch, random
+from . import convergent, dispatch, random
 from .convergent import readable
 from .dispatch import Call, Choice
 
 _FLOATS = (torch.float32, torch.float64)
 _IMAGE_FLOATS = (*_FLOATS, torch.bfloat16, torch.float16)
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+_MOST_ITERATIONS = 2**31 - 2  # the compiled loops count one more of them in 32 bits
 # Rounding of a logarithm that still makes a number: e^16 is far from infinity. Scores of standard deviation 100 reach
 # it at τ = 1e-3 in float32.
 _ROUNDING = 16.0
@@ -192,7 +193,8 @@ def soft_sort(
 
     For losses on order statistics: quantiles, trimmed means, the largest of many. Values are standardised per row
     before they are ranked, so ``tau`` has no unit: at 1 every rank holds nearly the mean, and the lower, the closer to
-    the sorted values, down to 1e-5. Scale does not matter: values·1e38 sort as the values do.
+    the sorted values, down to 1e-5. Scale does not matter: values·1e38 sort as the values do, and so do their first
+    derivatives; second ones (``backend="reference"``) hold to 1e19.
 
     Iterations start at the hard sort and end, for each row, when every rank's weights sum to 1 ± 0.005; if they do not,
     a warning says so once. The gradient is exact for this start and the iterations made, and as close to the gradient
@@ -303,7 +305,7 @@ def perturb_by_rank(
 def _log_sinkhorn(logits: Tensor, n_iters: int) -> Call:
     _check_float("logits", logits, 3)
     _check_square("logits", logits)
-    n_iters = _check_integer("n_iters", n_iters, 1)
+    n_iters = _check_integer("n_iters", n_iters, 1, _MOST_ITERATIONS)
     if logits.numel() and _on_cpu(logits):
         tops = (logits.detach().amax(dim).nan_to_num(0, 0, 0).abs().max() for dim in (-1, -2))
         _check_resolution("logits", max(map(float, tops)), logits.dtype, "shift rows and columns towards 0")
@@ -328,18 +330,21 @@ def _soft_topk_masks(scores: Tensor, fractions: Tensor | Sequence[float], *ranki
 
 
 def _soft_sort(values: Tensor, *ranking: Any) -> Call:
-    scores, unit, size = _check_values(values)
+    values = _check_scores("values", values)
+    size = _row_sizes(values)
+    # the gradient leaves `convergent.read_right` in this unit
+    scores, unit = _in_units(convergent.times_gradient(values, convergent.gradient_unit(size)), size)
     return Call("soft_sort", {"scores": scores, "right": unit, "size": size, **_check_ranking(scores, *ranking)})
 
 
 def _soft_rank(values: Tensor, *ranking: Any) -> Call:
-    scores, _, _ = _check_values(values)
+    scores = _check_values(values)
     left = torch.arange(scores.shape[1], dtype=scores.dtype, device=scores.device)
     return Call("soft_rank", {"scores": scores, "left": left, **_check_ranking(scores, *ranking)})
 
 
 def _soft_topk(values: Tensor, k: int, *ranking: Any) -> Call:
-    scores, _, _ = _check_values(values)
+    scores = _check_values(values)
     k = _check_integer("k", k, 0, scores.shape[1], ", the number of values")
     left = (torch.arange(scores.shape[1], device=scores.device) < k).to(scores.dtype)
     return Call("soft_topk", {"scores": scores, "left": left, **_check_ranking(scores, *ranking)})
@@ -472,20 +477,29 @@ def _is_number(value: object) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool)
 
 
-def _check_values(values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Scores (B,K) of mean ½; the values in units of their row's largest, and that (B,1)."""
+def _check_values(values: Tensor) -> Tensor:
+    """Scores (B,K) of mean ½."""
     values = _check_scores("values", values)
+    return _in_units(values, _row_sizes(values))[0]
+
+
+def _row_sizes(values: Tensor) -> Tensor:
+    """(B,1) largest absolute value of every row, 1 where all are 0."""
     largest = torch.linalg.vector_norm(values.detach(), float("inf"), dim=1, keepdim=True)
-    largest = torch.where(largest > 0, largest, 1.0)
-    unit = values / largest
-    return _standardize(unit), unit, largest
+    return torch.where(largest > 0, largest, 1.0)
+
+
+def _in_units(values: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
+    """Scores (B,K) of mean ½; the values in units of their row's size."""
+    unit = values / size
+    return _standardize(unit), unit
 
 
 def _check_ranking(
     scores: Tensor, tau: float | Tensor, n_iters: int, noise: float, seed: int | Tensor | None
 ) -> dict[str, Any]:
     """The last arguments of every ranking operator: tau and seed as 0-dim tensors on the device of the scores."""
-    n_iters = _check_integer("n_iters", n_iters, 1)
+    n_iters = _check_integer("n_iters", n_iters, 1, _MOST_ITERATIONS)
     tau, value = _check_tau(tau, scores)
     if not _is_number(noise) or not 0 <= noise < float("inf"):
         raise ValueError(f"noise={_short(noise)}: the scale of the Gumbel noise must be a number, finite and ≥ 0")

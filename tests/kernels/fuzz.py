@@ -21,7 +21,8 @@ LONG = 1 << 16  # of a dimension beside an empty one
 # none that allocates much, loops long and succeeds
 INTEGERS = (0, 1, 2, -1, -(2**31), 2**50, 2**62, 2**63 - 1, -(2**63))
 NUMBERS = (0.0, 1.0, -1.0, 1e-30, 1e30, 1e300, float("inf"), float("-inf"), float("nan"))
-OBJECTS = (None, "text", True, [], [[1]], 1j, object(), float, *INTEGERS, *NUMBERS)
+# 2**70 is more than an operator takes at all
+OBJECTS = (None, "text", True, [], [[1]], 1j, object(), float, 2**70, *INTEGERS, *NUMBERS)
 
 
 class Draw:

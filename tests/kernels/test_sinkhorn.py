@@ -342,6 +342,7 @@ def test_soft_sort_rank_and_topk_become_hard():
         ({"left": torch.ones(1, 9), "right": torch.ones(2, 9)}, "not both"),
         ({"start": torch.ones(9)}, r"start must be \(B,K\)"),
         ({"n_iters": 0}, "at least 1"),
+        ({"n_iters": 2**31 - 1}, "below 2"),
         ({"scores": torch.ones(2, 0)}, "K >= 1"),
         ({"scores": torch.ones(2, 9, dtype=torch.bfloat16), "tau": torch.tensor(1.0).bfloat16()}, "use float32"),
     ],
