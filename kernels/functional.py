@@ -7,6 +7,8 @@ Every function takes ``backend="auto" | "cuda" | "triton" | "cpu" | "reference"`
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from itertools import pairwise
 from math import isfinite
 from numbers import Integral, Real
 from typing import Any, NamedTuple
@@ -26,6 +28,7 @@ _MOST_ITERATIONS = 2**31 - 2  # the compiled loops count one more of them in 32 
 # Rounding of a logarithm that still makes a number: e^16 is far from infinity. Scores of standard deviation 100 reach
 # it at τ = 1e-3 in float32.
 _ROUNDING = 16.0
+_KEPT_WEIGHTS = 2**16  # numbers; larger weights of rank rows are made anew by every call
 
 
 @dataclass(frozen=True, eq=False)
@@ -581,13 +584,27 @@ def _check_sequence(name: str, values: Any, dtypes: tuple[torch.dtype, ...], dty
 def _cumulative_weights(fractions: Tensor | Sequence[float], like: Tensor) -> Tensor:
     """(S, K): what share of each rank row belongs to the top fraction; linear between two ranks."""
     fractions = _check_sequence("fractions", fractions, _IMAGE_FLOATS, torch.float64, "floats in [0, 1]")
-    if fractions.numel() and _on_cpu(fractions):
-        inside = bool(((fractions >= 0) & (fractions <= 1)).all())
-        if not inside or bool((fractions.diff() < 0).any()):
-            raise ValueError(f"fractions are {_short(fractions.tolist())}: give ascending values in [0, 1]")
     k = like.shape[-1]
+    if not _on_cpu(fractions):
+        return _weights(fractions.double(), k).to(like)
+    values = fractions.tolist()
+    if not all(0 <= x <= 1 for x in values) or any(y < x for x, y in pairwise(values)):
+        raise ValueError(f"fractions are {_short(values)}: give ascending values in [0, 1]")
+    if fractions.requires_grad or not readable(like) or len(values) * k > _KEPT_WEIGHTS:
+        return _weights(fractions.double(), k).to(like)
+    return _kept_weights(tuple(values), k, like.dtype).to(like.device)
+
+
+def _weights(fractions: Tensor, k: int) -> Tensor:
     row = torch.arange(k, dtype=torch.float64, device=fractions.device)
-    return (fractions.double()[:, None] * k - row).clamp(0, 1).to(like)
+    return (fractions[:, None] * k - row).clamp(0, 1)
+
+
+@lru_cache(maxsize=32)
+@torch.inference_mode(False)  # what is made for inference cannot be saved for a gradient later
+def _kept_weights(fractions: tuple[float, ...], k: int, dtype: torch.dtype) -> Tensor:
+    """Those of the last calls, on the CPU; not to be written to."""
+    return _weights(torch.tensor(fractions, dtype=torch.float64, device="cpu"), k).to(dtype)
 
 
 def _standardize(unit: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from aha import kernels, regions
+from aha.kernels import functional
 
 SCORES = torch.randn(3, 16, generator=torch.Generator().manual_seed(0))
 LOGITS = torch.randn(2, 4, 4, generator=torch.Generator().manual_seed(0))
@@ -351,3 +352,46 @@ def test_infinite_scores_make_their_own_image_nan():
     # finite, yet not their squares
     with pytest.raises(ValueError, match="reach inf"):
         kernels.gumbel_sinkhorn(SCORES.double() * 1e200, 0.3)
+
+
+def test_weights_of_the_same_fractions_are_made_once():
+    functional._kept_weights.cache_clear()
+    by_hand = torch.tensor([[1, 0.2, 0], [1, 1, 0.4]])  # 0.4·3 and 0.8·3 ranks
+    for fractions in ([0.4, 0.8], torch.tensor([0.4, 0.8], dtype=torch.float64)):
+        kept = functional._cumulative_weights(fractions, torch.zeros(2, 3))
+        torch.testing.assert_close(kept, by_hand)
+    assert functional._kept_weights.cache_info()[:2] == (1, 1)  # hits, misses
+    # what decides them: the fractions, as many digits as they have, the number of regions, the type
+    rounded = torch.tensor([0.4, 0.8])
+    for given, like in (([0.4, 0.9], torch.zeros(1, 3)), (rounded, torch.zeros(1, 3)), ([0.4, 0.8], torch.zeros(1, 4))):
+        expected = (torch.as_tensor(given).double()[:, None] * like.shape[1] - torch.arange(like.shape[1])).clamp(0, 1)
+        torch.testing.assert_close(functional._cumulative_weights(given, like).double(), expected)
+    assert functional._cumulative_weights([0.4, 0.8], torch.zeros(1, 3).double()).dtype == torch.float64
+    assert functional._kept_weights.cache_info().misses == 5
+
+
+def test_kept_weights_serve_every_mode():
+    """Made in inference mode, they are good for gradients; fractions that learn get theirs; nothing fake is kept."""
+    functional._kept_weights.cache_clear()
+    with torch.inference_mode():
+        expected = masks(fractions=[0.3, 0.6], backend="reference")
+    scores = SCORES.clone().requires_grad_()
+    for backend in ("auto", "reference"):
+        out = masks(scores=scores, fractions=[0.3, 0.6], backend=backend)
+        torch.testing.assert_close(out, expected)
+        assert torch.autograd.grad(out.sum(), scores)[0].isfinite().all()
+    learnt = torch.tensor([0.3, 0.6], requires_grad=True)
+    out = masks(fractions=learnt, backend="reference")
+    (gradient,) = torch.autograd.grad(out.sum(), learnt)
+    assert (gradient > 0).all()
+    before = functional._kept_weights.cache_info()
+    mode = torch._subclasses.FakeTensorMode()
+    with mode:
+        masks(scores=mode.from_tensor(SCORES), fractions=[0.3, 0.6])
+    compiled = torch.compile(lambda s: masks(scores=s, fractions=[0.3, 0.6]), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(SCORES), expected)
+    mapped = torch.vmap(lambda s: masks(scores=s[None], fractions=[0.3, 0.6])[0])(SCORES)
+    torch.testing.assert_close(mapped, expected)
+    large = kernels.soft_topk_masks(torch.zeros(1, 2**16), torch.tensor([0.3, 0.6]), 0.3, 1)
+    assert large.shape == (1, 2, 2**16)
+    assert functional._kept_weights.cache_info() == before
