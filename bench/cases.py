@@ -89,10 +89,20 @@ class Case:
         per_image = (*self.differentiable, *self.others)
         return {name: value[:images] if name in per_image else value for name, value in inputs.items()}
 
-    def truth(self, inputs: Inputs, cotangents: Sequence[Tensor]) -> tuple[Outputs, Outputs]:
-        """Outputs and gradients of the reference in float64."""
-        exact = {name: value.double() if name in self.differentiable else value for name, value in inputs.items()}
-        return self.gradients(lambda given: self.call(given, "reference"), exact, [c.double() for c in cotangents])
+    def truth(
+        self, inputs: Inputs, cotangents: Sequence[Tensor], backend: str = "reference"
+    ) -> tuple[Outputs, Outputs]:
+        """Outputs and gradients in float64, of the reference unless another backend is named."""
+        exact = self._doubled(inputs)
+        return self.gradients(lambda given: self.call(given, backend), exact, [c.double() for c in cotangents])
+
+    def linear(self, inputs: Inputs) -> str | None:
+        """The backend that computes this call in float64 without a matrix, if there is one."""
+        plans = {choice.backend: choice.plan or "" for choice in self.explain(self._doubled(inputs))}
+        return next((name for name, plan in plans.items() if plan.startswith("blocks:")), None)
+
+    def _doubled(self, inputs: Inputs) -> Inputs:
+        return {name: value.double() if name in self.differentiable else value for name, value in inputs.items()}
 
     def gradients(
         self, run: Callable[[Inputs], Outputs], inputs: Inputs, cotangents: Sequence[Tensor]
@@ -205,6 +215,7 @@ HEADLINES = ("soft_topk_masks", "perturb", "perturb_by_rank")  # what a training
 
 SWEEPS = ("the", "selection", "all")
 _K = (49, 100, 196, 400, 784, 1024, 2048, 4096)
+_LARGE = (224**2, 2**16, 2**18, 2**20)  # every pixel of an image; sizes four times as large as the one before
 _B = (1, 8, 32, 128)
 _TAU = (1.0, 0.3, 0.1, 0.01)
 TINY = Size("tiny", B=2, K=9, T=4, S=5, side=12)
@@ -228,9 +239,12 @@ def sizes(operator: str, device: str, sweep: str) -> list[Size]:
     if sweep != "the" and device == "cuda":
         found += [replace(chosen, name="sweep", K=k) for k in _K]
         found += [replace(chosen, name="noise", noise=1.0), replace(chosen, name="half", dtype=torch.bfloat16)]
-    elif sweep != "the" and operator in HEADLINES:
-        found += [Size("sweep", B=1, K=k) for k in (49, 196, 784)] if operator == "soft_topk_masks" else []
-        found += [Size("noise", B=8, K=196, noise=1.0)] if operator == "soft_topk_masks" else []
+    elif sweep != "the" and operator == "soft_topk_masks":
+        found += [Size("sweep", B=1, K=k) for k in (49, 196, 784)]
+        found += [Size("noise", B=8, K=196, noise=1.0)]
+        found += [replace(chosen, name="temperature", tau=tau) for tau in (0.05, 0.005)]
+        found += [Size("temperature", B=8, K=196, tau=0.05), Size("temperature", B=1, K=4096, tau=0.05)]
+        found += [Size("large", B=1, K=k, tau=0.05) for k in _LARGE]
     if sweep == "all":
         found += [Size("sweep", B=b, K=k, tau=t, noise=n) for k, b, t, n in product(_K, _B, _TAU, (0.0, 1.0))]
     # what does not matter to the operator cannot tell two sizes apart

@@ -54,7 +54,7 @@ def _pass(case: Case, run: Run | str, inputs: Inputs) -> Callable[[], object]:
     if isinstance(run, str):
         raise RuntimeError(run)
     with torch.no_grad():
-        shapes = case.call(case.first(inputs, 1), "reference")
+        shapes = case.call(case.first(inputs, 1))
     batch = len(inputs[case.differentiable[0]])
     cotangents = [out.new_ones(batch, *out.shape[1:]) for out in shapes]
     return lambda: case.gradients(run, inputs, cotangents)

@@ -16,7 +16,7 @@ from rich.console import Console
 from . import memory as peaks
 from . import table, timing
 from .cases import CASES, HEADLINES, Case, Inputs, Size, sizes, the
-from .rows import Run, rows
+from .rows import REFERENCE_ROWS, Run, rows
 from .truth import Truth, deviation, truth, why
 
 UNROLLED = ("eager", "torch.compile")
@@ -48,17 +48,18 @@ def measure(
 
     inputs = case.inputs(size, device)
     too_big = case.reference_bytes(size) > _memory(device)
-    if too_big and case.reference_bytes(size, 8) / size.B > _memory(device):
+    exact = "reference" if case.reference_bytes(size, 8) / size.B <= _memory(device) else case.linear(inputs)
+    if exact is None:
         for name in competitors:
             yield from notes(name, "does not fit: no float64 reference")
         return
-    true = truth(case, inputs, size)
+    true = truth(case, inputs, size, exact)
     runs: dict[str, Run] = {}
     errors: dict[str, float] = {}
     for name, run in competitors.items():
         if isinstance(run, str):
             yield from notes(name, run)
-        elif too_big and name in UNROLLED:
+        elif too_big and (name in UNROLLED or (exact != "reference" and name in REFERENCE_ROWS)):
             yield from notes(name, "does not fit")
         else:
             try:
@@ -132,7 +133,7 @@ def main(
         out: folder of the results.
         seconds: time for the rounds of a size and phase; at least five rounds are run.
         compiled: measure torch.compile, which takes up to minutes, at the sizes called "the".
-        memory: measure peak memory, at those sizes.
+        memory: measure peak memory, at those sizes and the large ones.
     """
     console, broken = Console(stderr=True), []
     for name in [operator] if operator else CASES:
@@ -140,15 +141,21 @@ def main(
             headline = size == the(device) and name in HEADLINES
             case = CASES[name]
             competitors = rows(case, case.inputs(size, device), compiled and headline)
+            if size.name == "temperature":  # for the ratio to the loop
+                del competitors["checkpoint"]
+            with_memory = memory and (headline or size.name == "large")
             try:
-                found = list(measure(case, size, device, competitors, memory and headline, seconds))
+                found = list(measure(case, size, device, competitors, with_memory, seconds))
             except Exception as error:  # a size that does not fit must not end a sweep
                 lines = product(competitors, table.PHASES)
                 found = [table.record(case, size, row, device, phase, note=why(error)) for row, phase in lines]
             table.upsert(out / table.CSV, found)
             broken += failures(found)
+            speed = table.ratios(found)
             for row in found:
                 times = f"{row['median_ms']} ms" if row["median_ms"] else f"[yellow]{row['note']}"
+                if row["phase"] == table.PHASES[1] and (ratio := speed.get(table.place(row))):
+                    times += f", {ratio:.3g} × eager"
                 sized = " ".join(f"{c}={row[c]}" for c in ("B", "K", "tau", "noise") if row[c])
                 console.print(f"{name} {sized} {row['row']} {row['phase']}: {times}", highlight=False)
     return 1 if broken else 0

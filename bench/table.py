@@ -131,7 +131,8 @@ def markdown(rows: Sequence[Record], device: str, extra: str = "") -> str:
 
 _LEGEND = """Milliseconds, median (p20 to p80) of rounds interleaved between the rows of one size. Error: largest
 deviation from the float64 reference on the same inputs, outputs and gradients, relative to the largest entry; in
-brackets that of the float32 reference. Memory: peak of one forward and backward pass beyond its inputs. `eager` is the
+brackets that of the float32 reference, which is not run where its matrices do not fit: there the float64 blocks are the
+truth. Memory: peak of one forward and backward pass beyond its inputs. `eager` is the
 backend "reference", `checkpoint` the same with its iterations run again in the backward pass."""
 
 
@@ -170,7 +171,8 @@ def _cells(rows: Sequence[Record], speed: Mapping[tuple, float]) -> list[str]:
     if last is None or not last["median_ms"]:
         return [*cells, "", "", ""]
     ratio = speed.get(place(last))
-    error = f"{last['error']} ({last['error_reference']})" if last["error"] else ""
+    theirs = f" ({last['error_reference']})" if last["error_reference"] else ""
+    error = f"{last['error']}{theirs}" if last["error"] else ""
     return [*cells, f"{ratio:.2f}" if ratio else "", last["peak_mib"], error]
 
 

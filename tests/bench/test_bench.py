@@ -104,6 +104,21 @@ def test_what_does_not_fit_has_a_reason(monkeypatch):
     assert not operators.failures(found)
 
 
+def test_what_no_matrix_fits_is_compared_with_the_float64_blocks(monkeypatch):
+    case, size = CASES["soft_topk_masks"], replace(TINY, B=1, K=400, tau=0.05)
+    if case.linear(case.inputs(size)) is None:
+        pytest.skip("aha._C is not built")
+    exact = case.truth(case.inputs(size), [torch.ones(1, size.S - 2, size.K)])
+    blocks = case.truth(case.inputs(size), [torch.ones(1, size.S - 2, size.K)], "cpu")
+    assert operators.deviation((*blocks[0], *blocks[1]), (*exact[0], *exact[1])) < 1e-9
+    monkeypatch.setattr(operators, "_memory", lambda device: 0)
+    found = measured("soft_topk_masks", size, ("cpu", "eager", "checkpoint"))
+    assert all(row["note"] == "does not fit" for row in found if row["row"] != "cpu")
+    lines = table.select(found, row="cpu")
+    assert all(row["median_ms"] and float(row["error"]) < 1e-6 and not row["error_reference"] for row in lines)
+    assert f"| {lines[1]['error']} |" in table.markdown(found, "cpu")
+
+
 def test_nan_is_an_error():
     exact = torch.ones(3, dtype=torch.float64)
     assert not operators.deviation([torch.tensor([1.0, float("nan"), 1.0])], [exact]) <= 1.0
