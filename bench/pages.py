@@ -11,7 +11,7 @@ from rich.table import Table
 
 from aha.files import write_atomically
 
-from . import mda, peers, step, table
+from . import mda, peers, soft_ranks, step, table
 from .stages import sentence
 
 
@@ -28,6 +28,8 @@ def write(out: Path) -> None:
             parts.append(f"## MDA\n\n- {mda.line(found)}\n")
         if found := _read(out / f"peers_{device}.json"):
             parts.append(peers.section(found))
+        if found := _read(out / f"soft_ranks_{device}.json"):
+            parts.append(soft_ranks.section(found))
         for report, title in (("smoke", "The short run"), ("report", "The last run")):
             if found := _read(out / f"{report}_{device}.json"):
                 parts.append(_stages(title, found["stages"]))

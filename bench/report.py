@@ -50,6 +50,8 @@ def stages(
         options = ["--operator", operator, "--sweep", sweep, "--seconds", str(seconds)]
         add(operator, *python, "bench.operators", *common, *options)
     add("peers", *python, "bench.peers", *common, *(["--install"] if install else []))
+    if device == "cpu":  # where every one of them is, and float64 without a matrix
+        add("soft_ranks", *python, "bench.soft_ranks", "--out", str(out), "--seconds", str(seconds))
     # a classifier that keeps a GPU busy, and one that leaves a CPU time for other things
     gpu = ["--model", "vit_base_patch16_224", "--batch", "8", "--fractions", "16"]
     add("step", *python, "bench.step", *common, *(gpu if device == "cuda" else ["--fractions", "6"]))

@@ -13,7 +13,22 @@ import aha
 from aha import kernels
 from aha.evaluation import MethodSpec
 from aha.kernels import dispatch
-from bench import cases, faithfulness, mda, memory, metrics, operators, pages, peers, report, rows, step, table, timing
+from bench import (
+    cases,
+    faithfulness,
+    mda,
+    memory,
+    metrics,
+    operators,
+    pages,
+    peers,
+    report,
+    rows,
+    soft_ranks,
+    step,
+    table,
+    timing,
+)
 from bench.cases import CASES, TINY
 from bench.stages import Stage
 
@@ -245,6 +260,64 @@ def test_installed_peers_run(name):
     assert out.shape == case.call(inputs, "reference")[0].shape
     if peer.same:
         assert peer.verify("cpu") < 1e-10
+
+
+@pytest.fixture
+def a_method(monkeypatch):
+    """Linear ranks 1 + 3/4·(hard − 1) of three values at the smoothing ¼, with a gradient of their own."""
+
+    def rank(values, smoothing):
+        hard = values.argsort(descending=True).argsort().to(values)
+        if smoothing < 1e-3:
+            hard = hard / 0
+        off = smoothing * 1e-3 if values.dtype == torch.float32 else 0
+        return 1 + (1 - smoothing) * (hard - 1) + (2 + off) * (values - values.detach())
+
+    method = soft_ranks.Method(None, rank, "nothing")
+    monkeypatch.setattr(soft_ranks, "METHODS", {"aha": method, "large": method._replace(matrices=(1, 10**12))})
+    return method
+
+
+def test_errors_of_soft_ranks_by_hand(a_method):
+    values, weights = torch.tensor([[2.0, 3.0, 1.0]]), torch.tensor([[1.0, -1.0, 0.0]])
+    # two of three ranks are ¼ off, of 3
+    assert soft_ranks.rank_errors(a_method, values, 0.25) == pytest.approx((0.5 / 9, 0.25 / 3))
+    figures = soft_ranks.gradient_figures(a_method, values, weights, 0.25)
+    # 2 + ¼·1e-3 times the weights against 2; two of three values carry it, alike
+    assert figures == pytest.approx({"gradient_error": 0.25e-3 / 2, "carried": 2 / 3}, rel=1e-3)
+    assert soft_ranks.smallest(a_method, values, weights) == 1e-3
+    assert soft_ranks.smallest(a_method._replace(converged=lambda v, s: s >= 0.1), values, weights) == 0.1
+    assert soft_ranks.smallest(a_method._replace(converged=lambda v, s: False), values, weights) is None
+    level = soft_ranks.matched(a_method, values)
+    assert soft_ranks.rank_errors(a_method, values, level)[0] == pytest.approx(soft_ranks.MATCHED, rel=1e-3)
+
+
+def test_soft_ranks_reach_the_page(a_method, monkeypatch, tmp_path):
+    monkeypatch.setattr(soft_ranks, "values_and_weights", lambda k: (torch.randn(1, k), torch.randn(1, k)))
+    assert soft_ranks.main(tmp_path, (50,), seconds=0.0) == 0
+    pages.write(tmp_path)
+    page = (tmp_path / "cpu.md").read_text()
+    row = json.loads((tmp_path / "soft_ranks_cpu.json").read_text())["rows"][0]
+    times = "{median_ms:.4g} ({p20_ms:.4g} to {p80_ms:.4g})"
+    assert f"| 50 | aha | 0.001, smallest | {times.format(**row['forward'])} |" in page
+    # what it cannot hold has no time
+    assert " | a gradient needs 10000000 GB | " in page
+
+
+@pytest.mark.parametrize("name", soft_ranks.METHODS)
+def test_methods_of_soft_ranks(name):
+    method = soft_ranks.METHODS[name]
+    if method.peer and (reason := peers.PEERS[method.peer].why_not("cpu")):
+        pytest.skip(reason)
+    values, weights = soft_ranks.values_and_weights(100)
+    level = 1.0 if name.startswith("torchsort") else 0.01
+    assert method.converged(values, level)
+    smoothed = soft_ranks.rank_errors(method, values, level)
+    assert 0 < smoothed[0] < smoothed[1] < 0.6
+    assert soft_ranks.gradient_figures(method, values, weights, level)["gradient_error"] < 1e-4
+    if name == "POT":  # the limit that ours goes to as well
+        ours = soft_ranks.METHODS["aha"].rank(values, level)
+        torch.testing.assert_close(method.rank(values, level), ours, rtol=0, atol=0.2)
 
 
 def test_recorded_calls_replay():
