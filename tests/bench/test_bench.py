@@ -348,6 +348,28 @@ def test_the_classifier_alone_sees_the_images_of_the_objective():
     assert sorted(seen) == of_objective == [2, 2, 8]
 
 
+def test_shares_of_a_training_step_and_a_refinement_step_by_operator(monkeypatch):
+    clocks = {}
+
+    def one_ms_a_call(calls, device, seconds):
+        clocks.update(calls)
+        return {name: timing.Times(100.0 if name in ("step", "refinement") else 1.0, 0.0, 0.0) for name in calls}
+
+    monkeypatch.setattr(timing, "interleaved", one_ms_a_call)
+    found = step.measure("test_vit.r160_in1k", batch=1, fractions=4)
+    # three references, before and after one step; their ends are seen without an operator
+    assert found["calls"] == {
+        "step": {"soft_topk_masks": 1, "perturb": 1},
+        "refinement": {"soft_topk_masks": 6, "perturb": 6},
+    }
+    assert found["shares"] == {key: {"soft_topk_masks": 0.01, "perturb": 0.01} for key in ("step", "refinement")}
+    line = step.line(found)
+    assert "2.00 % of a training step (bar 0.2 %: soft_topk_masks 1.00 %, perturb 1.00 %); 2.00 % of a ref" in line
+    with step.recorded() as replayed:
+        clocks["perturb of refinement"]()
+    assert [call.operator for call in replayed] == ["perturb"] * 6
+
+
 def test_a_failed_stage_is_recorded_and_the_next_one_runs(tmp_path, monkeypatch):
     commands = {
         "bad": [sys.executable, "-c", f"print('in {report.ROOT}'); raise SystemExit(4)"],
