@@ -27,7 +27,12 @@ struct Axis {
   std::vector<Block> blocks;
   std::vector<Tile> tiles;
   Buffer<double> place, potential;
-  Buffer<T> powers, pad;  // [TERMS][size]: m-th power of an element's number; pad: 1 at the padding
+  // Of each tile, one after the other as they are read: [kept][size of the tile], the powers of its elements' numbers. Of
+  // more elements than a cache holds only the first: to make the others takes less time than to load them.
+  static constexpr int64_t CACHED = 65536 / sizeof(T);
+  int64_t kept = 1;
+  Buffer<T> powers;
+  Buffer<T> pad;  // 1 at the padding
 
   // edges: where blocks begin, and the end; number(i) = (place_i - centre) unit
   template <typename Place>
@@ -45,17 +50,28 @@ struct Axis {
                         (high - low) / 2});
     }
     place = Buffer<double>(size), potential = Buffer<double>(size);
-    powers = Buffer<T>(TERMS<T> * size), pad = Buffer<T>(size);
+    kept = size <= CACHED ? TERMS<T> : 1;
+    powers = Buffer<T>(kept * size), pad = Buffer<T>(size);
     for (const Block& block : blocks)
       for (int64_t i = block.begin; i < block.end; ++i) {
         const bool real = i - block.begin < block.count;
         place[i] = real ? place_of(block.first + i - block.begin) : 0;
         potential[i] = NOWHERE;
         pad[i] = real ? T{0} : T{1};
-        powers[i] = real ? static_cast<T>((place[i] - block.centre) * unit) : T{0};
       }
+    for (const Tile& tile : tiles) {
+      const Block& block = blocks[tile.block];
+      T* number = powers.get() + kept * tile.begin;
+      for (int64_t i = tile.begin; i < tile.end; ++i)
+        number[i - tile.begin] = i - block.begin < block.count ? static_cast<T>((place[i] - block.centre) * unit) : T{0};
+      if (kept > 1) raise(tile.size(), number);
+    }
+  }
+
+  // [TERMS][n]: the powers of numbers, from the first row
+  static void raise(int64_t n, T* power) {
     for (int m = 1; m < TERMS<T>; ++m)
-      for (int64_t i = 0; i < size; ++i) powers[m * size + i] = powers[(m - 1) * size + i] * powers[i];
+      for (int64_t i = 0; i < n; ++i) power[m * n + i] = power[(m - 1) * n + i] * power[i];
   }
 
   // f(padded position, sorted position) of all elements

@@ -20,6 +20,7 @@ struct TileRoom {
   std::vector<Term<T>> terms;
   Buffer<T> coefficients;
   Buffer<T> value[4];
+  Buffer<T> powers = Buffer<T>(TERMS<T> * Axis<T>::TILE);
   TileRoom() {
     for (Buffer<T>& buffer : value) buffer = Buffer<T>(Axis<T>::TILE);
   }
@@ -37,11 +38,11 @@ struct TileRoom {
 template <typename T>
 class BlockMatrix {
  public:
-  // A pair of blocks that is not dropped. Of each side: where its factors begin, and its moments: [tile][2][ROOM].
+  // A pair of blocks that is not dropped. Of each side: where its moments begin: [tile][2][ROOM].
   struct Pair {
     int64_t block[2];
     double shift[2];  // of the exponents of its factors
-    int64_t factor[2], moment[2];
+    int64_t moment[2];
   };
 
   const int64_t k;
@@ -72,6 +73,17 @@ class BlockMatrix {
     });
   }
 
+  // The same where f leaves moments: they are added up over the tiles of each block, into those of its first.
+  template <typename F>
+  void sweep(int side, const F& f) const {
+    each_tile(side, f);
+    for (const Pair& pair : pairs) {
+      T* sum = moments_ + pair.moment[side];
+      for (int64_t tile = 1; tile < axis[side].blocks[pair.block[side]].tiles; ++tile)
+        for (int64_t m = 0; m < 2 * ROOM<T>; ++m) sum[m] += sum[tile * 2 * ROOM<T> + m];
+    }
+  }
+
   // Potentials of the first iteration from the column potential h: the largest logit of every row, then of every
   // column, is 0. Rounded to T, as they are saved.
   void start(const std::vector<double>& h);
@@ -81,8 +93,10 @@ class BlockMatrix {
 
   int64_t pairs_of(int side, int64_t block) const { return first_of[side][block + 1] - first_of[side][block]; }
   const Pair& pair(int side, int64_t block, int64_t n) const { return pairs[of_block[side][first_of[side][block] + n]]; }
-  const T* factor(int side, const Pair& pair, int64_t padded) const {
-    return factors_ + pair.factor[side] + padded - axis[side].blocks[pair.block[side]].begin;
+  // Of the n-th pair of a tile's block, at the tile. Those of a tile lie one after the other, as they are read.
+  T* factor(int side, const Tile& tile, int64_t n) const {
+    return factors_ + factor_of_[side][tile.block] +
+           (tile.begin - axis[side].blocks[tile.block].begin) * pairs_of(side, tile.block) + n * tile.size();
   }
   T* moment(int side, const Pair& pair, int64_t tile, int set) const {
     return moments_ + pair.moment[side] + ((tile - axis[side].blocks[pair.block[side]].tile) * 2 + set) * ROOM<T>;
@@ -91,12 +105,12 @@ class BlockMatrix {
   int64_t gather(int side, const Tile& tile, TileRoom<T>& room) const {
     const int64_t count = pairs_of(side, tile.block);
     room.expect(count);
-    for (int64_t n = 0; n < count; ++n) room.factors[n] = factor(side, pair(side, tile.block, n), tile.begin);
+    for (int64_t n = 0; n < count; ++n) room.factors[n] = factor(side, tile, n);
     return count;
   }
   // The moments of a pair on one side, as they are, or with those of set 0 times a weight.
   Term<T> term(int side, const Pair& pair, int set = 0) const {
-    return {moments_ + pair.moment[side] + set * ROOM<T>, axis[side].blocks[pair.block[side]].tiles, 2 * ROOM<T>};
+    return {moments_ + pair.moment[side] + set * ROOM<T>, 1, 0};
   }
   Term<T> term(int side, const Pair& pair, int set, double weight) const {
     Term<T> term = this->term(side, pair, set);
@@ -115,7 +129,7 @@ class BlockMatrix {
     const int64_t count = gather(side, tile, room);
     for (int64_t n = 0; n < count; ++n) f(pair(side, tile.block, n), room.terms.data() + n * sets);
     combine(count * sets, room.terms.data(), room.coefficients.get());
-    evaluate(tile.size(), count, room.factors.data(), room.coefficients.get(), powers(side, tile), sets, out);
+    evaluate(tile.size(), count, room.factors.data(), room.coefficients.get(), numbers(side, tile), sets, out);
   }
   // The same from 0, in the first buffers of the room.
   template <typename F>
@@ -129,22 +143,30 @@ class BlockMatrix {
   void add_up(int side, const Tile& tile, const T* weights, TileRoom<T>& room, int set = 0) const {
     const int64_t count = pairs_of(side, tile.block), number = &tile - axis[side].tiles.data();
     for (int64_t n = 0; n < count; ++n) room.sums[n] = moment(side, pair(side, tile.block, n), number, set);
-    moments(tile.size(), count, room.factors.data(), weights, powers(side, tile), axis[side].size, room.sums.data());
+    moments(tile.size(), count, room.factors.data(), weights, powers(side, tile, room), tile.size(), room.sums.data());
   }
   // The same with one power more, for the products with q; sets: one or two weights.
   void add_up_more(int side, const Tile& tile, const T* const* weights, int sets, TileRoom<T>& room) const {
     const int64_t count = pairs_of(side, tile.block), number = &tile - axis[side].tiles.data();
     for (int64_t n = 0; n < count; ++n) room.sums[n] = moment(side, pair(side, tile.block, n), number, 0);
-    more_moments(tile.size(), count, room.factors.data(), weights, sets, powers(side, tile), axis[side].size,
+    more_moments(tile.size(), count, room.factors.data(), weights, sets, powers(side, tile, room), tile.size(),
                  room.sums.data());
   }
-  const T* powers(int side, const Tile& tile) const { return axis[side].powers + tile.begin; }
+  const T* numbers(int side, const Tile& tile) const { return axis[side].powers + axis[side].kept * tile.begin; }
+  // [TERMS][size of the tile]
+  const T* powers(int side, const Tile& tile, TileRoom<T>& room) const {
+    if (axis[side].kept > 1) return numbers(side, tile);
+    std::copy_n(numbers(side, tile), tile.size(), room.powers.get());
+    Axis<T>::raise(tile.size(), room.powers);
+    return room.powers;
+  }
 
   // multiply-adds of one product and what surrounds it, in vectors: a guide to the faster plan
   int64_t work() const { return work_; }
 
  private:
-  static constexpr int64_t SHARED = 3000;  // vector operations per sweep from which threads pay
+  // Vector operations per sweep from which threads pay, also where others are at work and a thread may wait for its core.
+  static constexpr int64_t SHARED = 200'000;
   static constexpr int64_t GROUP = 8;      // blocks that are tested, and dropped, together
   static constexpr int64_t PER_PAIR = 60;  // vector operations to begin and end a tile of a pair
 
@@ -194,6 +216,7 @@ class BlockMatrix {
   const bool shared_out_;
   mutable TileRoom<T> room_;  // of the thread that has the image to itself
   Buffer<T> factors_, moments_;
+  std::vector<int64_t> factor_of_[2];  // where those of a block begin
   int64_t work_ = 0, factor_room_ = 0, moment_room_ = 0;
 };
 
@@ -274,7 +297,7 @@ void BlockMatrix<T>::make() {
           j += GROUP - 1;
           continue;
         }
-        Pair pair{{i, j}, {}, {}, {}};
+        Pair pair{{i, j}, {}, {}};
         if (bound(range(rows, i, i + 1), range(columns, j, j + 1), pair.shift) >= -drop) out.push_back(pair);
       }
   };
@@ -293,7 +316,7 @@ void BlockMatrix<T>::make() {
   for (Pair& pair : pairs)
     for (int side : {ROWS, COLUMNS}) {
       const Block& block = axis[side].blocks[pair.block[side]];
-      pair.factor[side] = factor_room, pair.moment[side] = moment_room;
+      pair.moment[side] = moment_room;
       factor_room += block.end - block.begin;
       moment_room += block.tiles * 2 * ROOM<T>;
       work_ += (block.end - block.begin) / Lanes<T>::N * 2 * (TERMS<T> + 1) + PER_PAIR * block.tiles;
@@ -310,6 +333,14 @@ void BlockMatrix<T>::make() {
     of_block[side].resize(pairs.size());
     for (size_t p = 0; p < pairs.size(); ++p) of_block[side][next[pairs[p].block[side]]++] = static_cast<int64_t>(p);
   }
+  int64_t next_factor = 0;
+  for (int side : {ROWS, COLUMNS}) {
+    factor_of_[side].clear();
+    for (size_t b = 0; b < axis[side].blocks.size(); ++b) {
+      factor_of_[side].push_back(next_factor);
+      next_factor += (axis[side].blocks[b].end - axis[side].blocks[b].begin) * pairs_of(side, static_cast<int64_t>(b));
+    }
+  }
   for (int side : {ROWS, COLUMNS})
     each_tile(side, [&](const Tile& tile, TileRoom<T>&) {
       const Axis<T>& here = axis[side];
@@ -317,7 +348,7 @@ void BlockMatrix<T>::make() {
         const Pair& p = pair(side, tile.block, n);
         const double there = axis[1 - side].blocks[p.block[1 - side]].centre;
         exp_factor(tile.size(), here.potential + tile.begin, here.place + tile.begin, slope * there, p.shift[side],
-                   factors_ + p.factor[side] + tile.begin - here.blocks[tile.block].begin);
+                   factor(side, tile, n));
       }
     });
 }

@@ -87,6 +87,7 @@ class Steps {
     const int64_t pairs = X_.gather(ROWS, tile, room), number = &tile - X_.axis[ROWS].tiles.data();
     const Block& block = X_.axis[ROWS].blocks[tile.block];
     std::vector<const T*> factors(pairs);
+    const T* powers = X_.powers(ROWS, tile, room);
     for (int64_t n = first_[tile.block]; n < first_[tile.block + 1]; ++n)
       for (int64_t m = steps_[n].slot; m < steps_[n].slot + steps_[n].slots; ++m) {
         const Slot& slot = slots_[m];
@@ -96,8 +97,8 @@ class Steps {
           factors[p] = room.factors[p] + slot.begin - tile.begin;
           room.sums[p] = rows_ + from_rows_[pair_number(ROWS, tile.block, p)] + (m - first_slot_[tile.block]) * ROOM<T>;
         }
-        more_moments(slot.end - slot.begin, pairs, factors.data(), &weights, 1, X_.axis[ROWS].powers + slot.begin,
-                     X_.axis[ROWS].size, room.sums.data());
+        more_moments(slot.end - slot.begin, pairs, factors.data(), &weights, 1,
+                     powers + slot.begin - tile.begin, tile.size(), room.sums.data());
       }
   }
 
@@ -115,10 +116,10 @@ class Steps {
       Term<T>* terms = room.terms.data() + used * sets;
       terms[0] = {from, step.slots, ROOM<T>};
       if (sets == 2) terms[1] = X_.ranked(terms[0], b, q_J);
-      room.factors[used++] = X_.factor(COLUMNS, pair, tile.begin);
+      room.factors[used++] = X_.factor(COLUMNS, tile, p);
     }
     combine(used * sets, room.terms.data(), room.coefficients.get());
-    aha::evaluate(tile.size(), used, room.factors.data(), room.coefficients.get(), X_.powers(COLUMNS, tile), sets, out);
+    aha::evaluate(tile.size(), used, room.factors.data(), room.coefficients.get(), X_.numbers(COLUMNS, tile), sets, out);
   }
 
   // The moments of one output's column weights, at a tile of columns.
@@ -131,10 +132,10 @@ class Steps {
       const auto& pair = X_.pair(COLUMNS, tile.block, p);
       const int64_t b = pair.block[ROWS], n = number_[b * outputs_ + s];
       if (n < 0) continue;
-      room.factors[used] = X_.factor(COLUMNS, pair, tile.begin);
+      room.factors[used] = X_.factor(COLUMNS, tile, p);
       room.sums[used++] = column_sums(pair, pair_number(COLUMNS, tile.block, p), n) + (number - columns.blocks[tile.block].tile) * ROOM<T>;
     }
-    moments(tile.size(), used, room.factors.data(), weights, X_.powers(COLUMNS, tile), columns.size, room.sums.data());
+    moments(tile.size(), used, room.factors.data(), weights, X_.powers(COLUMNS, tile, room), tile.size(), room.sums.data());
   }
 
   // out_i = Σ_s W_si (X w_s)_i at a tile of rows, from those moments
@@ -156,7 +157,7 @@ class Steps {
         combine(pairs, room.terms.data(), room.coefficients.get());
         T* sums = room.value[0];
         std::fill_n(sums, slot.end - slot.begin, T{0});
-        aha::evaluate(slot.end - slot.begin, pairs, factors.data(), room.coefficients.get(), X_.axis[ROWS].powers + slot.begin, 1, &sums);
+        aha::evaluate(slot.end - slot.begin, pairs, factors.data(), room.coefficients.get(), X_.numbers(ROWS, tile) + slot.begin - tile.begin, 1, &sums);
         const T* weights = left_.row(steps_[n].s) + block.first + slot.begin - block.begin;
         const int64_t real = std::min(slot.end, block.begin + block.count) - slot.begin;
         for (int64_t i = 0; i < real; ++i) out[slot.begin - tile.begin + i] += weights[i] * sums[i];
@@ -270,7 +271,7 @@ class Ranking {
         std::fill_n(before.get(), columns_.size, T{1});
       else
         columns_.unpack(scalings + (2 * t - 1) * k_, before, T{1});
-      X_.each_tile(ROWS, [&](const Tile& tile, TileRoom<T>& room) {
+      X_.sweep(ROWS, [&](const Tile& tile, TileRoom<T>& room) {
         T* here = z + tile.begin;
         const T* u = u_ + tile.begin;
         if (t == iterations) {
@@ -282,7 +283,7 @@ class Ranking {
         const T* const weights[] = {here, u};
         X_.add_up_more(ROWS, tile, weights, 2, room);
       });
-      X_.each_tile(COLUMNS, [&](const Tile& tile, TileRoom<T>& room) {
+      X_.sweep(COLUMNS, [&](const Tile& tile, TileRoom<T>& room) {
         const double q_J = mean_rank(tile.block);
         const auto sums = X_.products(COLUMNS, tile, 3, room, [&](const Pair& p, Term<T>* terms) {
           const int64_t block = p.block[ROWS];
@@ -317,6 +318,9 @@ class Ranking {
   int64_t block_work() const { return X_.work() + 12 * k_ + 350; }
   int64_t dense_work() const { return 6 * k_ * ((k_ + Lanes<T>::N - 1) / Lanes<T>::N); }
 
+  // Whether masks of all outputs are more than a cache holds: then they change order one by one.
+  bool far() const { return k_ > Axis<T>::CACHED; }
+
   void pack_potentials(T* scalings) const {
     rows_.each([&](int64_t i, int64_t sorted) { scalings[sorted] = static_cast<T>(rows_.potential[i]); });
     columns_.each([&](int64_t j, int64_t sorted) { scalings[k_ + sorted] = static_cast<T>(columns_.potential[j]); });
@@ -336,7 +340,7 @@ class Ranking {
   }
 
   void add_up(int side, const T* weights) const {
-    X_.each_tile(side, [&](const Tile& tile, TileRoom<T>& room) {
+    X_.sweep(side, [&](const Tile& tile, TileRoom<T>& room) {
       X_.gather(side, tile, room);
       X_.add_up(side, tile, weights + tile.begin, room);
     });
@@ -347,7 +351,7 @@ class Ranking {
   }
   // scaling = 1 / (product with the other side's), and its moments
   void solve(int side, T* scaling) const {
-    X_.each_tile(side, [&](const Tile& tile, TileRoom<T>& room) {
+    X_.sweep(side, [&](const Tile& tile, TileRoom<T>& room) {
       T* here = scaling + tile.begin;
       std::copy_n(X_.axis[side].pad + tile.begin, tile.size(), here);
       X_.add_products(side, tile, 1, room, &here, [&](const Pair& p, Term<T>* terms) { terms[0] = X_.term(1 - side, p); });
@@ -377,7 +381,7 @@ class Ranking {
   }
   // The moments of u and of u alpha, with one power more.
   void add_up_weighted(const T* alpha) const {
-    X_.each_tile(ROWS, [&](const Tile& tile, TileRoom<T>& room) {
+    X_.sweep(ROWS, [&](const Tile& tile, TileRoom<T>& room) {
       X_.gather(ROWS, tile, room);
       T* weighted = room.value[0];
       for (int64_t i = 0; i < tile.size(); ++i) weighted[i] = u_[tile.begin + i] * alpha[tile.begin + i];
@@ -423,9 +427,16 @@ class Ranking {
         std::fill_n(sums, tile.size(), T{0});
         steps.evaluate(s, tile, 1, 0, room, &sums);
         columns_.each(tile, [&](int64_t j, int64_t sorted) {
-          out[s * k_ + X_.order[sorted]] = v_[j] * sums[j - tile.begin];
+          out[s * k_ + (far() ? sorted : X_.order[sorted])] = v_[j] * sums[j - tile.begin];
         });
       }
+    });
+    if (!far()) return;
+    for_each(problem_.left->steps, [&](int64_t s) {
+      T* row = out + s * k_;
+      const Buffer<T> sorted(k_);
+      std::copy_n(row, k_, sorted.get());
+      for (int64_t j = 0; j < k_; ++j) row[X_.order[j]] = sorted[j];
     });
   }
 
@@ -437,7 +448,7 @@ class Ranking {
     centre(problem_.right ? grad : problem_.left->row(0), alpha);
     add_up_weighted(alpha);
     const T* beta = problem_.right ? problem_.right : grad;
-    X_.each_tile(COLUMNS, [&](const Tile& tile, TileRoom<T>& room) {
+    X_.sweep(COLUMNS, [&](const Tile& tile, TileRoom<T>& room) {
       const double q_J = mean_rank(tile.block), alpha_J = mean_weight(columns_.blocks[tile.block]);
       const auto sums = X_.products(COLUMNS, tile, 3, room, [&](const Pair& p, Term<T>* terms) {
         const int64_t block = p.block[ROWS];
@@ -473,11 +484,20 @@ class Ranking {
   void begin_steps(const T* grad, const T* v, T* z) {
     const LeftRows<T>& left = *problem_.left;
     Steps<T> steps(left, X_);
+    Buffer<T> above;  // grad in the order of the scores
+    if (far()) {
+      above = Buffer<T>(left.steps * k_);
+      for_each(left.steps, [&](int64_t s) {
+        for (int64_t j = 0; j < k_; ++j) above[s * k_ + j] = grad[s * k_ + X_.order[j]];
+      });
+    }
     X_.each_tile(ROWS, [&](const Tile& tile, TileRoom<T>& room) { steps.add_up(tile, u_, room); });
     X_.each_tile(COLUMNS, [&](const Tile& tile, TileRoom<T>& room) {
       const double q_J = mean_rank(tile.block);
       const int64_t n = tile.size(), outputs = steps.outputs();
-      const auto of = [&](int64_t s, int64_t sorted) { return s < left.steps ? grad[s * k_ + X_.order[sorted]] : T{0}; };
+      const auto of = [&](int64_t s, int64_t sorted) {
+        return s == left.steps ? T{0} : far() ? above[s * k_ + sorted] : grad[s * k_ + X_.order[sorted]];
+      };
       // relative to the gradient at the column's own rank while the mean is not known
       const Buffer<T> mean = zeros<T>(n), rank = zeros<T>(n), product = zeros<T>(n), values = zeros<T>(outputs * n);
       columns_.each(tile, [&](int64_t j, int64_t sorted) {

@@ -17,6 +17,7 @@
 #endif
 
 #include "clones.h"
+#include "pages.h"
 
 // 64-byte values are only ever passed to functions that are inlined
 #pragma GCC diagnostic ignored "-Wpsabi"
@@ -93,6 +94,7 @@ class Buffer {
   Buffer() = default;
   explicit Buffer(int64_t n) : data_(static_cast<T*>(std::aligned_alloc(64, (n * sizeof(T) + 127) / 64 * 64))) {
     if (!data_) throw std::bad_alloc();
+    prefer_large_pages(data_.get(), n * sizeof(T));
   }
   T* get() const { return data_.get(); }
   operator T*() const { return data_.get(); }

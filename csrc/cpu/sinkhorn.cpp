@@ -491,9 +491,15 @@ T* data(const Tensor& tensor) {
   return static_cast<T*>(tensor.mutable_data_ptr());
 }
 
+Tensor fresh(const Tensor& like, const std::vector<int64_t>& sizes) {
+  Tensor tensor = torch::stable::new_empty(like, sizes);
+  prefer_large_pages(tensor.mutable_data_ptr(), tensor.numel() * tensor.element_size());
+  return tensor;
+}
+
 std::tuple<Tensor, Tensor> new_state(const RankingShape& shape, const Tensor& like) {
   const auto [batch, k, iterations] = shape;
-  return {torch::stable::new_empty(like, {batch, iterations + 1, 2, k}),
+  return {fresh(like, {batch, iterations + 1, 2, k}),
           torch::stable::new_empty(like, {batch, iterations}, ScalarType::Int)};
 }
 
@@ -520,7 +526,7 @@ Triple gumbel_sinkhorn(const Tensor& scores, const Tensor& tau, const Tensor& se
   const Tensor values = torch::stable::contiguous(scores);
   const std::optional<Tensor> initial = contiguous(start);
   auto [scalings, absorbed] = new_state(shape, values);
-  Tensor out = torch::stable::new_empty(values, out_sizes(shape, left, right));
+  Tensor out = fresh(values, out_sizes(shape, left, right));
   with_type(values, "gumbel_sinkhorn", [&](auto type) {
     using T = decltype(type);
     with_output<T>(left, right, [&](const Output<T>& output) {
