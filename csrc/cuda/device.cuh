@@ -84,18 +84,23 @@ __device__ __forceinline__ int sum_of(int lane) {
   for (int bit = 1, half = R / 2; half; bit *= 2, half /= 2) index += lane & bit ? half : 0;
   return index;
 }
+// Lanes that differ in BIT share out the sums of 2 HALF numbers; a template, so that all are known to be registers.
+template <int HALF, int BIT, int R>
+__device__ __forceinline__ void share_out(float (&x)[R]) {
+  if constexpr (HALF > 0) {
+    const bool upper = lane() & BIT;
+#pragma unroll
+    for (int r = 0; r < HALF; ++r) {
+      const float mine = upper ? x[r + HALF] : x[r], other = upper ? x[r] : x[r + HALF];
+      x[r] = mine + __shfl_xor_sync(ALL_LANES, other, BIT);
+    }
+    share_out<HALF / 2, 2 * BIT>(x);
+  }
+}
 template <int R>
 __device__ __forceinline__ float scattered_sums(float (&x)[R]) {
   static_assert((R & (R - 1)) == 0);
-#pragma unroll
-  for (int bit = 1, half = R / 2; half; bit *= 2, half /= 2) {
-    const bool upper = lane() & bit;
-#pragma unroll
-    for (int r = 0; r < half; ++r) {
-      const float mine = upper ? x[r + half] : x[r], other = upper ? x[r] : x[r + half];
-      x[r] = mine + __shfl_xor_sync(ALL_LANES, other, bit);
-    }
-  }
+  share_out<R / 2, 1>(x);
 #pragma unroll
   for (int offset = R; offset < WARP; offset *= 2) x[0] += __shfl_xor_sync(ALL_LANES, x[0], offset);
   return x[0];

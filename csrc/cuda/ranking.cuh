@@ -106,6 +106,20 @@ struct Lanes {
 #pragma unroll
     for (int n = 4 * FOURS; n < N; ++n) x[n] = row[WARP * n + lane()];
   }
+  // The columns below `end`, a multiple of four, and 0: where another warp may be writing what lies after them.
+  __device__ __forceinline__ static void load(const float* row, float (&x)[N], int end) {
+#pragma unroll
+    for (int n = 0; n < N; ++n) x[n] = 0.0f;
+#pragma unroll
+    for (int q = 0; q < FOURS; ++q)
+      if (column(4 * q) < end) {
+        const float4 four = load_four(row + column(4 * q));
+        x[4 * q] = four.x, x[4 * q + 1] = four.y, x[4 * q + 2] = four.z, x[4 * q + 3] = four.w;
+      }
+#pragma unroll
+    for (int n = 4 * FOURS; n < N; ++n)
+      if (column(n) < end) x[n] = row[column(n)];
+  }
   __device__ __forceinline__ static void store(float* row, const float (&x)[N]) {
 #pragma unroll
     for (int q = 0; q < FOURS; ++q)
@@ -188,7 +202,7 @@ struct Rows {
     for (int n = 0; n < N; ++n) m[n] = 0.0f;
     if (l.noise != 0.0f) {
       write_noise(l, i, 0, l.k, row);
-      Lanes<N>::load(row, m);
+      Lanes<N>::load(row, m, (l.k + 3) / 4 * 4);
     }
     const float twice = 2.0f * l.rank(i);
 #pragma unroll
@@ -294,7 +308,7 @@ __device__ inline void exponentiate(const State& state, int t, const Band& band,
 #pragma unroll 1
     for (int r = warp(); r < band.rows; r += warps()) {
       float x[N];
-      Lanes<N>::load(band.row(r), x);
+      Lanes<N>::load(band.row(r), x, band.stride);
 #pragma unroll
       for (int n = 0; n < N; ++n) x[n] = expf(x[n] + g[n]);
       Lanes<N>::store(band.row(r), x, band.stride);

@@ -100,7 +100,7 @@ struct Resident {
     if (!CLUSTER) return;
     __syncthreads();
     const int j = (rank - owner) * width + static_cast<int>(4 * threadIdx.x);
-    if (owner < ranks && j < k) store_four(peer(columns + j, owner), load_four(columns + j));
+    if (owner < ranks && owner != rank && j < k) store_four(peer(columns + j, owner), load_four(columns + j));
   }
   // Two flags in turn: a CTA may be told of iteration t + 1 before it has asked for t.
   __device__ void raise(int t) const {
@@ -381,7 +381,7 @@ struct Forward {
 #pragma unroll 1
       for (int r = warp(); r < at.band.rows; r += warps()) {  // those this warp has written
         float x[N];
-        Lanes<N>::load(at.band.row(r), x);
+        Lanes<N>::load(at.band.row(r), x, at.band.stride);
 #pragma unroll
         for (int n = 0; n < N; ++n) top[n] = fmaxf(top[n], x[n]);
       }
@@ -423,8 +423,9 @@ struct Forward {
         } else if (p.readout == Readout::matrix) {
           out[to] = u * x[j] * v;
         } else {
-          const float f = state.potential(0, i, origin) + logf(u), g = state.potential(1, j, origin) + logf(v);
-          out[to] = given[to] + f + g;
+          // as X was made: large potentials cancel the logit before anything small is added
+          const float logit = given[to] + state.potential(0, i, origin) + state.potential(1, j, origin);
+          out[to] = logit + (logf(u) + logf(v));
         }
       }
       if (p.readout != Readout::right) continue;

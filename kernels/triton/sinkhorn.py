@@ -280,7 +280,9 @@ def read_rows(
     v = tl.load(state + (2 * n_iters + 1) * k + j, j < k, 1.0)
     if LOG:
         m = tl.load(logits + b * k * k + offsets, inside, 0.0)
-        tl.store(out + b * k * k + offsets, m + (f + tl.log(u))[:, None] + (g + tl.log(v))[None, :], inside)
+        # as X was made: large potentials cancel the logit before anything small is added
+        log_p = (m + f[:, None] + g[None, :]) + (tl.log(u)[:, None] + tl.log(v)[None, :])
+        tl.store(out + b * k * k + offsets, log_p, inside)
     else:
         p = u[:, None] * _plan(logits, b, i, j, k, f, g) * v[None, :]
         if right is not None:

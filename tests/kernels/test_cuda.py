@@ -160,11 +160,11 @@ def test_non_contiguous_expanded_and_empty():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"scores": torch.zeros(9)}, "scores has 1 dimensions"),
-        ({"tau": torch.zeros(1)}, "tau has 1 dimensions"),
-        ({"left": torch.zeros(2, 8)}, "left has 8 entries in dimension 1; it must have 9"),
-        ({"right": torch.zeros(2, 9)}, "right has 2 entries in dimension 0; it must have 3"),
-        ({"left": torch.zeros(2, 9), "right": torch.zeros(3, 9)}, "give one of them"),
+        ({"scores": torch.zeros(9)}, r"scores must be \(B,K\)"),
+        ({"tau": torch.zeros(1)}, "tau and seed must have no dimension"),
+        ({"left": torch.zeros(2, 8)}, r"left must be \(S,K\), K = 9"),
+        ({"right": torch.zeros(2, 9)}, r"right must be \(B,K\) as the scores"),
+        ({"left": torch.zeros(2, 9), "right": torch.zeros(3, 9)}, "give left or right, not both"),
         ({"n_iters": 0}, "at least 1"),
     ],
 )

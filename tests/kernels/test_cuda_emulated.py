@@ -113,6 +113,17 @@ def test_large_scores_are_absorbed(emulator, layout, tau, noise):
     assert_as_good_as_float32(by_kernels(emulator, problem, grad, ranks), problem, grad)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_log_p_of_large_logits_keeps_p(emulator, layout):
+    # the plain loop in float32 rounds potentials of the size of the logits: P to 3e-5
+    problem, _ = make(70, "log", iterations=12)
+    logits = 400 * torch.randn(2, 70, 70, generator=torch.Generator().manual_seed(70))
+    problem = problem._replace(logits=logits)
+    truth = by_reference(problem, torch.zeros(2, 70, 70), torch.float64)[0].exp()
+    log_p = emulator.forward(problem, LAYOUTS[layout])[0]
+    assert (log_p.double().exp() - truth).abs().max() < 2e-6
+
+
 def test_absorption_in_log_sinkhorn(emulator):
     problem, grad = make(60, "log", iterations=12)
     steep = torch.linspace(100, -100, 60)[:, None] * torch.randn(2, 1, 60, generator=torch.Generator().manual_seed(0))
