@@ -11,8 +11,10 @@ import torch
 from ..cases import CASES, Size
 from ..stages import end_with_parent, tell
 from ..truth import why
-from . import PLAN
+from . import PLAN, PLANS
 from .right import REGIONS, NoPlanError, plan_of, require
+
+CLUSTERED = 5000  # scores that a cluster shares in blocks
 
 
 def main(device: str, regions: list[int]) -> int:
@@ -42,4 +44,5 @@ if __name__ == "__main__":
     parser.add_argument("--regions", type=int, nargs="*", help="default: those of bench.smoke.right")
     given = parser.parse_args()
     end_with_parent()
-    sys.exit(main(given.device, given.regions or list(REGIONS[given.device])))
+    everything = [*REGIONS[given.device], *([CLUSTERED] if os.environ.get(PLAN) == PLANS[1] else [])]
+    sys.exit(main(given.device, given.regions or everything))

@@ -1,4 +1,4 @@
-// The ranking operators on CUDA: checks, choice of layout, launches. The kernels are in sinkhorn.cuh.
+// The ranking operators on CUDA: checks, choice of plan and layout, launches. The kernels are in sinkhorn.cuh, blocks.cuh.
 #include <cuda_runtime.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
@@ -8,12 +8,15 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <algorithm>
+#include <cstdlib>
+#include <cstring>
 #include <map>
 #include <mutex>
 #include <optional>
 #include <tuple>
 #include <vector>
 
+#include "cuda/block_launch.cuh"
 #include "cuda/sinkhorn_launch.cuh"
 #include "sinkhorn.h"
 
@@ -167,40 +170,88 @@ Tensor empty(const Tensor& like, const Sizes& sizes) {
   return torch::stable::new_empty(like, sizes, ScalarType::Float);
 }
 
-Tensors3 forward(const Inputs& inputs) {
+// AHA_RANKING_PLAN=dense or blocks takes one for all images that it can do. Read once, as what the forward pass saves is
+// the plan's, and nothing but the device could tell the backward pass which it was.
+enum class Wanted { any, dense, blocks };
+Wanted wanted() {
+  static const Wanted found = [] {
+    const char* name = std::getenv("AHA_RANKING_PLAN");
+    if (!name || !*name) return Wanted::any;
+    if (!std::strcmp(name, "dense")) return Wanted::dense;
+    STD_TORCH_CHECK(!std::strcmp(name, "blocks"), "AHA_RANKING_PLAN=", name, " is not known: set it to dense or blocks");
+    return Wanted::blocks;
+  }();
+  return found;
+}
+
+// By what the host knows of the call, without waiting for the device.
+bool in_blocks(const Ranking& p, int64_t batch) {
+  if (p.noise != 0.0f || !(p.readout == Readout::right || (p.readout == Readout::left && p.steps > 0))) return false;
+  return wanted() == Wanted::any ? blocks_pay(batch, p.k) : wanted() == Wanted::blocks;
+}
+
+BlockPlan block_plan_on(int device, const Ranking& p, bool backward) {
+  const int shared = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  const int64_t outputs = p.readout == Readout::left ? p.steps : 1;
+  return block_plan(p.k, outputs, backward, shared, block_ranks(p.k, attribute(cudaDevAttrClusterLaunch, device)));
+}
+
+Tensors3 forward(const Inputs& inputs, bool blocks) {
   const DeviceGuard guard(inputs.given.get_device_index());
-  const Plan plan = plan_on(inputs.given.get_device_index(), inputs.shape.batch, inputs.shape.k, false);
-  const int64_t iterations = inputs.ranking.iterations;
+  const int device = inputs.given.get_device_index();
+  const int64_t iterations = inputs.ranking.iterations, batch = inputs.shape.batch;
   Tensor out = empty(inputs.given, inputs.sizes());
   Tensor scalings = empty(inputs.given, {inputs.shape.batch, iterations + 1, 2, inputs.shape.k});
   Tensor absorbed = torch::stable::new_empty(inputs.given, Sizes{inputs.shape.batch, iterations}, ScalarType::Int);
-  Tensor workspace = empty(inputs.given, {inputs.shape.batch * plan.workspace_floats(inputs.shape.k, false)});
-  const ForwardTensors to{out.mutable_data_ptr<float>(), scalings.mutable_data_ptr<float>(),
-                          absorbed.mutable_data_ptr<int32_t>(), workspace.mutable_data_ptr<float>()};
-  run_forward(plan, inputs.ranking, to, inputs.shape.batch, launcher(inputs.given));
+  const auto run = [&](int64_t floats, const auto& kernels) {
+    Tensor workspace = empty(inputs.given, {batch * floats});
+    kernels(ForwardTensors{out.mutable_data_ptr<float>(), scalings.mutable_data_ptr<float>(),
+                           absorbed.mutable_data_ptr<int32_t>(), workspace.mutable_data_ptr<float>()});
+  };
+  if (blocks) {
+    const BlockPlan plan = block_plan_on(device, inputs.ranking, false);
+    run(plan.workspace_floats(), [&](const ForwardTensors& to) {
+      run_blocks_forward(plan, inputs.ranking, to, batch, launcher(inputs.given));
+    });
+  } else {
+    const Plan plan = plan_on(device, batch, inputs.shape.k, false);
+    run(plan.workspace_floats(inputs.shape.k, false), [&](const ForwardTensors& to) {
+      run_forward(plan, inputs.ranking, to, batch, launcher(inputs.given));
+    });
+  }
   return {out, scalings, absorbed};
 }
 
 void backward(const Inputs& inputs, const Tensor& grad, const Tensor& scalings, const Tensor& absorbed,
-              BackwardTensors to) {
-  const DeviceGuard guard(inputs.given.get_device_index());
-  const Plan plan = plan_on(inputs.given.get_device_index(), inputs.shape.batch, inputs.shape.k, true);
+              BackwardTensors to, bool blocks) {
+  const int device = inputs.given.get_device_index();
+  const DeviceGuard guard(device);
+  const int64_t batch = inputs.shape.batch, k = inputs.shape.k;
   const Tensor grad_data = torch::stable::contiguous(grad), scalings_data = torch::stable::contiguous(scalings);
   const Tensor absorbed_data = torch::stable::contiguous(absorbed);
-  Tensor kept = empty(inputs.given, {inputs.shape.batch * kept_floats(inputs.shape.k, inputs.ranking.iterations)});
-  Tensor workspace = empty(inputs.given, {inputs.shape.batch * plan.workspace_floats(inputs.shape.k, true)});
   to.grad = grad_data.const_data_ptr<float>();
   to.scalings = scalings_data.const_data_ptr<float>();
   to.absorbed = absorbed_data.const_data_ptr<int32_t>();
+  if (blocks) {
+    const BlockPlan plan = block_plan_on(device, inputs.ranking, true);
+    Tensor workspace = empty(inputs.given, {batch * plan.workspace_floats()});
+    to.workspace = workspace.mutable_data_ptr<float>();
+    run_blocks_backward(plan, inputs.ranking, to, batch, launcher(inputs.given));
+    return;
+  }
+  const Plan plan = plan_on(device, batch, k, true);
+  Tensor kept = empty(inputs.given, {batch * kept_floats(k, inputs.ranking.iterations)});
+  Tensor workspace = empty(inputs.given, {batch * plan.workspace_floats(k, true)});
   to.kept = kept.mutable_data_ptr<float>();
   to.workspace = workspace.mutable_data_ptr<float>();
-  run_backward(plan, inputs.ranking, to, inputs.shape.batch, launcher(inputs.given));
+  run_backward(plan, inputs.ranking, to, batch, launcher(inputs.given));
 }
 
 Tensors3 gumbel_sinkhorn(const Tensor& scores, const Tensor& tau, const Tensor& seed, const std::optional<Tensor>& left,
                          const std::optional<Tensor>& right, int64_t n_iters, double noise,
                          const std::optional<Tensor>& start) {
-  return forward(Inputs(scores, tau, seed, left, right, start, n_iters, noise));
+  const Inputs inputs(scores, tau, seed, left, right, start, n_iters, noise);
+  return forward(inputs, in_blocks(inputs.ranking, inputs.shape.batch));
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> gumbel_sinkhorn_backward(
@@ -218,11 +269,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gumbel_sinkhorn_backward(
   to.grad_tau = need_tau ? grad_tau.mutable_data_ptr<float>() : nullptr;
   to.grad_right = right ? grad_right.mutable_data_ptr<float>() : nullptr;
   to.grad_start = start ? grad_start.mutable_data_ptr<float>() : nullptr;
-  backward(inputs, grad, scalings, absorbed, to);
+  const bool blocks = in_blocks(inputs.ranking, inputs.shape.batch);
+  if (blocks && need_tau) {
+    // in blocks the gradient of tau is a difference of sums that float32 cannot hold: ranked again with the dense matrix
+    const auto [out, dense_scalings, dense_absorbed] = forward(inputs, false);
+    backward(inputs, grad, dense_scalings, dense_absorbed, to, false);
+  } else {
+    backward(inputs, grad, scalings, absorbed, to, blocks);
+  }
   return {grad_scores, grad_tau, grad_right, grad_start};
 }
 
-Tensors3 log_sinkhorn(const Tensor& logits, int64_t n_iters) { return forward(Inputs(logits, n_iters)); }
+Tensors3 log_sinkhorn(const Tensor& logits, int64_t n_iters) { return forward(Inputs(logits, n_iters), false); }
 
 Tensor log_sinkhorn_backward(const Tensor& grad, const Tensor& logits, const Tensor& scalings,
                              const Tensor& absorbed) {
@@ -231,7 +289,7 @@ Tensor log_sinkhorn_backward(const Tensor& grad, const Tensor& logits, const Ten
   Tensor grad_logits = empty(logits, {inputs.shape.batch, inputs.shape.k, inputs.shape.k});
   BackwardTensors to{};
   to.grad_logits = grad_logits.mutable_data_ptr<float>();
-  backward(inputs, grad, scalings, absorbed, to);
+  backward(inputs, grad, scalings, absorbed, to, false);
   return grad_logits;
 }
 

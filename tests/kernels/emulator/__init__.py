@@ -70,19 +70,28 @@ class Emulator:
         if error is not None:
             raise RuntimeError(error.decode())
 
-    def forward(self, problem: Problem, ranks: int, order: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-        """out, scalings (B, T+1, 2, K), absorbed (B, T) int32."""
+    def forward(self, problem: Problem, ranks: int, order: int = 0, plan: str = "") -> tuple[Tensor, Tensor, Tensor]:
+        """out, scalings (B, T+1, 2, K), absorbed (B, T) int32. ``plan``: "" or "blocks_", of which 0 ranks are one CTA
+        that has nothing but its coefficients in shared memory.
+        """
         batch, k = problem.shape
         out, scalings = _empty(*problem.out_shape()), _empty(batch, problem.iterations + 1, 2, k)
         # what nobody wrote, or not in time, is to differ from one order to another
         absorbed = torch.full((batch, problem.iterations), -(order % 2), dtype=torch.int32)
         tensors = _Forward(*map(_data, (out, scalings, absorbed)), None)
         arguments = _arguments(problem)
-        self._call("forward", ctypes.byref(arguments), ctypes.byref(tensors), _LONG(batch), ranks, order)
+        self._call(f"{plan}forward", ctypes.byref(arguments), ctypes.byref(tensors), _LONG(batch), ranks, order)
         return out, scalings, absorbed
 
     def backward(
-        self, problem: Problem, grad: Tensor, scalings: Tensor, absorbed: Tensor, ranks: int, order: int = 0
+        self,
+        problem: Problem,
+        grad: Tensor,
+        scalings: Tensor,
+        absorbed: Tensor,
+        ranks: int,
+        order: int = 0,
+        plan: str = "",
     ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
         """Gradients of scores and tau (B,), or of the logits and None; those of ``right`` and ``start`` or None."""
         batch, k = problem.shape
@@ -93,7 +102,7 @@ class Emulator:
         grads = (inputs, None, tau, right, start) if ranked else (None, inputs, tau, right, start)
         tensors = _Backward(*map(_data, (grad, scalings, absorbed, *grads)), None, None)
         arguments = _arguments(problem)
-        self._call("backward", ctypes.byref(arguments), ctypes.byref(tensors), _LONG(batch), ranks, order)
+        self._call(f"{plan}backward", ctypes.byref(arguments), ctypes.byref(tensors), _LONG(batch), ranks, order)
         return inputs, tau, right, start
 
     def masks(self, given: Tensor, weights: Tensor, backward: bool, order: int = 0) -> Tensor:
@@ -125,3 +134,12 @@ class Emulator:
         """``ranks`` that the launches choose on a card with so much shared memory, so many processors for an image."""
         sizes = _LONG(k), backward, _LONG(shared_bytes), largest_cluster, _LONG(processors)
         return self._library.planned_ranks(*sizes)
+
+    def blocks_pay(self, batch: int, k: int) -> bool:
+        """Whether the operators take the blocks where nothing else is asked for."""
+        return bool(self._library.blocks_pay(_LONG(batch), _LONG(k)))
+
+    def block_slots(self, k: int) -> int:
+        """Tiles of pairs that an image has room for."""
+        self._library.block_slots.restype = _LONG
+        return self._library.block_slots(_LONG(k))

@@ -9,13 +9,14 @@
 //
 // Provided: threadIdx, blockIdx, blockDim, gridDim; __syncthreads and its _or, _and, _count; __syncwarp; __shfl_sync
 // and its _xor, _up, _down; __ballot_sync, __any_sync, __all_sync, each with any mask; __popc, __ffs, __clz, __ldg;
+// atomicMin, atomicMax;
 // AHA_DYNAMIC_SHARED(T, name) and AHA_SHARED(T, name, count) in place of `extern __shared__ T name[]` and
 // `__shared__ T name[count]`; float2, float4; in namespace aha cluster_rank(), cluster_size(), cluster_sync(),
 // cluster_map(pointer to shared memory, rank), load_two, load_four, store_two, store_four, reciprocal and held.
 // Shared memory starts as NaN. launch() throws std::runtime_error where a kernel deadlocks (also where some threads of
 // a barrier have finished), writes past its dynamic shared memory, maps the memory of a CTA that has finished, or loads or
 // stores a vector where it is not aligned.
-// Not modelled: atomics, the order in which memory becomes visible, and the width of a shuffle.
+// Not modelled: other atomics, the order in which memory becomes visible, and the width of a shuffle.
 #pragma once
 
 #include <ucontext.h>
@@ -33,6 +34,7 @@
 #include <random>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 using std::max;
@@ -334,6 +336,8 @@ inline int __all_sync(unsigned mask, int value) { return __ballot_sync(mask, val
 inline int __popc(unsigned x) { return std::popcount(x); }
 inline int __clz(unsigned x) { return std::countl_zero(x); }
 inline int __ffs(unsigned x) { return x ? std::countr_zero(x) + 1 : 0; }
+inline int atomicMin(int* at, int value) { return std::exchange(*at, std::min(*at, value)); }
+inline int atomicMax(int* at, int value) { return std::exchange(*at, std::max(*at, value)); }
 template <typename T>
 T __ldg(const T* address) {
   return *address;

@@ -1,7 +1,7 @@
 // The ranking kernels of csrc/cuda, run by the emulator, for ctypes: every function returns null or what went wrong.
 #include "cuda_on_host.h"
 // the emulator stands in for CUDA in what follows
-#include "cuda/sinkhorn_launch.cuh"
+#include "cuda/block_launch.cuh"
 
 namespace {
 
@@ -29,6 +29,11 @@ auto launcher(unsigned order) {
 
 // 0: streamed
 aha::Plan plan_for(int k, int ranks) { return ranks ? aha::resident_plan(k, ranks) : aha::streamed_plan(k); }
+
+aha::BlockPlan block_plan_for(const aha::Ranking& p, int ranks, bool backward) {
+  const int64_t outputs = p.readout == aha::Readout::left ? p.steps : 1;
+  return aha::block_plan(p.k, outputs, backward, ranks == 1 ? 227 << 10 : 0, std::max(ranks, 1));
+}
 
 std::vector<float> workspace_for(const aha::Plan& plan, int k, bool backward, int64_t batch) {
   return std::vector<float>(plan.workspace_floats(k, backward) * batch, NAN);
@@ -82,6 +87,28 @@ const char* backward(const aha::Ranking* p, const aha::BackwardTensors* to, int6
   });
 }
 
+// In blocks: ranks 1 with its room in shared memory, 0 in global memory, more a cluster.
+const char* blocks_forward(const aha::Ranking* p, const aha::ForwardTensors* to, int64_t batch, int ranks, unsigned order) {
+  return reported([&] {
+    const aha::BlockPlan plan = block_plan_for(*p, ranks, false);
+    std::vector<float> workspace(plan.workspace_floats() * batch, NAN);
+    aha::ForwardTensors tensors = *to;
+    tensors.workspace = workspace.data();
+    aha::run_blocks_forward(plan, *p, tensors, batch, launcher(order));
+  });
+}
+
+const char* blocks_backward(const aha::Ranking* p, const aha::BackwardTensors* to, int64_t batch, int ranks,
+                            unsigned order) {
+  return reported([&] {
+    const aha::BlockPlan plan = block_plan_for(*p, ranks, true);
+    std::vector<float> workspace(plan.workspace_floats() * batch, NAN);
+    aha::BackwardTensors tensors = *to;
+    tensors.workspace = workspace.data();
+    aha::run_blocks_backward(plan, *p, tensors, batch, launcher(order));
+  });
+}
+
 const char* masks(const float* from, const float* weights, float* out, int64_t batch, int k, int steps, int backward,
                   unsigned order) {
   return reported([&] {
@@ -111,4 +138,8 @@ int planned_ranks(int64_t k, int backward, int64_t shared_bytes, int largest_clu
                                           [&](const aha::Plan& plan) { return plan.ranks <= largest_cluster; });
   return plan.columns ? plan.ranks : 0;
 }
+
+int blocks_pay(int64_t batch, int64_t k) { return aha::blocks_pay(batch, k); }
+
+int64_t block_slots(int64_t k) { return aha::BlockRoom(k, 1, false).slots; }
 }
