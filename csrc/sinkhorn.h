@@ -6,6 +6,8 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <cstdint>
+#include <cstdlib>
+#include <cstring>
 #include <optional>
 #include <vector>
 
@@ -15,6 +17,16 @@ namespace aha {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+
+// AHA_RANKING_PLAN=dense or blocks takes one for all images that it can do; tests compare them.
+enum class RankingPlan { fastest, dense, blocks };
+inline RankingPlan asked_for() {
+  const char* name = std::getenv("AHA_RANKING_PLAN");
+  if (!name || !*name) return RankingPlan::fastest;
+  if (!std::strcmp(name, "dense")) return RankingPlan::dense;
+  STD_TORCH_CHECK(!std::strcmp(name, "blocks"), "AHA_RANKING_PLAN=", name, " is not known: set it to dense or blocks");
+  return RankingPlan::blocks;
+}
 
 struct RankingShape {
   int64_t batch, k, iterations;

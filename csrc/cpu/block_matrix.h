@@ -261,7 +261,7 @@ void BlockMatrix<T>::start(const std::vector<double>& h) {
 template <typename T>
 void BlockMatrix<T>::make() {
   const Axis<T>&rows = axis[ROWS], &columns = axis[COLUMNS];
-  const double slope = 2 / tau, drop = (sizeof(T) == 4 ? 18.4 : 36.8) + std::log(static_cast<double>(k)) +
+  const double slope = 2 / tau, drop = BlockExp<T>::NEGLIGIBLE + std::log(static_cast<double>(k)) +
                                        2 * std::log(BLOCK_SCALING);
   struct Range {
     int64_t begin, end;

@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "aha_math.h"
+#include "blocks.h"
 #include "sinkhorn.h"
 
 namespace aha {
@@ -53,7 +54,5 @@ struct BlockCount {
 };
 template <typename T>
 BlockCount block_count(const BlockProblem<T>& problem);
-
-constexpr int32_t ABSORBED = 1, IN_BLOCKS = 2;  // bits of `absorbed`
 
 }  // namespace aha

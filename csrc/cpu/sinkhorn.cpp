@@ -10,8 +10,6 @@
 
 #include <torch/csrc/stable/library.h>
 
-#include <cstdlib>
-#include <cstring>
 #include <memory>
 #include <tuple>
 #include <vector>
@@ -264,24 +262,14 @@ struct State {
   T* column(int64_t t) const { return row(t) + k; }
 };
 
-// AHA_RANKING_PLAN=dense or blocks takes one for all images that it can do; tests compare them.
-enum class Plan { fastest, dense, blocks };
-Plan asked_for() {
-  const char* name = std::getenv("AHA_RANKING_PLAN");
-  if (!name || !*name) return Plan::fastest;
-  if (!std::strcmp(name, "dense")) return Plan::dense;
-  STD_TORCH_CHECK(!std::strcmp(name, "blocks"), "AHA_RANKING_PLAN=", name, " is not known: set it to dense or blocks");
-  return Plan::blocks;
-}
-
 constexpr int64_t LEAST = 64, MOST = 8192;  // regions: below, blocks never pay; above, the matrix is too large
 
 // Whether an image of k regions is tried in blocks, and whether it may turn out to take fewer operations without.
 struct Trial {
   bool blocks, may_refuse;
-  Trial(Plan plan, int64_t k)
-      : blocks(plan == Plan::blocks || (plan == Plan::fastest && k >= LEAST)),
-        may_refuse(blocks && plan == Plan::fastest && k <= MOST) {}
+  Trial(RankingPlan plan, int64_t k)
+      : blocks(plan == RankingPlan::blocks || (plan == RankingPlan::fastest && k >= LEAST)),
+        may_refuse(blocks && plan == RankingPlan::fastest && k <= MOST) {}
   bool taken(const BlockCount& count) const { return blocks && (!may_refuse || count.fewer()); }
 };
 
@@ -308,7 +296,7 @@ template <typename T>
 void run_forward(const Problem<T>& problem, Output<T> output, T* scalings, int32_t* absorbed, T* out) {
   const auto [batch, k, iterations] = problem.shape;
   if (batch == 0) return;
-  const Trial trial(without_matrix(problem, output) ? asked_for() : Plan::dense, k);
+  const Trial trial(without_matrix(problem, output) ? asked_for() : RankingPlan::dense, k);
   output.prepare(k, !trial.blocks || trial.may_refuse, trial.blocks);
   for_each_matrix(batch, [&](int64_t b) {
     if (trial.blocks && block_forward(in_blocks(problem, output, b), trial.may_refuse,

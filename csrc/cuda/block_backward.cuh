@@ -14,9 +14,7 @@ struct BlockBackward : BlockSweeps<CLUSTER> {
 
   __device__ BlockBackward(const Base& base, const BackwardTensors& to) : Base(base), to(to) {}
 
-  __device__ const float* scalings(int t, int side) const {
-    return to.scalings + ((image * (p.iterations + 1) + t) * 2 + side) * k;
-  }
+  __device__ const float* scalings(int t, int side) const { return this->saved(to.scalings, t, side); }
   __device__ bool absorbed(int t) const { return to.absorbed[image * p.iterations + t - 1] & ABSORBED; }
   __device__ const float* grad() const {
     return to.grad + image * k * (p.readout == Readout::right ? 1 : p.steps);
@@ -206,7 +204,8 @@ struct BlockBackward : BlockSweeps<CLUSTER> {
     };
     // relative to the gradient at the column's own rank while the mean is not known
     const auto value = [&](int s, int j) { return given(s, j) - given(of(room.heaviest)[j], j); };
-    this->prepare_outputs();
+    this->find_rest();
+    this->find_blocks(p.steps + 1);
     float *mean = of(room.g), *product = of(room.before), *rank = of(room.mean);
     this->each([&](int j) { mean[j] = product[j] = rank[j] = 0.0f; });
     this->each([&](int i) { of(room.z)[i] = 0.0f; });

@@ -133,7 +133,7 @@ struct BlockForward : BlockSweeps<CLUSTER> {
   // out_sj = Σ_i W_si P_ij
   __device__ void read_steps() const {
     const float* u = of(room.scaling[ROWS]);
-    this->prepare_outputs();
+    this->find_blocks(p.steps);
     this->each_group(p.steps, [&](int from, int end) {
       this->add_up_steps(from, end, u);
       this->template combine_steps<1>(COLUMNS, from, end, [&](int s, const BlockPair& pair, int, int m) {

@@ -13,7 +13,6 @@ constexpr int MOMENTS = 12;                             // room for those of one
 constexpr int MOST_SETS = 3;                            // of coefficients of a pair
 constexpr int OUTPUTS_AT_ONCE = 32;                     // of the left factor, whose moments are kept side by side
 constexpr int SMALLEST_BLOCK = 16;                      // rows, on average
-constexpr int32_t ABSORBED = 1, IN_BLOCKS = 2;          // bits of `absorbed`
 
 // Bytes from where the first part of an image's room begins, which is HOT, or its second.
 template <typename T, bool HOT>

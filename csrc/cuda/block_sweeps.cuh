@@ -275,8 +275,8 @@ struct BlockSweeps : Blocks<CLUSTER> {
 
   __device__ float left(int s, int i) const { return s < p.steps ? p.left[static_cast<int64_t>(s) * k + i] : of(room.rest)[i]; }
 
-  // Where the outputs' weights are, and what is left of 1: one more output, so that the weights of a rank sum to 1.
-  __device__ void prepare_outputs() const {
+  // What is left of 1, one more output, so that the weights of a rank sum to 1; and the heaviest output of every rank.
+  __device__ void find_rest() const {
     each([&](int i) {
       float rest = 1.0f, most = 0.0f;
       int heaviest = 0;
@@ -289,7 +289,10 @@ struct BlockSweeps : Blocks<CLUSTER> {
       of(room.heaviest)[i] = fabsf(of(room.rest)[i]) > most ? p.steps : heaviest;
     });
     crew.sync();
-    for (int s = crew.warp(); s <= p.steps; s += crew.all_warps()) {
+  }
+  // Which blocks of rows each output weighs.
+  __device__ void find_blocks(int outputs) const {
+    for (int s = crew.warp(); s < outputs; s += crew.all_warps()) {
       int begin = k, end = 0;
       for (int i = lane(); i < k; i += WARP)
         if (left(s, i) != 0.0f) begin = min(begin, i), end = i + 1;

@@ -71,7 +71,8 @@ struct Blocks {
   __device__ int blocks(int side) const { return of(room.counts)[side]; }
   __device__ int tiles(int side, int b) const { return of(room.first_tile[side])[b + 1] - of(room.first_tile[side])[b]; }
   __device__ Sums sums(int side) const { return {of(room.moment[side]), 2 * MOMENTS}; }
-  __device__ float* saved(float* scalings, int t, int side) const {
+  template <typename T>  // float or const float
+  __device__ T* saved(T* scalings, int t, int side) const {
     return scalings + ((image * (p.iterations + 1) + t) * 2 + side) * k;
   }
 
@@ -82,10 +83,9 @@ struct Blocks {
   // f(Tile), by the warp that has the tile
   template <typename F>
   __device__ void each_tile(int side, const F& f) const {
-    const int size = tile_size;
     for (int n = crew.warp(); n < of(room.counts)[2 + side]; n += crew.all_warps()) {
-      const int b = of(room.tile_block[side])[n], within = n - of(room.first_tile[side])[b], first = of(room.edge[side])[b] + within * size;
-      f(Tile{b, first, min(size, of(room.edge[side])[b + 1] - first), within});
+      const int b = of(room.tile_block[side])[n], within = n - of(room.first_tile[side])[b], first = of(room.edge[side])[b] + within * tile_size;
+      f(Tile{b, first, min(tile_size, of(room.edge[side])[b + 1] - first), within});
     }
   }
 
@@ -176,8 +176,8 @@ struct Blocks {
       for (int side = 0; side < 2; ++side) {
         const int* edge = of(room.edge[side]);
         int* first = of(room.first_tile[side]);
-        const int size = tile_size, n = blocks(side);
-        const int64_t total = scan(n, [&](int b) { return (edge[b + 1] - edge[b] + size - 1) / size; },
+        const int n = blocks(side);
+        const int64_t total = scan(n, [&](int b) { return (edge[b + 1] - edge[b] + tile_size - 1) / tile_size; },
                                    [&](int b, int64_t before, int64_t) { first[b] = static_cast<int>(before); });
         if (lane() == 0) first[n] = of(room.counts)[2 + side] = static_cast<int>(total);
       }
@@ -293,7 +293,7 @@ struct Blocks {
   }
   // The pairs and their factors, from the potentials.
   __device__ void make() const {
-    const double drop = 18.4 + ::log(static_cast<double>(k)) + 2 * ::log(BLOCK_SCALING);
+    const double drop = BlockExp<float>::NEGLIGIBLE + ::log(static_cast<double>(k)) + 2 * ::log(BLOCK_SCALING);
     const int rows = blocks(ROWS), columns = blocks(COLUMNS);
     for (int b = crew.thread(); b < columns; b += crew.threads()) of(room.lo[COLUMNS])[b] = rows, of(room.hi[COLUMNS])[b] = 0;
     if (crew.thread() < 2) of(room.counts)[4 + crew.thread()] = 0;

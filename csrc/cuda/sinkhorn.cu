@@ -8,8 +8,6 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <algorithm>
-#include <cstdlib>
-#include <cstring>
 #include <map>
 #include <mutex>
 #include <optional>
@@ -170,24 +168,12 @@ Tensor empty(const Tensor& like, const Sizes& sizes) {
   return torch::stable::new_empty(like, sizes, ScalarType::Float);
 }
 
-// AHA_RANKING_PLAN=dense or blocks takes one for all images that it can do. Read once, as what the forward pass saves is
-// the plan's, and nothing but the device could tell the backward pass which it was.
-enum class Wanted { any, dense, blocks };
-Wanted wanted() {
-  static const Wanted found = [] {
-    const char* name = std::getenv("AHA_RANKING_PLAN");
-    if (!name || !*name) return Wanted::any;
-    if (!std::strcmp(name, "dense")) return Wanted::dense;
-    STD_TORCH_CHECK(!std::strcmp(name, "blocks"), "AHA_RANKING_PLAN=", name, " is not known: set it to dense or blocks");
-    return Wanted::blocks;
-  }();
-  return found;
-}
-
-// By what the host knows of the call, without waiting for the device.
+// By what the host knows of the call, without waiting for the device. What is asked for is read once, as what the forward
+// pass saves is the plan's, and nothing but the device could tell the backward pass which it was.
 bool in_blocks(const Ranking& p, int64_t batch) {
   if (p.noise != 0.0f || !(p.readout == Readout::right || (p.readout == Readout::left && p.steps > 0))) return false;
-  return wanted() == Wanted::any ? blocks_pay(batch, p.k) : wanted() == Wanted::blocks;
+  static const RankingPlan asked = asked_for();
+  return asked == RankingPlan::fastest ? blocks_pay(batch, p.k) : asked == RankingPlan::blocks;
 }
 
 BlockPlan block_plan_on(int device, const Ranking& p, bool backward) {
