@@ -41,6 +41,7 @@ struct BlockExp<double> {  // 6.1e-17
 // dropped if its entries, scaled by two of them and added up K times, stay below the rounding of the rest.
 constexpr double BLOCK_SCALING = 64;
 
-constexpr int32_t ABSORBED = 1, IN_BLOCKS = 2;  // bits of `absorbed`, which the forward pass saves for each iteration
+// bits of `absorbed`, which the forward pass saves for each iteration
+constexpr int32_t ABSORBED = 1, IN_BLOCKS = 2, IN_NODES = 4, NODE_LEVELS = 8;  // the last: where a number begins
 
 }  // namespace aha

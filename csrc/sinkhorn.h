@@ -18,13 +18,15 @@ namespace aha {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// AHA_RANKING_PLAN=dense or blocks takes one for all images that it can do; tests compare them.
-enum class RankingPlan { fastest, dense, blocks };
+// AHA_RANKING_PLAN=dense, blocks or nodes takes one for all images that it can do; tests compare them.
+enum class RankingPlan { fastest, dense, blocks, nodes };
 inline RankingPlan asked_for() {
   const char* name = std::getenv("AHA_RANKING_PLAN");
   if (!name || !*name) return RankingPlan::fastest;
   if (!std::strcmp(name, "dense")) return RankingPlan::dense;
-  STD_TORCH_CHECK(!std::strcmp(name, "blocks"), "AHA_RANKING_PLAN=", name, " is not known: set it to dense or blocks");
+  if (!std::strcmp(name, "nodes")) return RankingPlan::nodes;
+  STD_TORCH_CHECK(!std::strcmp(name, "blocks"), "AHA_RANKING_PLAN=", name,
+                  " is not known: set it to dense, blocks or nodes");
   return RankingPlan::blocks;
 }
 

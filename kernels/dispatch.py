@@ -97,8 +97,11 @@ def _makes(why_not: Callable[[Call], str | None]) -> Callable[[Call], str | None
     return with_outputs
 
 
+_PLANS = ("dense", "blocks", "nodes")  # as csrc/cpu/sinkhorn.cpp numbers them
+
+
 def _ranking_plan(call: Call) -> str | None:
-    """Dense, or in blocks (csrc/blocks.h), as the C++ operators count for each image."""
+    """Dense, in blocks (csrc/blocks.h) or at nodes (csrc/cpu/node_ranking.cpp), as C++ finds for each image."""
     arguments = call.arguments
     scores, tau = arguments["scores"], arguments["tau"]
     if arguments["noise"]:
@@ -109,9 +112,12 @@ def _ranking_plan(call: Call) -> str | None:
     counts = torch.ops.aha.ranking_plan(scores.detach(), tau.detach(), None if start is None else start.detach())
     if not len(counts):
         return None
-    taken = int(counts[:, 0].sum())
+    images = [int((counts[:, 0] == plan).sum()) for plan in range(len(_PLANS))]
+    taken = [f"{name} for {n}" for name, n in zip(_PLANS, images, strict=True) if n]
+    name = taken[0].split()[0] if len(taken) == 1 else f"{', '.join(taken)} of {len(counts)} images"
+    if name == _PLANS[-1]:
+        return f"{name}: iterations whose time does not depend on K"
     blocks, dense = (f"{float(column.double().mean()):.2g}" for column in counts[:, 4:].T)
-    name = {0: "dense", len(counts): "blocks"}.get(taken, f"blocks for {taken} of {len(counts)} images")
     return f"{name}: vector operations of an iteration {blocks} in blocks, {dense} dense"
 
 

@@ -4,18 +4,22 @@
 // X of one matrix (K x K) is the only large memory. Each sweep reads X once, from the second-level cache for K < 700.
 // Threads share out matrices, or blocks of rows if matrices are few; sums over blocks are formed in one order either
 // way, so results repeat bit for bit for any number of threads.
-// Without noise, and unless the matrix itself is asked for, block_ranking.cpp does the same in linear time; each image
-// takes whichever counts fewer operations.
+// Without noise, and unless the matrix itself is asked for, each image takes the fastest of three: iterations at nodes
+// where its scalings are smooth (node_ranking.cpp), in blocks (block_ranking.cpp, linear time), or dense, whichever of
+// these two counts fewer operations.
 #include "sinkhorn.h"
 
 #include <torch/csrc/stable/library.h>
 
+#include <algorithm>
+#include <array>
 #include <memory>
 #include <tuple>
 #include <vector>
 
 #include "block_ranking.h"
 #include "by_rank.h"
+#include "node_ranking.h"
 #include "sinkhorn_rows.h"
 
 namespace aha {
@@ -264,12 +268,14 @@ struct State {
 
 constexpr int64_t LEAST = 64, MOST = 8192;  // regions: below, blocks never pay; above, the matrix is too large
 
-// Whether an image of k regions is tried in blocks, and whether it may turn out to take fewer operations without.
+// Whether an image of k regions is tried at nodes, whether in blocks, and whether these may turn out to take more
+// operations than its matrix.
 struct Trial {
-  bool blocks, may_refuse;
+  bool nodes, blocks, may_refuse;
   Trial(RankingPlan plan, int64_t k)
-      : blocks(plan == RankingPlan::blocks || (plan == RankingPlan::fastest && k >= LEAST)),
-        may_refuse(blocks && plan == RankingPlan::fastest && k <= MOST) {}
+      : nodes(plan == RankingPlan::nodes || (plan == RankingPlan::fastest && k >= LEAST)),
+        blocks(plan == RankingPlan::blocks || (plan != RankingPlan::dense && k >= LEAST)),
+        may_refuse(blocks && plan != RankingPlan::blocks && k <= MOST) {}
   bool taken(const BlockCount& count) const { return blocks && (!may_refuse || count.fewer()); }
 };
 
@@ -292,13 +298,57 @@ bool without_matrix(const Problem<T>& problem, const Output<T>& output) {
   return problem.scores && problem.noise == 0 && (output.kind == Readout::left || output.kind == Readout::right);
 }
 
+// Whether nodes can be asked for: outputs for every score, from ranks and scores alone.
+template <typename T>
+bool smooth(const Problem<T>& problem, const Output<T>& output) {
+  return sizeof(T) == 4 && without_matrix(problem, output) && output.kind == Readout::left && !problem.start;
+}
+
+// f(image) for those of the batch where done(image) is false
+template <typename Done, typename F>
+void for_each_other(int64_t batch, const Done& done, const F& f) {
+  std::vector<int64_t> others;
+  for (int64_t b = 0; b < batch; ++b)
+    if (!done(b)) others.push_back(b);
+  for_each_matrix(static_cast<int64_t>(others.size()), [&](int64_t n) { f(others[n]); });
+}
+
+// done: 1 for the images that were ranked at nodes. at(b): where their state and output lie.
+template <typename At>
+void try_nodes(const Problem<float>& problem, const Output<float>& output, const At& at, std::vector<char>& done) {
+  const auto batch = static_cast<int64_t>(done.size());
+  std::vector<char> open(batch, 1);
+  for (const int levels : node_levels(static_cast<double>(problem.tau))) {
+    if (std::none_of(open.begin(), open.end(), [](char o) { return o; })) return;
+    const NodeRows rows(output.left, output.steps, problem.k(), static_cast<double>(problem.tau), levels);
+    if (!rows.usable) return;
+    for_each(batch, [&](int64_t b) {
+      if (!open[b]) return;
+      const auto [scalings, absorbed, out] = at(b);
+      const AtNodes found = node_forward(in_blocks(problem, output, b), rows, scalings, absorbed, out);
+      done[b] = found == AtNodes::found, open[b] = found == AtNodes::rough_ends;
+    });
+  }
+}
+
 template <typename T>
 void run_forward(const Problem<T>& problem, Output<T> output, T* scalings, int32_t* absorbed, T* out) {
-  const auto [batch, k, iterations] = problem.shape;
+  const auto [batch, k_, iterations_] = problem.shape;
+  const int64_t k = k_, iterations = iterations_;
   if (batch == 0) return;
   const Trial trial(without_matrix(problem, output) ? asked_for() : RankingPlan::dense, k);
+  std::vector<char> done(batch, 0);
+  if constexpr (sizeof(T) == 4)
+    if (trial.nodes && smooth(problem, output))
+      try_nodes(
+          problem, output,
+          [&](int64_t b) {
+            return std::tuple(scalings + b * (iterations + 1) * 2 * k, absorbed + b * iterations, out + b * output.size(k));
+          },
+          done);
+  if (std::all_of(done.begin(), done.end(), [](char d) { return d; })) return;
   output.prepare(k, !trial.blocks || trial.may_refuse, trial.blocks);
-  for_each_matrix(batch, [&](int64_t b) {
+  for_each_other(batch, [&](int64_t b) { return done[b]; }, [&](int64_t b) {
     if (trial.blocks && block_forward(in_blocks(problem, output, b), trial.may_refuse,
                                       scalings + b * (iterations + 1) * 2 * k, absorbed + b * iterations,
                                       out + b * output.size(k)))
@@ -338,13 +388,31 @@ void run_backward(const Problem<T>& problem, Output<T> output, T* scalings, int3
                   const Gradients<T>& gradients) {
   const auto [batch, k_, iterations_] = problem.shape;
   const int64_t k = k_, iterations = iterations_;
-  const bool possible = without_matrix(problem, output);  // whatever state came
-  const auto blocks = [&](int64_t b) { return possible && (absorbed[b * iterations] & IN_BLOCKS) != 0; };
-  int64_t of_blocks = 0;
-  for (int64_t b = 0; b < batch; ++b) of_blocks += blocks(b);
-  output.prepare(k, of_blocks < batch, of_blocks > 0);
-  for_each_matrix(batch, [&](int64_t b) {
-    if (blocks(b)) {
+  // whatever state came, what the forward pass could have taken
+  const bool possible = without_matrix(problem, output), may_be_nodes = smooth(problem, output);
+  const auto nodes = [&](int64_t b) { return may_be_nodes && (absorbed[b * iterations] & IN_NODES) != 0; };
+  const auto blocks = [&](int64_t b) { return possible && !nodes(b) && (absorbed[b * iterations] & IN_BLOCKS) != 0; };
+  int64_t of_nodes = 0, of_blocks = 0;
+  for (int64_t b = 0; b < batch; ++b) of_nodes += nodes(b), of_blocks += blocks(b);
+  // the gradient of tau is another matter, and taken from the scores alone
+  if (gradients.tau) of_blocks += of_nodes, of_nodes = 0;
+  if constexpr (sizeof(T) == 4)
+    if (of_nodes) {
+      const auto levels = [&](int64_t b) { return std::clamp(absorbed[b * iterations] >> NODE_LEVELS, 0, 16); };
+      std::array<std::unique_ptr<const NodeRows>, 17> rows;
+      for (int64_t b = 0; b < batch; ++b)
+        if (auto& some = rows[levels(b)]; nodes(b) && !some)
+          some = std::make_unique<const NodeRows>(output.left, output.steps, k, static_cast<double>(problem.tau), levels(b));
+      for_each(batch, [&](int64_t b) {
+        if (nodes(b))
+          node_backward(in_blocks(problem, output, b), *rows[levels(b)], scalings + b * (iterations + 1) * 2 * k,
+                        absorbed + b * iterations, grad + b * output.size(k), gradients.scores + b * k);
+      });
+      if (of_nodes == batch) return;
+    }
+  output.prepare(k, of_nodes + of_blocks < batch, of_blocks > 0);
+  for_each_other(batch, [&](int64_t b) { return of_nodes && nodes(b); }, [&](int64_t b) {
+    if (blocks(b) || nodes(b)) {
       const BlockGradients<T> of_image{gradients.scores + b * k, gradients.tau ? gradients.tau + b : nullptr,
                                        gradients.right ? gradients.right + b * k : nullptr,
                                        gradients.start ? gradients.start + b * k : nullptr};
@@ -554,7 +622,22 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gumbel_sinkhorn_backward(const Tensor
   return {grad_scores, grad_tau, grad_right, grad_start};
 }
 
-// One row per image: whether it is ranked in blocks, and how these count (BlockCount).
+// done: 1 for the images whose masks are ranked at nodes, found out by 30 iterations.
+void plan_nodes(Problem<float> problem, std::vector<char>& done) {
+  problem.shape.iterations = 30;
+  const int64_t state = 2 * (problem.shape.iterations + 1) * problem.k();
+  const auto batch = static_cast<int64_t>(done.size());
+  const Buffer<float> scalings(batch * state);
+  const Buffer<int32_t> absorbed(batch * problem.shape.iterations);
+  try_nodes(
+      problem, {Readout::left, nullptr, 0, nullptr},
+      [&](int64_t b) {
+        return std::tuple(scalings + b * state, absorbed + b * problem.shape.iterations, static_cast<float*>(nullptr));
+      },
+      done);
+}
+
+// One row per image: ranked dense (0), in blocks (1) or at nodes (2: masks in float32 may be), and how blocks count.
 Tensor ranking_plan(const Tensor& scores, const Tensor& tau, const std::optional<Tensor>& start) {
   const Tensor seed = torch::stable::new_zeros(scores, {}, ScalarType::Long);
   const RankingShape shape = check_ranking(scores, tau, seed, std::nullopt, std::nullopt, start, 1);
@@ -566,9 +649,12 @@ Tensor ranking_plan(const Tensor& scores, const Tensor& tau, const std::optional
     using T = decltype(type);
     const Problem<T> problem = ranking<T>(shape, values, tau, seed, initial, 0);
     const Output<T> output{Readout::left, nullptr, 0, nullptr};
+    std::vector<char> at_nodes(shape.batch, 0);
+    if constexpr (sizeof(T) == 4)
+      if (trial.nodes && !start) plan_nodes(problem, at_nodes);
     for (int64_t b = 0; b < shape.batch; ++b) {
       const BlockCount count = block_count(in_blocks(problem, output, b));
-      const int64_t row[] = {trial.taken(count), count.row_blocks, count.column_blocks,
+      const int64_t row[] = {at_nodes[b] ? 2 : trial.taken(count) ? 1 : 0, count.row_blocks, count.column_blocks,
                              count.pairs,        count.work,       count.dense_work};
       std::copy_n(row, 6, data<int64_t>(out) + 6 * b);
     }

@@ -5,6 +5,7 @@ import importlib.metadata
 import json
 import sys
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -143,10 +144,26 @@ def test_nan_is_an_error():
 def test_times_are_interleaved():
     order = []
     calls = {name: (lambda name=name: order.append(name)) for name in "ab"}
-    times = timing.interleaved(calls, "cpu", seconds=0.0, rounds=5)
+    times = timing.interleaved(calls, "cpu", seconds=0.0, rounds=5, steady=False)
     assert order == ["a", "b", *"ab", *"ba", *"ab", *"ba", *"ab"]  # untimed, then five rounds
     assert all(t.p20_ms <= t.median_ms <= t.p80_ms for t in times.values())
     assert timing.summary([1.0, 2.0, 3.0, 4.0, 5.0, 6.0]) == (3.5, 2.0, 5.0)
+
+
+def test_short_calls_are_timed_in_a_steady_state(monkeypatch):
+    now, calls_made = 0.0, []
+
+    def call(name):
+        nonlocal now
+        cold = calls_made[-1:] != [name]
+        now += 1e-3 * (50 if name == "long" else 9 if cold else 2)
+        calls_made.append(name)
+
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: now)
+    times = timing.interleaved({n: partial(call, n) for n in ("short", "long")}, "cpu", seconds=0.0, rounds=5)
+    assert times["short"].median_ms == pytest.approx(2.0)
+    assert times["long"].median_ms == pytest.approx(50.0)
+    assert calls_made.count("long") == 6  # untimed, then once a round
 
 
 def test_from_a_measurement_to_the_pages(tmp_path, monkeypatch):
@@ -351,7 +368,7 @@ def test_the_classifier_alone_sees_the_images_of_the_objective():
 def test_shares_of_a_training_step_and_a_refinement_step_by_operator(monkeypatch):
     clocks = {}
 
-    def one_ms_a_call(calls, device, seconds):
+    def one_ms_a_call(calls, device, seconds, steady):
         clocks.update(calls)
         return {name: timing.Times(100.0 if name in ("step", "refinement") else 1.0, 0.0, 0.0) for name in calls}
 
