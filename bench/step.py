@@ -122,7 +122,7 @@ def measure(
     for kind, all_calls in calls.items():
         for operator in dict.fromkeys(call.operator for call in all_calls):
             clocks[f"{operator} of {kind}"] = _replayer([call for call in all_calls if call.operator == operator])
-    taken = timing.interleaved(clocks, device, seconds)
+    taken = timing.interleaved(clocks, device, seconds, steady=False)
     medians = {name: times.median_ms for name, times in taken.items()}
     shares = {
         kind: {call.operator: medians[f"{call.operator} of {kind}"] / medians[kind] for call in calls[kind]}

@@ -129,7 +129,8 @@ def markdown(rows: Sequence[Record], device: str, extra: str = "") -> str:
     return "\n".join([*page, extra]).rstrip() + "\n"
 
 
-_LEGEND = """Milliseconds, median (p20 to p80) of rounds interleaved between the rows of one size. Error: largest
+_LEGEND = """Milliseconds, median (p20 to p80) of rounds interleaved between the rows of one size; on a CPU, calls below
+20 ms are repeated within a round and the first, which finds cold caches, is left out (`bench.timing`). Error: largest
 deviation from the float64 reference on the same inputs, outputs and gradients, relative to the largest entry; in
 brackets that of the float32 reference, which is not run where its matrices do not fit: there the float64 blocks are the
 truth. Memory: peak of one forward and backward pass beyond its inputs. `eager` is the

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 
 MIN_ROUNDS, MAX_ROUNDS = 5, 200
+STEADY_MS = 20.0
 
 
 class Times(NamedTuple):
@@ -27,13 +28,16 @@ def interleaved(
     device: torch.device | str,
     seconds: float = 2.0,
     rounds: int = MIN_ROUNDS,
+    steady: bool = True,
 ) -> dict[str, Times]:
-    """Time every call once per round, for ``rounds`` rounds and then until ``seconds`` have passed.
+    """Time every call in turn, for ``rounds`` rounds and then until ``seconds`` have passed.
 
-    Every call runs once untimed. On CUDA, events around the call, with the L2 cache flushed before it: what a call
-    finds in a training step.
+    Every call runs once untimed. On a CPU, short calls are repeated for `STEADY_MS` and the first is left out: it finds
+    caches, branch predictors and threads as another implementation's seconds of work left them, which costs a call of
+    any operator about a millisecond. With ``steady`` off, the first is the one that counts: what a call finds in a
+    training step. On CUDA, events around a single call, with the L2 cache flushed before it.
     """
-    clock = _cuda_ms if torch.device(device).type == "cuda" else _cpu_ms
+    clock = _cuda_ms if torch.device(device).type == "cuda" else _steady_ms if steady else _cpu_ms
     names = list(calls)
     if not names:
         return {}
@@ -60,6 +64,17 @@ def _cpu_ms(call: Callable[[], object]) -> float:
     start = time.perf_counter()
     call()
     return 1e3 * (time.perf_counter() - start)
+
+
+def _steady_ms(call: Callable[[], object]) -> float:
+    first = _cpu_ms(call)
+    if first >= STEADY_MS:
+        return first
+    count, start = 0, time.perf_counter()
+    while (taken := 1e3 * (time.perf_counter() - start)) < STEADY_MS:
+        call()
+        count += 1
+    return taken / count
 
 
 def _cuda_ms(call: Callable[[], object]) -> float:
