@@ -54,7 +54,7 @@ def stages(
         add("soft_ranks", *python, "bench.soft_ranks", "--out", str(out), "--seconds", str(seconds))
     # a classifier that keeps a GPU busy, and one that leaves a CPU time for other things
     gpu = ["--model", "vit_base_patch16_224", "--batch", "8", "--fractions", "16"]
-    add("step", *python, "bench.step", *common, *(gpu if device == "cuda" else ["--fractions", "6"]))
+    add("step", *python, "bench.step", *common, *(gpu if device == "cuda" else []))
     add("mda", *python, "bench.mda", *common, *(["--images", "16", "--steps", "8"] if device == "cuda" else []))
     names = [stage.name for stage in found]
     if unknown := set(only) - set(names):
