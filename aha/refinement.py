@@ -12,6 +12,7 @@ from . import references as reference_images
 from .checks import check_integer, check_number, finite_maps
 from .classifier import Classifier, check_classifier
 from .explainer import Explainer
+from .explainer.explainer import Fixed
 from .objective import Objective
 from .protection import protected
 from .regions import Regions, default_cells, grid
@@ -71,6 +72,7 @@ def refine(
         raise ValueError(f"explainer is a {type(explainer).__name__}: give an aha.Explainer")
     check_classifier(classifier).require("refinement", gradients=steps > 0, inside=False)
     images = classifier.check(images).detach()
+    explainer = explainer.of(classifier)
     known = explainer.classifier.num_classes
     parts = []
     with protected(classifier, *explainer.networks):
@@ -115,14 +117,14 @@ def _refined(
     pairs = [(reference, grids[i % len(grids)]) for i, reference in enumerate(blank)]
     tau = explainer.settings["temperature"]
     with torch.no_grad():
-        dense = explainer.dense(images, target)
+        fixed = explainer.fixed(images, target)
     heads, shared = _per_image(explainer, len(images))
     optimizer = torch.optim.AdamW(list(heads.values()), lr=lr, weight_decay=0.0)
     best = Best(len(images), images.device)
     trail = []
     for step in range(steps + 1):
         with torch.set_grad_enabled(step < steps):
-            maps = _maps(explainer, heads, shared, dense, (height, width))
+            maps = _maps(explainer, heads, shared, fixed, (height, width))
             losses = _losses(objective, images, maps, target, pairs, tau)
         trail.append(best.keep(maps.detach(), losses.detach()))
         if step < steps:
@@ -182,10 +184,10 @@ def _maps(
     explainer: Explainer,
     heads: dict[str, Tensor],
     shared: dict[str, Tensor],
-    dense: Tensor,
+    fixed: Fixed,
     size: tuple[int, int],
 ) -> Tensor:
     def one(parameters: dict[str, Tensor], features: Tensor) -> Tensor:
         return functional_call(explainer.decoder.head, {**parameters, **shared}, (features[None],))[0]
 
-    return explainer.head_maps(vmap(one)(heads, dense), size)
+    return explainer.head_maps(vmap(one)(heads, fixed.dense), fixed.base, size)

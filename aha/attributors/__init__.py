@@ -3,6 +3,8 @@
 >>> maps = aha.attributors.create("rollout", clf).attribute(images)
 """
 
+from ..full_gradient import FullGradient, full_gradient
+from ..libra import libra
 from ..protection import undisturbed
 from . import (
     attcam,
@@ -22,9 +24,7 @@ from . import (
     vit_cx,
 )
 from .base import Attributor, Metadata, available, create, find, register
-from .fullgrad import FullGradient, full_gradient
 from .learned import AHA, FastSHAP, ViTShapley
-from .libragrad import libra
 from .passes import Passes, count_passes
 from .specs import MethodSpec
 

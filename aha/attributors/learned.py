@@ -60,12 +60,12 @@ class LearnedAttributor(Attributor):
                 f"{self.name} needs an explainer trained with --objective {self.objective}, this one was trained with "
                 f"{trained}: use it as {method_of(explainer)}"
             )
-        self.explainer = explainer
+        self.explainer = explainer.of(clf)
 
     @property
     def _encoding(self) -> Passes:
-        """What the explainer's features take of the classifier: a pass where it is its own encoder."""
-        return Passes(int(self.explainer.encoder.module is self.clf.module))
+        """What the explainer sees of the classifier."""
+        return Passes(*self.explainer.passes)
 
     @property
     def networks(self) -> tuple[nn.Module, ...]:

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from ..classifier import Classifier, HFLogits, dtype_of
 from ..protection import protected, steady
+from ..stages import LEVELS, find_stages, quarters, seen_at
 from ..structure import feature_count, uniform_patch
 from ..weights import load_weights, numbers, read_weights
-from .stages import LEVELS, find_stages, quarters, seen_at
 
 # (encoder, images) → a context that its features are read in, for who counts passes
 READING: list[Callable[[Encoder, Tensor], AbstractContextManager]] = []

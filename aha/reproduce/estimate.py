@@ -90,7 +90,7 @@ def estimate(name: str, setting: Setting) -> list[Work]:
 def of_training(config: TrainConfig, clf: Classifier, explainer: Any) -> Passes:
     """Passes that training takes for one image: its target classes, the explainer's features and the perturbed images;
     the diagnosis of four images for every line of the log."""
-    features = Passes(1 if explainer.encoder.module is clf.module else 0)
+    features = Passes(*explainer.passes)
     objective = make_objective(config, clf)
     assert isinstance(objective, Objective)  # the catalogue trains for the ranking alone
     diagnosed = min(4, config.batch_size) / config.batch_size / config.log_every

@@ -429,7 +429,9 @@ class Trainer:
         """Classifier, encoder and images; read once, for all may be large."""
         made = {"classifier": fingerprint(self.classifier), "data": identity(self.data, content=False)}
         encoder = self.explainer.encoder
-        return made if encoder.module is self.classifier.module else {**made, "encoder": fingerprint(encoder)}
+        if encoder is None or encoder.module is self.classifier.module:
+            return made
+        return {**made, "encoder": fingerprint(encoder)}
 
     def _resume(self, path: Path | None) -> None:
         if path is None:

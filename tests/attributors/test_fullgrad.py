@@ -7,8 +7,8 @@ from torch import nn
 
 from aha import attributors
 from aha.attributors import full_gradient, libra
-from aha.attributors.fullgrad import Constants
 from aha.classifier import Classifier
+from aha.full_gradient import Constants
 
 from .architectures import MIXERS, assert_refused, assert_well_behaved, make, pictures
 

@@ -7,7 +7,7 @@ from torch import nn
 
 import aha
 
-from ..toys import TINY_DECODER
+from .toys import TINY_DECODER
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..geometry import as_maps
+from .geometry import as_maps
 
 LEVELS = 4
 

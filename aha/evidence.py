@@ -1,0 +1,200 @@
+"""What a classifier says of its own decision: maps by role, all of one forward and one backward pass.
+
+Every architecture has the roles, each in its own way:
+
+- ``gradient``: the full gradient, the mean over cuts through the network. FullGrad+ of plain vision transformers and
+  mixers; of every other network Σ_l Σ_c h_l⊙∂s/∂h_l over the pixels and the last maps h_l of each resolution, their
+  signs kept. Constants are left out there: they make it worse, the pixels make it better;
+- ``last``: what the last stage says. AttCAM; of other networks HiResCAM, Σ_c A_c⊙∂s/∂A_c of the last maps;
+- ``activity``: where much happens, whatever the class. The attention of the readout in the last block; of other
+  networks the norm over channels of the last maps.
+
+Gradients are LibraGrad's where it has the rules, plain ones elsewhere. The methods alone are in `aha.attributors`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .classifier import Classifier
+from .full_gradient import TokenTerms
+from .geometry import as_maps
+from .libra import libra
+from .objective import standardize
+from .precision import switched_off
+from .protection import protected, undisturbed
+from .stages import find_stages
+from .structure import transformer
+
+ROLES = ("gradient", "last", "activity")
+
+
+class Evidence(NamedTuple):
+    """What `evidence` found.
+
+    Attributes:
+        maps: (B, roles, H, W), each of mean 0 and standard deviation 1 over the image; 0 where absent or flat.
+        present: (roles,) whether the architecture has the role.
+        logits: (B, classes), of the same pass.
+        target: (B,) the classes that the maps are of.
+    """
+
+    maps: Tensor
+    present: Tensor
+    logits: Tensor
+    target: Tensor
+
+    @property
+    def best(self) -> Tensor:
+        """(B, 1, H, W): the single map that is known to be the best, the full gradient."""
+        return self.maps[:, :1]
+
+
+class Evident:
+    """The evidence of one classifier, whose architecture is looked at once.
+
+    >>> found = aha.evidence.Evident(clf)(images)
+
+    Args:
+        clf: any classifier with gradients and hooks.
+    """
+
+    def __init__(self, clf: Classifier):
+        clf.require("evidence", True, True)
+        self.clf = clf
+        self._read = _of_tokens(clf) or _of_maps(clf)
+        self._libra = self._has_rules()
+
+    def __call__(self, images: Tensor, target: Tensor | Sequence[int] | int | None = None) -> Evidence:
+        """One forward and one backward pass.
+
+        Args:
+            images: (B, C, H, W) in [0, 1].
+            target: (B,) classes, one for all, or None: the predicted ones.
+        """
+        images = self.clf.check(images).detach()
+        if target is not None:
+            target = self.clf.resolve_target(images, target)
+        with protected(self.clf), self._rules():
+            maps, logits, target = self._read(images, target)
+        present = torch.tensor([m is not None for m in maps], device=images.device)
+        blank = torch.zeros_like(images[:, :1])
+        stacked = torch.cat([blank if m is None else _standardized(m.detach().float()) for m in maps], dim=1)
+        return Evidence(stacked, present, logits.detach(), target)
+
+    def _rules(self) -> AbstractContextManager:
+        return libra(self.clf.module) if self._libra else nullcontext()
+
+    def _has_rules(self) -> bool:
+        blank = torch.full((1, len(self.clf.mean), *self.clf.input_size), 0.5, device=self.clf.device)
+        try:
+            with protected(self.clf), libra(self.clf.module):
+                self._read(blank, None)
+        except ValueError:
+            return False
+        return True
+
+
+Read = Callable[[Tensor, Tensor | None], tuple[list[Tensor | None], Tensor, Tensor]]
+
+
+def _standardized(maps: Tensor) -> Tensor:
+    """Whatever their unit is."""
+    most = maps.abs().amax(dim=(1, 2, 3), keepdim=True)
+    return (standardize(maps / torch.where(most > 0, most, 1)) - 0.5) / 0.29
+
+
+def _chosen(logits: Tensor, target: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The sum of the targets' logits, and the targets."""
+    target = logits.argmax(dim=1) if target is None else target
+    return logits.gather(1, target[:, None]).sum(), target
+
+
+def _of_tokens(clf: Classifier) -> Read | None:
+    found = transformer(clf.module, mixers=True)
+    # CaiT's class token joins behind the blocks
+    if found is None or hasattr(clf.module, "blocks_token_only"):
+        return None
+    blocks, prefix, readout, softmaxes = found.blocks, found.prefix, found.readout, found.softmaxes
+    patches = slice(prefix, None)
+
+    def read(images: Tensor, target: Tensor | None) -> tuple[list[Tensor | None], Tensor, Tensor]:
+        size = (int(images.shape[-2]), int(images.shape[-1]))
+        rows, cols = found.grid(*size)
+        tokens = prefix + rows * cols
+        terms = TokenTerms(blocks, tokens)
+        weights: list[Tensor] = []
+        read_out: list[Tensor] = []
+
+        def watch(_module: nn.Module, _args: Any, attention: Tensor) -> None:
+            # windows, or what else is not one row and column for each token, say nothing of where the readout looks
+            if tuple(attention.shape[2:]) == (tokens, tokens):
+                weights.append(attention.detach()[:, :, :, patches].mean(dim=(1, 2)))
+                read_out[:] = [attention.detach()[:, :, readout, patches].mean(dim=(1, 2))]
+
+        hooks = [(module, watch) for module in softmaxes or ()]
+        with undisturbed(clf, hooks, unfused=True), terms.recorded():
+            logits = clf(images)
+        score, target = _chosen(logits, target)
+        terms.trace(score)
+        maps: list[Tensor | None] = [terms.total[:, patches], None, None]
+        if len(weights) == len(blocks):
+            maps[2] = read_out[0]
+            if len(blocks) > 1:
+                # the mean over all queries of a block's attention, with the tokens that leave it
+                pairs = zip(terms.inputs[1:], weights, strict=False)
+                maps[1] = torch.stack([inputs[:, patches] * weight for inputs, weight in pairs]).sum(dim=0)
+        return [None if m is None else _enlarged(m.reshape(-1, 1, rows, cols), size) for m in maps], logits, target
+
+    return read
+
+
+def _enlarged(maps: Tensor, size: tuple[int, int]) -> Tensor:
+    return F.interpolate(maps, size, mode="bilinear", align_corners=False)
+
+
+def _of_maps(clf: Classifier) -> Read:
+    blank = torch.zeros(2, len(clf.mean), *clf.input_size, device=clf.device)
+    try:
+        with protected(clf), torch.no_grad():
+            cuts = list(dict.fromkeys(find_stages(clf.module, clf.normalize(blank), clf.name)))
+    except ValueError:
+        cuts = []
+
+    def read(images: Tensor, target: Tensor | None) -> tuple[list[Tensor | None], Tensor, Tensor]:
+        size = (int(images.shape[-2]), int(images.shape[-1]))
+        total = torch.zeros_like(images[:, :1])
+        last: list[Tensor | None] = [None, None]
+
+        def cut(module: nn.Module, _args: Any, output: Tensor) -> None:
+            # a copy, for what follows may work in place
+            kept = output.detach().clone()
+
+            def receive(gradient: Tensor) -> None:
+                if (maps := as_maps(kept * gradient, size)) is None:
+                    return
+                here = _enlarged(maps.sum(dim=1, keepdim=True), size)
+                total.add_(here)
+                if module is cuts[-1] and (features := as_maps(kept, size)) is not None:
+                    strength = torch.linalg.vector_norm(features, dim=1, keepdim=True)
+                    last[:] = [here, _enlarged(strength, size)]
+
+            output.register_hook(receive)
+
+        pixels = clf.normalize(images.clone()).requires_grad_()
+        with ExitStack() as stack:
+            stack.enter_context(switched_off(clf.module, "grad_checkpointing"))
+            for module in cuts:
+                stack.callback(module.register_forward_hook(cut).remove)
+            logits = clf.forward_normalized(pixels)
+        score, target = _chosen(logits, target)
+        (gradient,) = torch.autograd.grad(score, pixels)
+        return [total + (pixels.detach() * gradient).sum(dim=1, keepdim=True), *last], logits, target
+
+    return read

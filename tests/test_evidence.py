@@ -1,0 +1,119 @@
+"""Evidence: every role of every architecture, equal to the methods alone, of one forward and one backward pass."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from aha import attributors
+from aha.attributors import libra
+from aha.attributors.passes import count_passes
+from aha.classifier import Classifier
+from aha.evidence import ROLES, Evident
+
+from .attributors.architectures import MIXERS, PYRAMIDS, TRANSFORMERS, make, pictures
+
+
+def standardized(maps):
+    variance, mean = torch.var_mean(maps.double(), dim=(2, 3), keepdim=True, correction=0)
+    return ((maps - mean) / variance.sqrt()).float()
+
+
+@pytest.mark.parametrize("kind", [*TRANSFORMERS, *MIXERS])
+def test_roles_of_transformers_are_the_methods_alone(kind):
+    clf = make(kind)
+    images, target = pictures(clf, 2), torch.tensor([3, 1])
+    found = Evident(clf)(images, target)
+    alone = [("libragrad", {"base": "fullgrad_plus"}), ("libragrad", {"base": "attcam"}), ("raw_attention", {})]
+    expected = 1 if kind in MIXERS else 3
+    assert found.present.tolist() == [n < expected for n in range(len(ROLES))]
+    for n, (name, options) in enumerate(alone):
+        if n >= expected:
+            assert not found.maps[:, n].any()
+            continue
+        maps = attributors.create(name, clf, **options).attribute(images, target)
+        assert torch.allclose(found.maps[:, n : n + 1], standardized(maps), atol=1e-3)
+    assert torch.equal(found.best, found.maps[:, :1])
+
+
+@pytest.mark.parametrize("kind", PYRAMIDS)
+def test_roles_of_other_networks(kind):
+    clf = make(kind)
+    images, target = pictures(clf, 2), torch.tensor([3, 1])
+    found = Evident(clf)(images, target)
+    assert found.present.all()
+    # HiResCAM by hand, its sign kept
+    layer = attributors.create("hirescam", clf)
+    with libra(clf.module):
+        captured = layer.capture(images)
+        (gradient,) = torch.autograd.grad(captured.logits.gather(1, target[:, None]).sum(), captured.output)
+    maps, gradient = (layer.maps(values, images).detach() for values in (captured.output, gradient))
+    here = (maps * gradient).sum(dim=1, keepdim=True)
+    for n, expected in ((1, here), (2, maps.square().sum(dim=1, keepdim=True).sqrt())):
+        enlarged = F.interpolate(expected, images.shape[-2:], mode="bilinear", align_corners=False)
+        assert torch.allclose(found.maps[:, n : n + 1], standardized(enlarged), atol=1e-3)
+
+
+def test_the_gradient_of_a_convolutional_network_sums_over_its_resolutions():
+    torch.manual_seed(0)
+    first, second = (nn.Sequential(nn.Conv2d(a, b, 3, 2, 1), nn.ReLU6(True)) for a, b in ((3, 4), (4, 6)))
+    module = nn.Sequential(first, second, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 2))
+    clf = Classifier.wrap(module, (0.5,) * 3, (0.02,) * 3, input_size=(16, 16))
+    images = pictures(clf, 2)
+    cuts = []
+    # LibraGrad's rule for ReLU6 is a constant gate
+    hidden = clf.normalize(images).requires_grad_()
+    for part in (nn.Identity(), first, second):
+        weights = part[0].weight if isinstance(part, nn.Sequential) else None
+        if weights is not None:
+            linear = F.conv2d(hidden, weights, part[0].bias, 2, 1)
+            hidden = linear * (linear.clamp(0, 6) / linear).detach()
+        hidden.retain_grad()
+        cuts.append(hidden)
+    module[4](hidden.mean(dim=(2, 3)))[:, 1].sum().backward()
+    terms = ((cut.detach() * cut.grad).sum(dim=1, keepdim=True) for cut in cuts)
+    expected = sum(F.interpolate(term, (16, 16), mode="bilinear", align_corners=False) for term in terms)
+    assert torch.allclose(Evident(clf)(images, 1).best, standardized(expected), atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["vit", "mixer", "resnet", "swin", "cait"])
+def test_one_pass_serves_all(kind):
+    clf = make(kind)
+    images, evident = pictures(clf, 3), Evident(clf)
+    logits = clf(images)
+    with count_passes(clf) as seen:
+        found = evident(images)
+    assert (seen.forward, seen.backward) == (3, 3)
+    assert torch.allclose(found.logits, logits, atol=1e-5)
+    assert torch.equal(found.target, logits.argmax(dim=1))
+    with torch.no_grad():
+        again = evident(images, found.target)
+    assert torch.equal(again.maps, found.maps)
+    assert not found.maps.requires_grad
+    assert torch.allclose(clf(images), logits)
+
+
+def test_maps_have_one_scale_and_flat_ones_are_0():
+    clf = make("vit")
+    blocks = clf.module.blocks
+    with torch.no_grad():
+        clf.module.head.weight.mul_(1e-12)  # gradients of any unit
+    images = pictures(clf, 2)
+    maps = Evident(clf)(images).maps
+    assert torch.allclose(maps.mean(dim=(2, 3)), torch.zeros(2, 3), atol=1e-4)
+    assert torch.allclose(maps.std(dim=(2, 3), correction=0), torch.ones(2, 3), atol=1e-3)
+    with torch.no_grad():
+        clf.module.head.weight.zero_()
+    maps = Evident(clf)(images).maps
+    assert not maps[:, :2].any() and maps[:, 2].any()
+    assert len(blocks)
+
+
+def test_networks_without_rules_have_plain_gradients():
+    module = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Softplus(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
+    clf = Classifier.wrap(module, input_size=(16, 16))
+    evident = Evident(clf)
+    assert not evident._libra
+    found = evident(pictures(clf, 2))
+    assert found.present.all()
+    assert found.maps[:, :1].any()
