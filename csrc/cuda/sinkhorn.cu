@@ -173,7 +173,8 @@ Tensor empty(const Tensor& like, const Sizes& sizes) {
 bool in_blocks(const Ranking& p, int64_t batch) {
   if (p.noise != 0.0f || !(p.readout == Readout::right || (p.readout == Readout::left && p.steps > 0))) return false;
   static const RankingPlan asked = asked_for();
-  return asked == RankingPlan::fastest ? blocks_pay(batch, p.k) : asked == RankingPlan::blocks;
+  if (asked == RankingPlan::blocks || asked == RankingPlan::dense) return asked == RankingPlan::blocks;
+  return blocks_pay(batch, p.k);  // nodes are the CPU's
 }
 
 BlockPlan block_plan_on(int device, const Ranking& p, bool backward) {

@@ -7,6 +7,8 @@ import aha
 from aha.evidence import Evident
 from aha.explainer.decoder import DecoderConfig
 from aha.explainer.evidence_decoder import EvidenceConfig, EvidenceDecoder
+from aha.source import Source
+from aha.training.command import train
 
 from ..attributors.architectures import make, pictures
 
@@ -105,3 +107,10 @@ def test_what_does_not_go_together_is_refused():
         with pytest.raises(ValueError, match="evidence=True") as error:
             aha.Explainer.build(clf, **options)
         assert "\n" not in str(error.value)
+
+
+def test_the_command_trains_one(tmp_path, capsys):
+    config = aha.TrainConfig(steps=1, batch_size=2, fractions=4, cells=(4, 8), output=str(tmp_path))
+    train(Source(limit=4), evidence=True, config=config)
+    assert "explainer written" in capsys.readouterr().out
+    assert isinstance(aha.Explainer.from_pretrained(tmp_path / "explainer").decoder, EvidenceDecoder)
