@@ -58,10 +58,6 @@ AHA_CLONES void to_nodes(const NodeTables& tables, int64_t blocks, double* momen
   }
 }
 
-}  // namespace
-
-namespace {
-
 int64_t cells_of(double length, double width, int64_t most) {
   const double wanted = std::ceil(length / width);
   return wanted * NODES <= 4.0 * static_cast<double>(most) ? std::max<int64_t>(1, static_cast<int64_t>(wanted)) : 0;
@@ -78,6 +74,7 @@ bool NodeAxis::make(const double* places, int64_t n, double width, int64_t most)
   for (int64_t i = 0; i <= cells; ++i) edges[i] = *low + cell * static_cast<double>(i);
   block = Buffer<int32_t>(n);
   locate(places, n, *low, 1 / cell, static_cast<int32_t>(cells), block);
+  half = 0.5 * cell;
   return keep(places, n, edges, std::vector<int32_t>(cells, 0), most);
 }
 
@@ -87,6 +84,7 @@ bool NodeAxis::make_graded(const double* places, int64_t n, double width, int le
   if (!cells) return false;
   if (levels) cells = std::max<int64_t>(2, cells);
   const double cell = length / static_cast<double>(cells);
+  half = 0.5 * cell;
   std::vector<double> edges{low};
   std::vector<int32_t> of_cell;
   const auto add = [&](int32_t level) {
@@ -114,14 +112,14 @@ bool NodeAxis::keep(const double* places, int64_t n, const std::vector<double>& 
   std::vector<int64_t> of_cell(cells, 0);
   for (int64_t i = 0; i < n; ++i) ++of_cell[block[i]];
   std::vector<int32_t> number(cells, 0);
-  std::vector<double> middles, scales;
+  std::vector<double> middles, halves, scales;
   for (int64_t cell = 0; cell < cells; ++cell) {
     number[cell] = static_cast<int32_t>(blocks);
     if (!of_cell[cell]) continue;
     ++blocks;
     count.push_back(of_cell[cell]), level.push_back(levels[cell]);
-    middles.push_back(0.5 * (edges[cell] + edges[cell + 1])), half.push_back(0.5 * (edges[cell + 1] - edges[cell]));
-    scales.push_back(1 / half.back());
+    middles.push_back(0.5 * (edges[cell] + edges[cell + 1])), halves.push_back(0.5 * (edges[cell + 1] - edges[cell]));
+    scales.push_back(1 / halves.back());
   }
   if (size() > most) return false;
   if (blocks < cells)
@@ -129,7 +127,7 @@ bool NodeAxis::keep(const double* places, int64_t n, const std::vector<double>& 
   x = Buffer<float>(n), place = Buffer<double>(size()), weight = Buffer<double>(size());
   relate(places, block, n, middles.data(), scales.data(), x);
   for (int64_t b = 0; b < blocks; ++b)
-    for (int64_t a = 0; a < NODES; ++a) place[b * NODES + a] = middles[b] + half[b] * node_tables().x[a];
+    for (int64_t a = 0; a < NODES; ++a) place[b * NODES + a] = middles[b] + halves[b] * node_tables().x[a];
   node_weights(*this, 0, n, nullptr, weight);
   return true;
 }

@@ -60,8 +60,8 @@ AHA_INLINE void coefficients(const NodeTables& tables, const double* f, double* 
 
 struct NodeAxis {
   int64_t blocks = 0;             // cells that are not empty
-  std::vector<double> half;       // of a block: half its width, half_0 / 2^level
-  std::vector<int32_t> level;
+  double half = 0;                // half the width of a cell of level 0; 2^-level of it at others
+  std::vector<int32_t> level;     // of a block
   std::vector<int64_t> count;     // elements of a block
   Buffer<double> place, weight;   // of the nodes
   Buffer<float> x;                // of the elements, in [-1, 1]

@@ -66,7 +66,7 @@ AHA_CLONES void first_potential(const double* x, int64_t n, const double* y, con
 
 // The entries of X that count, by pairs of cells. With q = q_I + g y and c = c_J + h x
 //   2 c q = 2 c_J q + 2 q_I (c - c_J) + 2 g h x y:
-// a factor for every row, one for every column, and one matrix of NODES x NODES, the same for all pairs.
+// a factor for every row, one for every column, and one matrix of NODES x NODES, the same for all rows of a level.
 struct NodeMatrix {
   struct Pair {
     int32_t row, column, level;
@@ -148,9 +148,8 @@ AHA_CLONES Resolved resolve(const NodeTables& tables, const double* factor, cons
   const Double high = at(factor) * at(scaling), low = at(factor + HALF) * at(scaling + HALF);
   const Double even = (high + low) * at(tables.tail[0]), odd = (high - low) * at(tables.tail[1]);
   const Double more = high > low ? high : low;
-  Double sums = even;
   double e = 0, o = 0, most = 0;
-  for (int64_t l = 0; l < HALF; ++l) e += sums[l], o += odd[l], most = std::max(most, more[l]);
+  for (int64_t l = 0; l < HALF; ++l) e += even[l], o += odd[l], most = std::max(most, more[l]);
   return {std::max(std::abs(e), std::abs(o)), most};
 }
 
@@ -399,7 +398,7 @@ class NodeRanking {
     for (Buffer<double>* of : {&F_, &u_, &weighted_u_, &row_sums_, &readout_}) *of = Buffer<double>(Q_);
     for (Buffer<double>* of : {&G_, &h_, &v_, &weighted_v_, &column_sums_}) *of = Buffer<double>(C_);
     for (int64_t a = 0; a < C_; ++a) h_[a] = -columns_.place[a] * columns_.place[a] / rows_.tau;
-    reach_ = 2 * rows_.half * columns_.half[0] / rows_.tau;
+    reach_ = 2 * rows_.axis.half * columns_.half / rows_.tau;
     const double* x = node_tables().x;
     for (int level = 0; level <= rows_.levels; ++level) {
       Parity& inner = X_.inner.emplace_back();
@@ -623,11 +622,11 @@ class NodeRanking {
       for (int64_t s = 0; s < group.outputs; ++s) from[s] = masks_ + (first + s) * C_;
       done = group.outputs < WIDTH;  // there is room for the last
       std::fill_n(coefficients.get(), columns_.blocks * NODES * WIDTH, 0.0f);
-      side_by_side(node_tables(), from.data(), group.outputs, columns_.blocks, running, 1 / columns_.half[0], coefficients);
+      side_by_side(node_tables(), from.data(), group.outputs, columns_.blocks, running, 1 / columns_.half, coefficients);
       if (done) {
         std::fill_n(running.get(), C_, 0.0);
         from[0] = summed;
-        side_by_side(node_tables(), from.data(), 1, columns_.blocks, running, 1 / columns_.half[0],
+        side_by_side(node_tables(), from.data(), 1, columns_.blocks, running, 1 / columns_.half,
                      coefficients + group.outputs);
       }
       contract(columns_.x, columns_.block, k_, coefficients, group.rows.data(), group.outputs, group.next, done,
@@ -653,7 +652,6 @@ NodeRows::NodeRows(const float* left, int64_t rows, int64_t size, double tempera
   const Buffer<double> places(k);
   for (int64_t i = 0; i < k; ++i) places[i] = 0.5 - static_cast<double>(i) / static_cast<double>(k - 1);
   if (!axis.make_graded(places, k, RANK_SPACING * std::sqrt(tau), levels, k - NODES)) return;
-  for (int64_t b = 0; b < axis.blocks; ++b) half = std::max(half, std::ldexp(axis.half[b], axis.level[b]));
   const Buffer<double> weights(axis.size());
   for (int64_t s = 0; s < steps; ++s) {
     const float* row = left + s * k;

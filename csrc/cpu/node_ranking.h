@@ -19,7 +19,6 @@ struct NodeRows {
   int levels = 0;       // by which the cells at both ends are refined
   bool usable = false;  // false: ranks take more nodes than there are, or the temperature is no number to work with
   double tau;
-  double half = 0;  // half the width of a cell that is not refined
   int64_t k, steps;
   NodeAxis axis;
   std::vector<Output> outputs;  // rows of left that are not 0
