@@ -118,8 +118,7 @@ def _chosen(logits: Tensor, target: Tensor | None) -> tuple[Tensor, Tensor]:
 
 def _of_tokens(clf: Classifier) -> Read | None:
     found = transformer(clf.module, mixers=True)
-    # CaiT's class token joins behind the blocks
-    if found is None or hasattr(clf.module, "blocks_token_only"):
+    if found is None or found.joined_late:
         return None
     blocks, prefix, readout, softmaxes = found.blocks, found.prefix, found.readout, found.softmaxes
     patches = slice(prefix, None)

@@ -66,6 +66,11 @@ class Transformer:
         return slice(None) if self.pools_prefix else slice(self.prefix, None)
 
     @property
+    def joined_late(self) -> bool:
+        """Whether the class token joins behind the blocks, as in CaiT."""
+        return hasattr(self.module, "blocks_token_only")
+
+    @property
     def norm(self) -> nn.Module | None:
         """What normalises the last block's tokens."""
         return getattr(self.module, "norm", None)

@@ -42,8 +42,7 @@ class FullGradPlus(TransformerAttributor):
 
     def __init__(self, clf: Classifier, **options: Any):
         super().__init__(clf, **options)
-        # CaiT's class token joins behind the blocks
-        if hasattr(clf.module, "blocks_token_only"):
+        if self.structure.joined_late:
             self.refuse()
 
     def _attribute(self, images: Tensor, target: Tensor) -> Tensor:

@@ -55,10 +55,6 @@ class Decoder(nn.Module):
             x = self.fusions[i](level, x)
         return self.finest(x)
 
-    def forward(self, features: Sequence[Tensor], target: Tensor, size: tuple[int, int]) -> Tensor:
-        """Attribution (N, 1, H, W) on the raw scale."""
-        return upsample(self.head(self.dense(features, target, size)), size)
-
 
 class Level(nn.Module):
     """concat(feature, class embedding) → linear → GELU → project.

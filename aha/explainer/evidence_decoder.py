@@ -34,7 +34,7 @@ class EvidenceDecoder(nn.Module):
         super().__init__()
         self.config = config
         width = config.width
-        # maps, whether they are there, and the image with its local contrast removed
+        # the maps and whether they are there; beside them the image
         self.stem = nn.Conv2d(2 * roles, width, 3, padding=1)
         self.pixels = nn.Conv2d(channels, width, 2 * config.stride - 1, config.stride, config.stride - 1)
         self.first = Unit(width)
