@@ -83,7 +83,7 @@ def trained(objective: str, folder: Path, clf: Classifier, setting: Setting, see
     if not (place / "explainer").is_dir():
         torch.manual_seed(seed)
         config = dataclasses.replace(setting.training, objective=objective, output=str(place), seed=seed)
-        explainer = Explainer.build(clf, decoder=setting.decoder)
+        explainer = Explainer.build(clf, decoder=setting.decoder, evidence=False)
         Trainer(explainer, clf, setting.training_images(clf, seed), config).fit(resume=True)
     return place / "explainer"
 

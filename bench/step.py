@@ -87,7 +87,7 @@ def trainer(model: str, batch: int, fractions: int, device: str, backend: str) -
     module = timm.create_model(model, pretrained=False).eval()
     side = module.default_cfg["input_size"][-1]
     classifier = aha.Classifier.wrap(module, (0.5,) * 3, (0.5,) * 3, (side, side)).to(device)
-    explainer = aha.Explainer.build(classifier)
+    explainer = aha.Explainer.build(classifier, evidence=False)
     images = torch.rand(batch, 3, side, side)
     finest = max(2, min(28, side // 4))
     config = aha.TrainConfig(

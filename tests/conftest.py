@@ -54,7 +54,7 @@ def classifier() -> aha.Classifier:
 @pytest.fixture
 def explainer(classifier) -> aha.Explainer:
     torch.manual_seed(1)
-    return aha.Explainer.build(classifier, decoder=TINY_DECODER)
+    return aha.Explainer.build(classifier, evidence=False, decoder=TINY_DECODER)
 
 
 @pytest.fixture

@@ -54,7 +54,7 @@ MAKING = threading.Lock()  # weights are drawn from PyTorch's own generator, whi
 def explainer_of(clf: aha.Classifier) -> aha.Explainer:
     with MAKING, torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
-        return aha.Explainer.build(clf, decoder=TINY_DECODER)
+        return aha.Explainer.build(clf, evidence=False, decoder=TINY_DECODER)
 
 
 def setting(folder: Path, dtype: torch.dtype = torch.float32) -> Setting:

@@ -58,7 +58,7 @@ def untidy(tmp_path):
 def explainer(tmp_path):
     torch.manual_seed(0)
     folder = tmp_path / "explainer"
-    aha.Explainer.build(from_name("scenes"), decoder=TINY_DECODER).save_pretrained(folder)
+    aha.Explainer.build(from_name("scenes"), evidence=False, decoder=TINY_DECODER).save_pretrained(folder)
     return folder
 
 
@@ -105,7 +105,7 @@ def test_training_on_bad_images_resumes_bit_for_bit(untidy, tmp_path):
 
     def trained(output, resume=False):
         torch.manual_seed(0)
-        made = aha.Explainer.build(clf, decoder=TINY_DECODER)
+        made = aha.Explainer.build(clf, evidence=False, decoder=TINY_DECODER)
         run = dataclasses.replace(config, output=str(tmp_path / output))
         trainer = aha.Trainer(made, clf, ImageFolder(untidy, 64, labels=False), run)
         trainer.fit(resume=resume, progress=False)
@@ -170,7 +170,7 @@ def test_classes_that_are_named_by_numbers_in_the_order_of_text(tmp_path):
 def test_class_names_survive_saving(tmp_path):
     clf = aha.Classifier.from_timm("resnet10t", pretrained=False, num_classes=2, class_names=["dog", "cat"])
     clf.source["options"]["pretrained"] = False
-    saved = aha.Explainer.build(clf, decoder=TINY_DECODER).save_pretrained(tmp_path)
+    saved = aha.Explainer.build(clf, evidence=False, decoder=TINY_DECODER).save_pretrained(tmp_path)
     with pytest.warns(UserWarning, match="is not the one"):  # random weights are others when made again
         assert aha.Explainer.from_pretrained(saved).classifier.class_names == ["dog", "cat"]
 

@@ -238,6 +238,8 @@ def test_torchscript(make):
         with pytest.raises(ValueError, match=f"{name} looks inside the classifier, .* is a TorchScript module"):
             create(name, clf)
     with pytest.raises(ValueError, match="gives no intermediate features: give encoder="):
+        aha.Explainer.build(clf, evidence=False)
+    with pytest.raises(ValueError, match="evidence looks inside the classifier, .* is a TorchScript module"):
         aha.Explainer.build(clf)
 
 

@@ -71,7 +71,7 @@ def test_two_wrappers_of_one_network_share_its_lock(images):
 
 def test_networks_that_explain_each_other_do_not_wait_for_ever(images):
     a, b = tiny_classifier(seed=0), tiny_classifier(seed=1)
-    of_a, of_b = (aha.Explainer.build(clf, decoder=TINY_DECODER) for clf in (a, b))
+    of_a, of_b = (aha.Explainer.build(clf, evidence=False, decoder=TINY_DECODER) for clf in (a, b))
 
     def refined(explainer, clf):
         return lambda: [aha.refine(explainer, clf, images, 0, 1, fractions=3) for _ in range(4)]
@@ -150,7 +150,7 @@ def test_all_is_as_before_also_after_an_exception(classifier, error):
 def test_inside_libra_gradients_stay_those_of_libra_when_entries_nest(classifier, images):
     with libra(classifier.module):
         first = create("input_x_gradient", classifier).attribute(images, 0)
-        aha.Explainer.build(classifier, decoder=TINY_DECODER).attribute(images)
+        aha.Explainer.build(classifier, evidence=False, decoder=TINY_DECODER).attribute(images)
         assert torch.equal(create("input_x_gradient", classifier).attribute(images, 0), first)
     assert not torch.equal(create("input_x_gradient", classifier).attribute(images, 0), first)
 

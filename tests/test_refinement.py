@@ -84,7 +84,7 @@ def test_the_loss_never_rises_whatever_the_learning_rate(explainer, classifier, 
 def test_down_to_one_pixel_per_cell(height, width):
     classifier = tiny_classifier(img_size=(height, width))
     torch.manual_seed(1)
-    explainer = aha.Explainer.build(classifier, decoder=TINY_DECODER)
+    explainer = aha.Explainer.build(classifier, evidence=False, decoder=TINY_DECODER)
     images = pictures(2, 48)[..., :height, :width]
     target = classifier.resolve_target(images)
     trail = aha.refine(explainer, classifier, images, target, steps=3, every_step=True, **{**OPTIONS, "cells": (32,)})
@@ -102,7 +102,7 @@ def test_every_pixel_of_a_photograph():
     # 50,176 cells: one matrix would take 10 GB
     classifier = tiny_classifier(img_size=224, patch_size=32)
     torch.manual_seed(1)
-    explainer = aha.Explainer.build(classifier, decoder=TINY_DECODER)
+    explainer = aha.Explainer.build(classifier, evidence=False, decoder=TINY_DECODER)
     images, target = pictures(1, 224), torch.tensor([2])
     trail = aha.refine(explainer, classifier, images, target, steps=1, every_step=True, **{**OPTIONS, "cells": (224,)})
     first, last = (loss_of(explainer, classifier, images, maps, target, 224) for maps in trail)

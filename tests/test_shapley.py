@@ -396,7 +396,7 @@ def fresh():
     module = tiny_vit(img_size=(32, 64), patch_size=16)
     clf = Classifier.wrap(module, (0.5,) * 3, (0.25,) * 3, (32, 64), num_classes=5)
     torch.manual_seed(3)
-    return aha.Explainer.build(clf, decoder=TINY_DECODER), clf
+    return aha.Explainer.build(clf, evidence=False, decoder=TINY_DECODER), clf
 
 
 def fit(config, resume=False, **options):

@@ -26,7 +26,7 @@ from .toys import TINY_DECODER
 def test_an_explainer_for_any_torchvision_network(make, channels, tmp_path):
     torch.manual_seed(0)
     clf = aha.Classifier.wrap(make(num_classes=5), input_size=(64, 96))
-    explainer = aha.Explainer.build(clf, decoder=TINY_DECODER)
+    explainer = aha.Explainer.build(clf, evidence=False, decoder=TINY_DECODER)
     levels = explainer.features(torch.rand(2, 3, 64, 96))
     heights = [level.shape[-2] for level in levels]
     assert heights == sorted(heights, reverse=True)
@@ -52,14 +52,16 @@ def test_the_features_are_those_of_the_stages():
     for stage in (net.layer1, net.layer2, net.layer3, net.layer4):
         x = stage(x)
         expected.append(x)
-    for got, want in zip(aha.Explainer.build(clf, decoder=TINY_DECODER).features(images), expected, strict=True):
+    for got, want in zip(
+        aha.Explainer.build(clf, evidence=False, decoder=TINY_DECODER).features(images), expected, strict=True
+    ):
         torch.testing.assert_close(got, want)
 
 
 def test_a_transformer_gives_blocks_a_quarter_apart():
     net = torchvision.models.VisionTransformer(32, 8, 8, 2, 16, 32, num_classes=5)
     clf = aha.Classifier.wrap(net, input_size=(32, 32))
-    explainer = aha.Explainer.build(clf, decoder=TINY_DECODER)
+    explainer = aha.Explainer.build(clf, evidence=False, decoder=TINY_DECODER)
     layers = net.encoder.layers
     assert explainer.encoder.stages == [layers[1], layers[3], layers[5], layers[7]]
     assert explainer.attribute(torch.rand(1, 3, 32, 32)).shape == (1, 1, 32, 32)
@@ -75,7 +77,7 @@ def test_a_transformer_gives_blocks_a_quarter_apart():
 def test_a_network_without_maps_names_what_to_give(net):
     clf = aha.Classifier.wrap(net, input_size=(32, 32))
     with pytest.raises(ValueError, match=r"Sequential gives no intermediate features: give encoder= the name") as error:
-        aha.Explainer.build(clf)
+        aha.Explainer.build(clf, evidence=False)
     assert "\n" not in str(error.value)
 
 
@@ -83,7 +85,7 @@ def test_in_place_layers_do_not_change_the_features():
     net = nn.Sequential(nn.Conv2d(3, 4, 4, 4), nn.BatchNorm2d(4), nn.ReLU(inplace=True), nn.Flatten(), nn.LazyLinear(5))
     net(torch.rand(1, 3, 32, 32))
     clf = aha.Classifier.wrap(net, input_size=(32, 32))
-    explainer = aha.Explainer.build(clf, decoder=TINY_DECODER)
+    explainer = aha.Explainer.build(clf, evidence=False, decoder=TINY_DECODER)
     images = torch.rand(2, 3, 32, 32)
     seen = {
         type(stage): level for stage, level in zip(explainer.encoder.stages, explainer.features(images), strict=True)

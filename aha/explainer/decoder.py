@@ -27,25 +27,59 @@ class DecoderConfig:
 
 
 class Decoder(nn.Module):
-    """Four feature maps and a class → one attribution map."""
+    """Four feature maps and a class → one attribution map.
 
-    def __init__(self, channels: Sequence[int], num_classes: int, config: DecoderConfig):
+    Args:
+        channels: of the feature maps.
+        sight: what reads image and evidence, where it does: what it sees joins the finest level, and the head starts
+            at 0, for its map is added to the best single evidence.
+        rows: (classes, D) of the classifier's head, of which the class embedding is then a linear map; else it is a
+            table.
+    """
+
+    embedding: nn.Module
+    rows: Tensor | None
+
+    def __init__(
+        self,
+        channels: Sequence[int],
+        num_classes: int,
+        config: DecoderConfig,
+        sight: nn.Module | None = None,
+        rows: Tensor | None = None,
+    ):
         super().__init__()
         self.config = config
-        self.embedding = nn.Embedding(num_classes, config.embedding)
-        nn.init.normal_(self.embedding.weight, std=0.02)
+        self.sight = sight
+        # the classifier's own, which a loaded explainer reads again
+        self.register_buffer("rows", None if rows is None else _normalized(rows), persistent=False)
+        if rows is None:
+            table = nn.Embedding(num_classes, config.embedding)
+            nn.init.normal_(table.weight, std=0.02)
+            self.embedding = table
+        else:
+            self.embedding = nn.Linear(rows.shape[1], config.embedding, bias=False)
         self.levels = nn.ModuleList(Level(c, config.embedding, config.width) for c in channels)
         self.fusions = nn.ModuleList(Fusion(config.width, deepest=i == 3) for i in range(len(channels)))
         self.finest = nn.Conv2d(config.width, config.head, 3, padding=1)
         self.head = Head(config.head)
+        if sight is not None:
+            nn.init.zeros_(self.head[-1].weight)  # type: ignore[arg-type]
 
-    def dense(self, features: Sequence[Tensor], target: Tensor, size: tuple[int, int]) -> Tensor:
+    def dense(
+        self,
+        features: Sequence[Tensor],
+        target: Tensor,
+        size: tuple[int, int],
+        seen: tuple[Tensor, Tensor, Tensor] | None = None,
+    ) -> Tensor:
         """The finest map (N, head, h, w) before the head, for images of ``size``.
 
-        ``target`` is (B,), or (B, M) for M maps per image: N = B·M, image-major.
+        ``target`` is (B,), or (B, M) for M maps per image: N = B·M, image-major. ``seen``: N images, their evidence
+        and which of it is present, for `sight`.
         """
         repeats = target.shape[1] if target.ndim == 2 else 1
-        condition = self.embedding(target.flatten())
+        condition = self.embedding(target.flatten() if self.rows is None else self.rows[target.flatten()])
         x: Tensor | None = None
         for i in reversed(range(len(self.levels))):
             stride = self.config.strides[i]
@@ -53,6 +87,10 @@ class Decoder(nn.Module):
             level = self.levels[i](features[i], condition, repeats)
             level = F.interpolate(level, grid, mode="bilinear", align_corners=False)
             x = self.fusions[i](level, x)
+        assert x is not None
+        if self.sight is not None and seen is not None:
+            # cells that hang over the image's border are empty
+            x = x + _fitted(self.sight(*seen), (x.shape[-2], x.shape[-1]))
         return self.finest(x)
 
 
@@ -121,6 +159,18 @@ class Head(nn.Sequential):
             nn.BatchNorm2d(width),
             last,
         )
+
+
+def _normalized(rows: Tensor) -> Tensor:
+    """Of norm 1 on average, their mean taken away: what all classes share tells none."""
+    rows = rows.detach().float()
+    rows = rows - rows.mean(dim=0)
+    return rows / rows.norm(dim=1).mean().clamp(min=1e-12)
+
+
+def _fitted(x: Tensor, size: tuple[int, int]) -> Tensor:
+    """Zeros added at the right and the bottom, or cells cut off."""
+    return F.pad(x, (0, size[1] - x.shape[-1], 0, size[0] - x.shape[-2]))
 
 
 def upsample(maps: Tensor, size: tuple[int, int]) -> Tensor:

@@ -20,7 +20,7 @@ class EvidenceConfig:
         stride: pixels per cell of the finest level, 4 or 2.
     """
 
-    width: int = 32
+    width: int = 48
     stride: int = 4
 
 
@@ -34,10 +34,7 @@ class EvidenceDecoder(nn.Module):
         super().__init__()
         self.config = config
         width = config.width
-        # the maps and whether they are there; beside them the image
-        self.stem = nn.Conv2d(2 * roles, width, 3, padding=1)
-        self.pixels = nn.Conv2d(channels, width, 2 * config.stride - 1, config.stride, config.stride - 1)
-        self.first = Unit(width)
+        self.sight = Sight(channels, roles, width, config.stride)
         self.down = nn.ModuleList((nn.Conv2d(width, 2 * width, 2, 2), nn.Conv2d(2 * width, 2 * width, 2, 2)))
         self.units = nn.ModuleList((Unit(2 * width), Unit(2 * width)))
         self.up = nn.ModuleList((nn.Conv2d(2 * width, width, 1), nn.Conv2d(2 * width, 2 * width, 1)))
@@ -52,15 +49,7 @@ class EvidenceDecoder(nn.Module):
 
     def dense(self, images: Tensor, maps: Tensor, present: Tensor) -> Tensor:
         """(N, width, h, w) before the head. ``maps`` (N, roles, H, W), ``present`` (N, roles)."""
-        stride = self.config.stride
-        maps = maps * present[:, :, None, None].to(maps)
-        flags = present[:, :, None, None].to(maps).expand(-1, -1, *maps.shape[-2:])
-        # cells at the border may hang over it
-        seen = F.avg_pool2d(torch.cat([maps, flags], dim=1), stride, ceil_mode=True, count_include_pad=False)
-        x = self.stem(seen)
-        pixels = self.pixels(F.pad(4 * images - 2, _overhang(images, stride), mode="replicate"))
-        x = self.first(x + pixels[..., : x.shape[-2], : x.shape[-1]])
-        levels = [x]
+        levels = [self.sight(images, maps, present)]
         for down, unit in zip(self.down, self.units, strict=True):
             above = levels[-1]
             levels.append(unit(down(F.pad(above, _overhang(above, 2), mode="replicate"))))
@@ -69,6 +58,28 @@ class EvidenceDecoder(nn.Module):
             x = F.interpolate(up(x), levels[-1].shape[-2:], mode="bilinear", align_corners=False)
             x = merge(x + levels.pop())
         return x
+
+
+class Sight(nn.Module):
+    """Image and evidence (N, roles, H, W), of which (N, roles) are ``present`` → (N, width, h, w)."""
+
+    def __init__(self, channels: int, roles: int, width: int, stride: int):
+        super().__init__()
+        self.stride = stride
+        # the maps and whether they are there; beside them the image
+        self.stem = nn.Conv2d(2 * roles, width, 3, padding=1)
+        self.pixels = nn.Conv2d(channels, width, 2 * stride - 1, stride, stride - 1)
+        self.first = Unit(width)
+
+    def forward(self, images: Tensor, maps: Tensor, present: Tensor) -> Tensor:
+        stride = self.stride
+        maps = maps * present[:, :, None, None].to(maps)
+        flags = present[:, :, None, None].to(maps).expand(-1, -1, *maps.shape[-2:])
+        # cells at the border may hang over it
+        seen = F.avg_pool2d(torch.cat([maps, flags], dim=1), stride, ceil_mode=True, count_include_pad=False)
+        x = self.stem(seen)
+        pixels = self.pixels(F.pad(4 * images - 2, _overhang(images, stride), mode="replicate"))
+        return self.first(x + pixels[..., : x.shape[-2], : x.shape[-1]])
 
 
 class Unit(nn.Module):

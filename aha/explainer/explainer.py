@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import warnings
 from collections.abc import Sequence
@@ -25,12 +24,13 @@ from ..weights import load_weights, read_weights
 from .decoder import Decoder, DecoderConfig, upsample
 from .encoder import Encoder
 from .encoder import build as build_encoder
-from .evidence_decoder import EvidenceConfig, EvidenceDecoder
+from .evidence_decoder import EvidenceConfig, EvidenceDecoder, Sight
 
 FORMAT = 1
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "decoder.safetensors"
 # settings in the configuration: what refinement continues with, and what training adds
 REFINED_WITH = ("temperature", "scores", "cells")
+UNIVERSAL = Path(__file__).parent / "universal"  # the explainer that ships
 EVIDENCE = {"kind": "evidence"}  # where another explainer's encoder is described
 TRAINED_FOR = ("objective", "references", "players", "surrogate", "data")
 
@@ -43,14 +43,15 @@ class Fixed(NamedTuple):
 
 
 class Explainer(nn.Module):
-    """What explains a classifier: a trained decoder of a frozen encoder's features, or of evidence.
+    """What explains a classifier: a trained decoder of the classifier's evidence, of a frozen encoder's features, or of
+    both.
 
-    >>> explainer = aha.Explainer.build(clf, encoder="vit_large_patch16_dinov3.lvd1689m")
+    >>> explainer = aha.Explainer.universal(clf)    # any classifier, no training
     >>> maps = explainer.attribute(images)          # (B,1,H,W), higher = more important
 
     Attributes:
         encoder, decoder: see `aha.explainer.encoder` and `aha.explainer.decoder`; only the decoder trains. With
-            evidence (`aha.evidence`) there is no encoder, and the decoder is that of `evidence_decoder`.
+            evidence (`aha.evidence`) alone there is no encoder, and the decoder is that of `evidence_decoder`.
         classifier: the classifier it explains.
         settings: what it was trained with and refinement continues with: ``temperature`` (final τ), ``scores`` and
             ``cells``; and where known the ``objective`` it was trained for, with its ``references``, ``players`` and
@@ -70,7 +71,8 @@ class Explainer(nn.Module):
         # not a submodule: it has its own life, and must not enter state dicts or DDP buckets
         object.__setattr__(self, "classifier", classifier)
         self.settings = settings
-        if encoder is None:
+        self._evident: dict[int, Evident] = {}
+        if self.sees_evidence:
             _ = self.evidence  # which looks at the classifier once
 
     classifier: Classifier
@@ -84,35 +86,43 @@ class Explainer(nn.Module):
         pretrained: bool | None = None,
         decoder: DecoderConfig | EvidenceConfig | None = None,
         image_size: tuple[int, int] | None = None,
-        evidence: bool = False,
+        evidence: bool = True,
     ) -> Explainer:
         """An untrained explainer for ``classifier``.
 
         Args:
-            evidence: see the image and what the classifier says of its target, no encoder: few images are enough to
-                train, and untrained it equals the full gradient.
-            encoder: timm name, ``hf:`` and a transformers name or folder, or None for the classifier's own features.
+            encoder: timm name, ``hf:`` and a transformers name or folder, or "classifier" for the classifier's own
+                features. None: none with evidence, else the classifier's own.
             encoder_weights: local weights file for a timm encoder.
             pretrained: load hub weights for a timm encoder (default: unless a file is given).
-            decoder: widths; default the paper's.
+            decoder: widths: an EvidenceConfig without an encoder, else a DecoderConfig, the paper's by default.
             image_size: (H, W); default the classifier's.
+            evidence: see the image and what the classifier says of its target: few images are enough to train, and
+                untrained it equals the full gradient. Without an encoder the explainer serves any classifier. False,
+                with an encoder: as published.
         """
         check_classifier(classifier)
         settings = {"temperature": 0.005, "scores": "standardized", "cells": None}
-        if evidence != isinstance(decoder, EvidenceConfig) and decoder is not None:
-            raise ValueError(f"decoder is a {type(decoder).__name__}: an EvidenceConfig goes with evidence=True")
-        if evidence:
-            if encoder is not None:
-                raise ValueError(f"encoder={encoder!r} with evidence=True: give one of them")
-            with torch.inference_mode(False):
-                widths = decoder if isinstance(decoder, EvidenceConfig) else EvidenceConfig()
-                small = EvidenceDecoder(len(classifier.mean), len(ROLES), widths).float()
-                return cls(None, small, classifier, settings).to(classifier.device)
-        config = decoder if isinstance(decoder, DecoderConfig) else DecoderConfig()
+        alone = evidence and encoder is None
+        kind = EvidenceConfig if alone else DecoderConfig
+        if decoder is not None and not isinstance(decoder, kind):
+            way = "evidence without an encoder" if alone else "an encoder's features (evidence=False, or encoder=…)"
+            raise ValueError(f"decoder is a {type(decoder).__name__}: {way} takes a {kind.__name__}")
         with torch.inference_mode(False):  # parameters made in it could never be trained
-            made = build_encoder(encoder, classifier, encoder_weights, pretrained, image_size)
-            head = Decoder(made.channels, classifier.num_classes, config).float()
+            made = None
+            if not alone:
+                name = None if encoder == "classifier" else encoder
+                made = build_encoder(name, classifier, encoder_weights, pretrained, image_size)
+            head = _decoder(classifier, made, decoder or kind(), evidence, evidence)
             return cls(made, head, classifier, settings).to(classifier.device)
+
+    @classmethod
+    def universal(cls, classifier: Classifier) -> Explainer:
+        """The explainer that ships, trained on several classifiers to serve any: no training is needed.
+
+        It sees evidence alone. What it was trained on is in its card, ``aha/explainer/universal/README.md``.
+        """
+        return cls.from_pretrained(UNIVERSAL, check_classifier(classifier))
 
     def of(self, classifier: Classifier) -> Explainer:
         """This explainer for another classifier, with the same decoder: itself where it needs features of its own."""
@@ -126,24 +136,30 @@ class Explainer(nn.Module):
         with torch.no_grad(), mixed.autocast(precision, images.device):
             return [level.float() for level in self.encoder(images)]
 
-    def forward(self, images: Tensor, target: Tensor, precision: str = "fp32") -> Tensor:
-        """Maps for training: (B,C,H,W) in [0,1], target (B,) or (B,M) → (B·M,1,H,W), image-major, on the raw scale."""
-        fixed = self.fixed(images, target, precision)
+    def forward(self, images: Tensor, target: Tensor, precision: str = "fp32", roles: Tensor | None = None) -> Tensor:
+        """Maps for training: (B,C,H,W) in [0,1], target (B,) or (B,M) → (B·M,1,H,W), image-major, on the raw scale.
+
+        ``roles`` (roles,) of evidence that the decoder may see, so that it learns to do without the others.
+        """
+        fixed = self.fixed(images, target, precision, roles)
         height, width = images.shape[-2:]
         return self.head_maps(self.decoder.head(fixed.dense), fixed.base, (height, width))
 
-    def fixed(self, images: Tensor, target: Tensor, precision: str = "fp32") -> Fixed:
+    def fixed(self, images: Tensor, target: Tensor, precision: str = "fp32", roles: Tensor | None = None) -> Fixed:
         """What `head_maps` turns into attributions, together with what the head makes of ``dense``."""
-        if self.encoder is None:
-            assert isinstance(self.decoder, EvidenceDecoder)
+        seen, base = None, None
+        if self.sees_evidence:
             repeats = target.shape[1] if target.ndim == 2 else 1
-            images, target = images.repeat_interleave(repeats, dim=0), target.flatten()
-            found = self.evidence(images, target)
-            dense = self.decoder.dense(images, found.maps, found.present.expand(len(images), -1))
-            return Fixed(dense, found.best)
-        assert isinstance(self.decoder, Decoder)
+            each = images.repeat_interleave(repeats, dim=0)
+            found = self.evidence(each, target.flatten())
+            present = found.present if roles is None else found.present & roles.to(found.present.device)
+            seen, base = (each, found.maps, present.expand(len(each), -1)), found.best
+        if isinstance(self.decoder, EvidenceDecoder):
+            assert seen is not None
+            return Fixed(self.decoder.dense(*seen), base)
+        assert self.encoder is not None
         full = self.encoder.padded_size(*images.shape[-2:])
-        return Fixed(self.decoder.dense(self.features(images, precision), target, full), None)
+        return Fixed(self.decoder.dense(self.features(images, precision), target, full, seen), base)
 
     def head_maps(self, raw: Tensor, base: Tensor | None, size: tuple[int, int]) -> Tensor:
         """The head's output (B,1,h,w) and what it is added to → maps (B,1,H,W) for images of ``size``."""
@@ -155,17 +171,35 @@ class Explainer(nn.Module):
         maps = upsample(raw, full)[..., : size[0], : size[1]]
         return maps if base is None else base + maps
 
-    @functools.cached_property
+    @property
+    def sees_evidence(self) -> bool:
+        """Whether the decoder reads what the classifier says of its target."""
+        return isinstance(self.decoder, EvidenceDecoder) or self.decoder.sight is not None
+
+    @property
     def evidence(self) -> Evident:
         """What reads the evidence of the classifier."""
-        return Evident(self.classifier)
+        # a classifier is looked at once, also where an explainer is trained on several in turn
+        found = self._evident.get(id(self.classifier))
+        if found is None:
+            found = self._evident[id(self.classifier)] = Evident(self.classifier)
+        return found
+
+    def turn_to(self, classifier: Classifier) -> None:
+        """Explain this classifier from now on; only an explainer with evidence can."""
+        if classifier is self.classifier:
+            return
+        if self.encoder is not None:
+            raise ValueError("this explainer sees an encoder's features: it explains the classifier it was made for")
+        object.__setattr__(self, "classifier", check_classifier(classifier))
+        _ = self.evidence
 
     @property
     def passes(self) -> tuple[int, int]:
         """Forward and backward passes of the classifier for one image: evidence, or features of its own."""
-        if self.encoder is None:
-            return 1, 1
-        return int(self.encoder.module is self.classifier.module), 0
+        evidence = int(self.sees_evidence)
+        own = self.encoder is not None and self.encoder.module is self.classifier.module
+        return evidence + own, evidence
 
     @property
     def networks(self) -> tuple[nn.Module, ...]:
@@ -215,6 +249,8 @@ class Explainer(nn.Module):
             },
             "encoder": self.encoder.source if self.encoder else EVIDENCE,
             "decoder": dataclasses.asdict(self.decoder.config),
+            "evidence": self.sees_evidence,
+            "conditioned": isinstance(self.decoder, Decoder) and self.decoder.rows is not None,
             **self.settings,
         }
         text = json.dumps(config, indent=2, default=str) + "\n"  # before anything is written
@@ -243,6 +279,7 @@ class Explainer(nn.Module):
             image_size, names = tuple(saved.pop("input_size")), saved.pop("class_names", None)
             source = dict(config["encoder"])
             _ = saved["kind"], source["kind"]
+            evidence, conditioned = bool(config.get("evidence")), bool(config.get("conditioned"))
             widths = EvidenceConfig(**layout) if source == EVIDENCE else _widths(layout)
         except FileNotFoundError as error:
             raise FileNotFoundError(
@@ -280,15 +317,34 @@ class Explainer(nn.Module):
                 encoder = build_encoder(
                     source["name"], classifier, source.get("weights"), source.get("pretrained"), image_size
                 )
-            decoder: Decoder | EvidenceDecoder
-            if isinstance(widths, EvidenceConfig):
-                decoder = EvidenceDecoder(len(classifier.mean), len(ROLES), widths).float()
-            else:
-                assert encoder is not None
-                decoder = Decoder(encoder.channels, classes, widths).float()
+            decoder = _decoder(classifier, encoder, widths, evidence, conditioned)
             state, _ = read_weights(folder / WEIGHTS_FILE)
             load_weights(decoder, state, folder / WEIGHTS_FILE)
             return cls(encoder, decoder, classifier, settings).to(classifier.device).eval()
+
+
+def _decoder(
+    classifier: Classifier,
+    encoder: Encoder | None,
+    config: DecoderConfig | EvidenceConfig,
+    evidence: bool,
+    conditioned: bool,
+) -> Decoder | EvidenceDecoder:
+    """An untrained decoder. ``conditioned``: on the rows of the classifier's head, where it has one."""
+    colours = len(classifier.mean)
+    if isinstance(config, EvidenceConfig):
+        return EvidenceDecoder(colours, len(ROLES), config).float()
+    assert encoder is not None
+    sight = Sight(colours, len(ROLES), config.width, min(config.strides)) if evidence else None
+    rows = head_rows(classifier) if conditioned else None
+    return Decoder(encoder.channels, classifier.num_classes, config, sight, rows).float()
+
+
+def head_rows(classifier: Classifier) -> Tensor | None:
+    """(classes, D): the weights of the last linear layer with an output per class, or None."""
+    layers = [layer for layer in classifier.module.modules() if isinstance(layer, nn.Linear)]
+    layers = [layer for layer in layers if layer.out_features == classifier.num_classes]
+    return layers[-1].weight.detach() if layers else None
 
 
 def _widths(layout: dict[str, Any]) -> DecoderConfig:

@@ -67,7 +67,9 @@ def estimate(name: str, setting: Setting) -> list[Work]:
 
         explainer = None
         if experiment.explainers:
-            explainer = Explainer.build(clf, encoder(setting), pretrained=False, decoder=decoder(setting))
+            explainer = Explainer.build(
+                clf, encoder(setting), pretrained=False, decoder=decoder(setting), evidence=False
+            )
         for variant in experiment.explainers:
             config = setting.training(setting.output, variant.training)
             count = (config.steps or 0) * config.batch_size if setting.small else TRAINING_IMAGES

@@ -187,7 +187,9 @@ def train(source: Source, setting: Setting, variant: catalog.Variant) -> Path:
     folder = setting.output / "explainers" / slug(label)
     if not (folder / "explainer").is_dir():
         clf = source.load_classifier()
-        explainer = Explainer.build(clf, encoder(setting), setting.encoder_weights, decoder=decoder(setting))
+        explainer = Explainer.build(
+            clf, encoder(setting), setting.encoder_weights, decoder=decoder(setting), evidence=False
+        )
         config = setting.training(folder, variant.training)
         Trainer(explainer, clf, setting.training_images(clf), config).fit(resume=True)
     return folder / "explainer"

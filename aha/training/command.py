@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -12,38 +13,73 @@ from ..explainer import Explainer
 from ..explainer.decoder import DecoderConfig
 from ..source import Source
 from ..terminal import failed
+from . import universal
 from .trainer import TrainConfig, Trainer
+
+
+@dataclass(frozen=True)
+class Universal:
+    """The explainer that ships, made again."""
+
+    universal: bool = False
+    """Train it, on several classifiers in turn; the other options do not apply but OUTPUT, STEPS and RESUME."""
+    photographs: Path = Path("runs/photographs")
+    """Folder of the photographs, Debian packages that are downloaded where they are missing."""
+    universal_weights: Path | None = None
+    """Folder of the classifiers' weights, NAME.safetensors, instead of the hub."""
 
 
 def train(
     source: Annotated[Source, tyro.conf.arg(name="")] = Source(),  # noqa: B008 - frozen; tyro shows its fields
     encoder: str | None = None,
     encoder_weights: Path | None = None,
-    evidence: bool = False,
+    evidence: bool = True,
+    start: Path | None = None,
+    fresh: bool = False,
     decoder: DecoderConfig = DecoderConfig(),  # noqa: B008
     config: Annotated[TrainConfig, tyro.conf.arg(name="")] = TrainConfig(),  # noqa: B008
+    remake: Annotated[Universal, tyro.conf.arg(name="")] = Universal(),
     augment: bool = True,
     resume: bool = False,
 ) -> None:
     """Train an explainer; writes OUTPUT/explainer, checkpoints, log.jsonl and TensorBoard files.
 
-    OUTPUT is runs/train unless given.
+    OUTPUT is runs/train unless given. Without an encoder the explainer sees what the classifier says of its target and
+    starts from the universal weights: thirty steps on fifty images pay.
 
     Args:
-        encoder: a timm name, hf: and a transformers name or folder; default: the classifier's own features.
+        encoder: a timm name, hf: and a transformers name or folder, or classifier: the classifier's own features.
         encoder_weights: local weights file for a timm encoder.
-        evidence: the explainer sees what the classifier says of its target instead of an encoder's features; --decoder
-            does not apply. Few images are enough.
+        evidence: with --no-evidence the explainer sees an encoder's features alone (the classifier's own unless
+            --encoder is given), as published; so do the objectives of Shapley values.
+        start: folder of an explainer to start from instead of the universal one.
+        fresh: start untrained.
+        decoder: widths, where there is an encoder.
         augment: random crops and flips.
         resume: continue from the newest checkpoint in OUTPUT.
     """
+    output = config.output or "runs/train"
+    if remake.universal:
+        run = dataclasses.replace(universal.TRAINING, steps=config.steps or universal.TRAINING.steps)
+        universal.train(Path(output), remake.photographs, remake.universal_weights, config=run, resume=resume)
+        print(f"explainer written to {output}/explainer")
+        return
     classifier = source.load_classifier()
     data = source.images(classifier.input_size, training=True, augment=augment, seed=config.seed)
-    widths = None if evidence else decoder
-    explainer = Explainer.build(classifier, encoder, encoder_weights, decoder=widths, evidence=evidence)
-    run = dataclasses.replace(config, output=config.output or "runs/train")
-    trainer = Trainer(explainer, classifier, data, run)
+    # Shapley values are no order: they need a map of their own
+    evidence = evidence and config.objective == "ranking"
+    alone = evidence and encoder is None
+    if start is not None and fresh:
+        raise ValueError(f"--start {start} and --fresh: give one of them")
+    if start is not None:
+        explainer = Explainer.from_pretrained(start, classifier)
+    elif alone and not fresh:
+        explainer = Explainer.universal(classifier)
+    else:
+        widths = None if alone else decoder
+        explainer = Explainer.build(classifier, encoder, encoder_weights, decoder=widths, evidence=evidence)
+    trainer = Trainer(explainer, classifier, data, dataclasses.replace(config, output=output))
     trainer.fit(resume=resume)
-    print(f"explainer written to {run.output}/explainer")
+    print(f"explainer written to {output}/explainer")
     if trainer.failures:
         raise failed(trainer.failures, len(data), "images")

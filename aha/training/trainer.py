@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from accelerate import Accelerator
@@ -24,6 +24,7 @@ from .._version import __version__
 from ..checks import check_images, check_integer, check_label, check_number, check_seed
 from ..classifier import Classifier, check_classifier
 from ..data import fit_labels, identity, readable
+from ..evidence import ROLES
 from ..explainer import Explainer
 from ..identity import fingerprint
 from ..objective import Objective
@@ -67,6 +68,7 @@ class TrainConfig:
             vit_shapley drops tokens and takes none.
         coalitions: sets of players per image and step, for the Shapley values.
         players: (rows, cols) of fastshap's grid; default: the patches of a vision transformer, else 16 px at 224.
+        dropped_roles: how often the decoder has to do without a role of the evidence, in [0, 1).
         chunk: perturbed images in memory at a time.
         precision: of encoder and classifier, "auto" | "bf16" | "fp32".
         log_every, save_every: in steps; 0 never saves before the end.
@@ -100,6 +102,7 @@ class TrainConfig:
     references: tuple[str, ...] | None = None
     coalitions: int = 32
     players: tuple[int, int] | None = None
+    dropped_roles: float = 0.0
     chunk: int = 128
     precision: str = "auto"
     seed: int = 42
@@ -123,6 +126,9 @@ class TrainConfig:
         uses_bf16(self.precision, torch.device("cpu"))
         check_number("epochs", self.epochs, 0, above=True)
         check_number("lr", self.lr, 0, above=True)
+        check_number("dropped_roles", self.dropped_roles, 0)
+        if self.dropped_roles >= 1:
+            raise ValueError(f"dropped_roles={self.dropped_roles}: give a share below 1")
         check_seed(self.seed)
         if self.batch_size % self.accumulate:
             raise ValueError(f"batch_size={self.batch_size} is not a multiple of accumulate={self.accumulate}")
@@ -209,6 +215,8 @@ class Trainer:
             Labels of an image folder are brought into the classifier's numbering (`aha.data.fit_labels`); an image that
             cannot be read is left out and named in ``failures``.
         objective: default: the one that ``config`` names. Give one to train for something else, or with a surrogate.
+        beside: further classifiers, each with its images, which steps are made for in turn. An explainer that learns
+            from several must see evidence and nothing else.
 
     Attributes:
         failures: one line for every image that could not be read so far.
@@ -221,24 +229,24 @@ class Trainer:
         data: Dataset,
         config: TrainConfig,
         objective: TrainingObjective | None = None,
+        beside: Sequence[tuple[Classifier, Dataset]] = (),
     ):
         self.config = config
         if not isinstance(explainer, Explainer):
             raise ValueError(f"explainer is a {type(explainer).__name__}: give an aha.Explainer")
         self.explainer = explainer
-        self.classifier = check_classifier(classifier)
-        # an image that cannot be read is replaced by the next one, and named at the end
-        self.data = readable(fit_labels(data, classifier))
+        if beside and explainer.encoder is not None:
+            raise ValueError("several classifiers need an explainer with evidence and no encoder: evidence=True")
         self.failures: list[str] = []
-        if len(data) == 0:  # type: ignore[arg-type]
-            raise ValueError("the data set is empty: give at least one image")
         ranks = config.objective == "ranking" if objective is None else objective.settings()["objective"] == "ranking"
-        if ranks:
-            classifier.require("training for the ranking", gradients=True, inside=False)
         # every process steps with its own precision contexts, accelerate only distributes
         self.accelerator = Accelerator(kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=True)])
         device = self.accelerator.device
-        classifier.to(device)
+        self.subjects = [
+            _subject(clf.to(device), images, config, objective, ranks)
+            for clf, images in [(check_classifier(classifier), data), *beside]
+        ]
+        self.classifier, self.data, self.objective = self.subjects[0]
         explainer.to(device)
         parameters = list(explainer.decoder.parameters())
         optimizer = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay)
@@ -250,8 +258,9 @@ class Trainer:
         self.tau_schedule = config.tau_schedule or schedule
         self.tau = config.tau or (start, end)
         self.noise = noise if config.noise is None else config.noise
-        self.objective: TrainingObjective = make_objective(config, classifier) if objective is None else objective
         self.references = config.references or (references.REFERENCES if ranks else shapley.REFERENCES)
+        # with fewer roles now and then, a decoder learns to serve classifiers that lack them
+        self.drops = len(ROLES) if explainer.encoder is None and config.dropped_roles else 0
         self.step = 0
         self.folder = Path(config.output) if config.output else None
 
@@ -285,6 +294,8 @@ class Trainer:
         if self.accelerator.num_processes > 1:
             self.failures = list(dict.fromkeys(gather_object(self.failures)))
         self.explainer.eval()
+        if self.explainer.encoder is None:
+            self.explainer.turn_to(self.classifier)
         self.explainer.settings.update(
             temperature=self.tau[1],
             scores=self.config.scores,
@@ -300,20 +311,35 @@ class Trainer:
         self.accelerator.wait_for_everyone()
         return self.explainer
 
+    def _subject(self) -> Subject:
+        """The one whose turn it is."""
+        return self.subjects[self.step % len(self.subjects)]
+
     def _loader(self) -> Iterator[dict[str, Any]]:
+        """The batches of the steps to come, of the subjects in turn."""
+        count = len(self.subjects)
+        # how many steps each has had
+        turns = [
+            range((self.step - i + count - 1) // count, (self.total - i + count - 1) // count) for i in range(count)
+        ]
+        streams = [self._batches(subject, steps) for subject, steps in zip(self.subjects, turns, strict=True)]
+        for step in range(self.step, self.total):
+            yield next(streams[step % count])
+
+    def _batches(self, subject: Subject, steps: range) -> Iterator[dict[str, Any]]:
         config = self.config
         sampler = StepSampler(
-            len(self.data),
+            len(subject.data),
             config.batch_size,
-            range(self.step, self.total),
+            steps,
             config.seed,
             self.accelerator.process_index,
             self.accelerator.num_processes,
-            getattr(self.data, "virtual_epochs", False),
+            getattr(subject.data, "virtual_epochs", False),
         )
         device = self.accelerator.device
         loader = DataLoader(
-            self.data,
+            subject.data,
             batch_sampler=sampler,
             num_workers=config.workers,
             pin_memory=device.type == "cuda",
@@ -323,8 +349,8 @@ class Trainer:
             if "problem" in batch:
                 raise ValueError(batch["problem"])
             for label in batch.get("label", ()):
-                check_label(label, self.classifier.num_classes)
-            check_images(batch["image"], len(self.classifier.mean))
+                check_label(label, subject.classifier.num_classes)
+            check_images(batch["image"], len(subject.classifier.mean))
             self._note(batch["failed"])
             moved: dict[str, Any] = {
                 key: batch[key].to(device, non_blocking=True) for key in ("image", "label") if key in batch
@@ -339,28 +365,32 @@ class Trainer:
         config = self.config
         generator = torch.Generator().manual_seed(config.seed * 1_000_003 + self.step)
         images = batch["image"]
+        classifier, _, objective = self._subject()
+        if len(self.subjects) > 1:
+            self.explainer.turn_to(classifier)
         height, width = images.shape[-2:]
-        regions = self.objective.regions(height, width)
+        regions = objective.regions(height, width)
         if regions is None:
             regions = draw(height, width, self._cells((height, width)), generator, config.offset)
         choice = int(torch.randint(len(self.references), (), generator=generator))
         seeds = torch.randint(2**62, (config.accumulate,), generator=generator) + self.accelerator.process_index
-        reference = references.make(self.references[choice], images, self.classifier.mean_colour)
+        reference = references.make(self.references[choice], images, classifier.mean_colour)
         tau = temperature(self.step, self.total, *self.tau, self.tau_schedule)
         lr = learning_rate(self.step, self.total, config.lr, config.warmup)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        target = self._targets(images, batch.get("label"))
+        extra = {"roles": torch.rand(self.drops, generator=generator) >= config.dropped_roles} if self.drops else {}
+        target = self._targets(classifier, images, batch.get("label"))
         per_image = 1 if config.shared_map else target.shape[1]
         totals: defaultdict[str, float] = defaultdict(float)
         part_size = config.batch_size // config.accumulate
         parts = zip(images.split(part_size), reference.split(part_size), target.split(part_size), strict=True)
         for number, (image, blank, classes) in enumerate(parts):
-            maps = self.model(image, classes[:, :per_image], precision=config.precision)
+            maps = self.model(image, classes[:, :per_image], precision=config.precision, **extra)
             if not config.shared_map:
                 image, blank = (x.repeat_interleave(per_image, dim=0) for x in (image, blank))
                 classes = classes.flatten()
-            out = self.objective(image, maps, classes, [blank], regions, tau, self.noise, int(seeds[number]))
+            out = objective(image, maps, classes, [blank], regions, tau, self.noise, int(seeds[number]))
             share = len(out.loss) / (len(images) * per_image)
             self.accelerator.backward(out.loss.mean() * share)
             for name, values in out._asdict().items():
@@ -374,9 +404,9 @@ class Trainer:
         return {**totals, "grad_norm": float(norm), "lr": lr}
 
     @torch.no_grad()
-    def _targets(self, images: Tensor, label: Tensor | None) -> Tensor:
+    def _targets(self, classifier: Classifier, images: Tensor, label: Tensor | None) -> Tensor:
         """(B, M): the prediction first, then the label where the prediction is wrong, else the runner-up."""
-        top = self.classifier(images).topk(2, dim=-1).indices
+        top = classifier(images).topk(2, dim=-1).indices
         if self.config.targets == 1:
             return top[:, :1]
         second = top[:, 1]
@@ -396,16 +426,17 @@ class Trainer:
     def _diagnose(self, batch: dict[str, Any]) -> dict[str, float]:
         """What the objective finds in the maps of a few images, on its own or the middle grid."""
         images = batch["image"][:4]
+        classifier, _, objective = self.subjects[(self.step - 1) % len(self.subjects)]
         self.explainer.eval()
-        maps = self.explainer(images, self._targets(images, None)[:, 0], precision=self.config.precision)
+        maps = self.explainer(images, self._targets(classifier, images, None)[:, 0], precision=self.config.precision)
         self.model.train()
         height, width = images.shape[-2:]
-        regions = self.objective.regions(height, width)
+        regions = objective.regions(height, width)
         if regions is None:
             regions = grid(height, width, sum(self._cells((height, width))) // 2)
         # the temperature of the step that has just been made
         tau = temperature(self.step - 1, self.total, *self.tau, self.tau_schedule)
-        return self.objective.diagnose(maps, regions, tau)
+        return objective.diagnose(maps, regions, tau)
 
     def _save(self) -> None:
         if self.folder is None or not self.accelerator.is_main_process:
@@ -427,7 +458,10 @@ class Trainer:
     @functools.cached_property
     def _made_from(self) -> dict[str, Any]:
         """Classifier, encoder and images; read once, for all may be large."""
-        made = {"classifier": fingerprint(self.classifier), "data": identity(self.data, content=False)}
+        made: dict[str, Any] = {"classifier": fingerprint(self.classifier), "data": identity(self.data, content=False)}
+        if len(self.subjects) > 1:
+            others = [(fingerprint(clf), identity(data, content=False)) for clf, data, _ in self.subjects[1:]]
+            made["beside"] = others
         encoder = self.explainer.encoder
         if encoder is None or encoder.module is self.classifier.module:
             return made
@@ -456,6 +490,26 @@ class Trainer:
         self.explainer.decoder.load_state_dict(state["decoder"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.step = step
+
+
+class Subject(NamedTuple):
+    """What steps are made for: a classifier, the images it is explained on, what is asked of the maps."""
+
+    classifier: Classifier
+    data: Any
+    objective: TrainingObjective
+
+
+def _subject(
+    classifier: Classifier, data: Dataset, config: TrainConfig, objective: TrainingObjective | None, ranks: bool
+) -> Subject:
+    # an image that cannot be read is replaced by the next one, and named at the end
+    images = readable(fit_labels(data, classifier))
+    if len(images) == 0:
+        raise ValueError("the data set is empty: give at least one image")
+    if ranks:
+        classifier.require("training for the ranking", gradients=True, inside=False)
+    return Subject(classifier, images, make_objective(config, classifier) if objective is None else objective)
 
 
 def _collated(items: list[dict[str, Any]]) -> dict[str, Any]:

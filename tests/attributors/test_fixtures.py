@@ -431,7 +431,7 @@ def vit_shapley(sight):
 def explainer():
     with torch.random.fork_rng():
         torch.manual_seed(1)
-        return Explainer.build(narrow(), decoder=TINY_DECODER)
+        return Explainer.build(narrow(), evidence=False, decoder=TINY_DECODER)
 
 
 @functools.cache

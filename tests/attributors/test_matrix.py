@@ -71,7 +71,7 @@ OBJECTIVES = {"aha": "ranking", "fastshap": "fastshap", "vit_shapley": "vit_shap
 def untrained(clf):
     with torch.random.fork_rng():
         torch.manual_seed(1)
-        return Explainer.build(clf, decoder=TINY_DECODER)
+        return Explainer.build(clf, evidence=False, decoder=TINY_DECODER)
 
 
 def create(variant, clf, kind, **options):

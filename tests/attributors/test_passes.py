@@ -85,7 +85,7 @@ def test_a_method_that_says_nothing_is_counted():
 
 def explainers():
     plain = make("vit")
-    yield plain, Explainer.build(plain, decoder=TINY_DECODER), 1
+    yield plain, Explainer.build(plain, evidence=False, decoder=TINY_DECODER), 1
     # features by hooks, in a pass like any other
     torch.manual_seed(0)
     module = nn.Sequential(
@@ -95,10 +95,10 @@ def explainers():
         nn.Linear(8, 4),
     )
     own = Classifier.wrap(module, (0.5,) * 3, (0.5,) * 3, 32)
-    yield own, Explainer.build(own, decoder=TINY_DECODER), 1
+    yield own, Explainer.build(own, evidence=False, decoder=TINY_DECODER), 1
     # an encoder of its own sees the images in the classifier's place
     other = make("vit")
-    explainer = Explainer.build(other, decoder=TINY_DECODER)
+    explainer = Explainer.build(other, evidence=False, decoder=TINY_DECODER)
     yield plain, Explainer(explainer.encoder, explainer.decoder, plain, explainer.settings), 0
 
 
@@ -121,7 +121,7 @@ def test_features_of_transformers_models_count():
     from aha.classifier import HFLogits
 
     clf = Classifier.wrap(HFLogits(module), (0.5,) * 3, (0.5,) * 3, 32)
-    method = attributors.create("aha", clf, explainer=Explainer.build(clf, decoder=TINY_DECODER))
+    method = attributors.create("aha", clf, explainer=Explainer.build(clf, evidence=False, decoder=TINY_DECODER))
     assert counted(method, pictures(clf)) == {"forward": 3, "backward": 0}
     assert method.passes(pictures(clf)) == attributors.Passes(1)
 

@@ -22,7 +22,7 @@ def test_grids_go_from_patches_to_pixels(tmp_path):
 def test_the_page_compares_with_the_start_and_the_grid_of_the_training(tmp_path, coarse):
     clf = tiny_classifier()
     torch.manual_seed(1)
-    explainer = aha.Explainer.build(clf, decoder=TINY_DECODER)
+    explainer = aha.Explainer.build(clf, evidence=False, decoder=TINY_DECODER)
     setting = faithfulness.on_scenes(2)
     grids = (8, setting.training.cells[1])
     methods = {cells.START: aha.attributors.AHA(clf, explainer, 0)}

@@ -28,7 +28,9 @@ def test_timm_backbones(name):
     size = TIMM[name]
     clf = tiny_classifier(img_size=64)
     image_size = (size, size)
-    explainer = aha.Explainer.build(clf, name, pretrained=False, decoder=TINY_DECODER, image_size=image_size)
+    explainer = aha.Explainer.build(
+        clf, name, pretrained=False, evidence=False, decoder=TINY_DECODER, image_size=image_size
+    )
     images = torch.rand(2, 3, size, size)
     levels = explainer.features(images)
     assert len(levels) == 4
@@ -62,7 +64,9 @@ def test_transformers_backbones(name, tmp_path):
     hf_models()[name]().save_pretrained(tmp_path)
     size = 56 if name == "dinov2" else 64
     clf = tiny_classifier(img_size=64)
-    explainer = aha.Explainer.build(clf, f"hf:{tmp_path}", decoder=TINY_DECODER, image_size=(size, size))
+    explainer = aha.Explainer.build(
+        clf, f"hf:{tmp_path}", evidence=False, decoder=TINY_DECODER, image_size=(size, size)
+    )
     images = torch.rand(2, 3, size, size)
     assert explainer(images, torch.tensor([1, 2])).shape == (2, 1, size, size)
     rows = [level.shape[-1] for level in explainer.features(images)]
@@ -86,7 +90,7 @@ def test_transformers_tokens_are_laid_out_row_by_row(tmp_path):
 
 
 def test_classifier_features_are_those_of_its_blocks(classifier, images):
-    explainer = aha.Explainer.build(classifier, decoder=TINY_DECODER)
+    explainer = aha.Explainer.build(classifier, evidence=False, decoder=TINY_DECODER)
     tokens = []
     hook = classifier.module.norm.register_forward_hook(lambda *a: tokens.append(a[2]))
     classifier(images)
@@ -106,20 +110,20 @@ def test_transformers_classifier(tmp_path):
     assert (clf.num_classes, clf.input_size) == (3, (32, 32))
     images = torch.rand(2, 3, 32, 32)
     torch.testing.assert_close(clf(images), model.eval()(pixel_values=clf.normalize(images)).logits)
-    explainer = aha.Explainer.build(clf, decoder=TINY_DECODER)
+    explainer = aha.Explainer.build(clf, evidence=False, decoder=TINY_DECODER)
     path = explainer.save_pretrained(tmp_path / "explainer")
     torch.testing.assert_close(aha.Explainer.from_pretrained(path).attribute(images), explainer.attribute(images))
 
 
 def test_sizes_that_the_patch_does_not_divide_are_padded():
     clf = tiny_classifier(img_size=64)
-    explainer = aha.Explainer.build(clf, "vit_tiny_patch16_224", pretrained=False, decoder=TINY_DECODER)
+    explainer = aha.Explainer.build(clf, "vit_tiny_patch16_224", pretrained=False, evidence=False, decoder=TINY_DECODER)
     assert explainer(torch.rand(1, 3, 50, 70), torch.tensor([0])).shape == (1, 1, 50, 70)
     assert explainer.encoder.padded_size(50, 70) == (64, 80)
 
 
 def test_a_fixed_size_encoder_refuses_in_one_line(classifier):
-    explainer = aha.Explainer.build(classifier, decoder=TINY_DECODER)
+    explainer = aha.Explainer.build(classifier, evidence=False, decoder=TINY_DECODER)
     with pytest.raises(ValueError, match="does not take 40×40 images") as caught:
         explainer(torch.rand(1, 3, 40, 40), torch.tensor([0]))
     assert "\n" not in str(caught.value)
@@ -173,7 +177,7 @@ def test_save_and_load(explainer, classifier, images, tmp_path):
 def test_a_named_classifier_is_made_again(tmp_path):
     torch.manual_seed(0)
     clf = aha.Classifier.from_timm("vit_tiny_patch16_224", pretrained=False, img_size=32, num_classes=4)
-    explainer = aha.Explainer.build(clf, decoder=TINY_DECODER)
+    explainer = aha.Explainer.build(clf, evidence=False, decoder=TINY_DECODER)
     explainer.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["classifier"]["name"] == "vit_tiny_patch16_224"
@@ -187,7 +191,7 @@ def test_a_named_classifier_is_made_again(tmp_path):
     }
     again = aha.Classifier.from_timm(**local)
     torch.testing.assert_close(again(torch.rand(1, 3, 32, 32)).shape, torch.Size([1, 4]))
-    aha.Explainer.build(again, decoder=TINY_DECODER).save_pretrained(tmp_path / "e")
+    aha.Explainer.build(again, evidence=False, decoder=TINY_DECODER).save_pretrained(tmp_path / "e")
     loaded = aha.Explainer.from_pretrained(tmp_path / "e")
     assert loaded.classifier.source["weights"] == str(tmp_path / "weights.pth")
 
@@ -280,7 +284,7 @@ def test_a_failed_save_leaves_the_old_file(explainer, tmp_path, monkeypatch):
 def test_unknown_encoder(classifier, name, message):
     if message is None:  # mixers give token features too
         clf = tiny_classifier(img_size=64)
-        aha.Explainer.build(clf, name, pretrained=False, decoder=TINY_DECODER, image_size=(224, 224))
+        aha.Explainer.build(clf, name, pretrained=False, evidence=False, decoder=TINY_DECODER, image_size=(224, 224))
     else:
         with pytest.raises(ValueError, match=message):
-            aha.Explainer.build(classifier, name, decoder=TINY_DECODER)
+            aha.Explainer.build(classifier, name, evidence=False, decoder=TINY_DECODER)

@@ -30,7 +30,7 @@ def folder(tmp_path):
 def fit(folder, output, clf=None, resume=False):
     clf = clf or tiny_classifier()
     torch.manual_seed(0)
-    explainer = aha.Explainer.build(clf, decoder=TINY_DECODER)
+    explainer = aha.Explainer.build(clf, evidence=False, decoder=TINY_DECODER)
     config = dataclasses.replace(CONFIG, output=str(output))
     data = ImageFolder(folder, 32, Preprocessing(1))
     aha.Trainer(explainer, clf, data, config).fit(resume=resume, progress=False)

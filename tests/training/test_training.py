@@ -44,7 +44,7 @@ class Images(torch.utils.data.Dataset):
 def fresh():
     clf = tiny_classifier()
     torch.manual_seed(3)
-    return aha.Explainer.build(clf, decoder=TINY_DECODER), clf
+    return aha.Explainer.build(clf, evidence=False, decoder=TINY_DECODER), clf
 
 
 def fit(config, data=None, **options):
@@ -170,11 +170,11 @@ def test_targets_are_the_prediction_and_the_label_or_runner_up():
     images = torch.stack([Images()[i]["image"] for i in range(4)])
     top = clf(images).topk(2).indices
     trainer = aha.Trainer(explainer, clf, Images(), CONFIG)
-    assert torch.equal(trainer._targets(images, None), top)
-    assert torch.equal(trainer._targets(images, top[:, 0]), top)  # right: runner-up
+    assert torch.equal(trainer._targets(trainer.classifier, images, None), top)
+    assert torch.equal(trainer._targets(trainer.classifier, images, top[:, 0]), top)  # right: runner-up
     wrong = (top[:, 0] + 1) % 5
-    assert torch.equal(trainer._targets(images, wrong)[:, 1], wrong)
-    assert torch.equal(trainer._targets(images, torch.full((4,), -1)), top)  # unknown label
+    assert torch.equal(trainer._targets(trainer.classifier, images, wrong)[:, 1], wrong)
+    assert torch.equal(trainer._targets(trainer.classifier, images, torch.full((4,), -1)), top)  # unknown label
 
 
 def test_schedules():

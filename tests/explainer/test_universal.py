@@ -1,0 +1,122 @@
+"""The explainer that ships, and explainers of evidence and an encoder's features together."""
+
+import json
+
+import pytest
+import torch
+
+import aha
+from aha.explainer.decoder import Decoder
+from aha.explainer.explainer import UNIVERSAL, head_rows
+
+from ..test_evidence import make, pictures
+from ..toys import TINY_DECODER, tiny_classifier
+
+
+def test_it_serves_any_classifier_and_is_small(recwarn):
+    assert sum(path.stat().st_size for path in UNIVERSAL.iterdir()) <= 2e6
+    assert sum(p.numel() for p in aha.Explainer.universal(make("vit")).parameters()) <= 300_000
+    for name in ("vit", "resnet"):
+        clf = make(name)
+        images = pictures(clf, 2)
+        explainer = aha.Explainer.universal(clf)
+        maps = explainer.attribute(images, 1)
+        assert maps.shape == (2, 1, *images.shape[-2:]) and maps.isfinite().all()
+        # it was trained: it is not what an untrained one gives
+        assert not torch.allclose(maps, aha.Explainer.build(clf).attribute(images, 1), atol=1e-2)
+    assert not recwarn.list
+
+
+def test_it_says_nothing_of_where_it_was_made():
+    config = json.loads((UNIVERSAL / "config.json").read_text())
+    assert "weights" not in config["classifier"]
+    assert "/" not in json.dumps(config)
+
+
+@pytest.mark.parametrize("name", ["vit", "resnet"])
+def test_encoder_and_evidence_together(name, tmp_path):
+    clf = make(name)
+    images = pictures(clf, 2)
+    explainer = aha.Explainer.build(clf, "classifier", decoder=TINY_DECODER)
+    untrained = aha.Explainer.build(clf).attribute(images, 1)
+    assert torch.equal(explainer.attribute(images, 1), untrained)  # the full gradient
+    torch.nn.init.normal_(explainer.decoder.head[-1].weight)
+    maps = explainer.eval().attribute(images, 1)
+    assert not torch.allclose(maps, untrained)
+    assert not torch.equal(maps, explainer.attribute(images, 2))
+    explainer.save_pretrained(tmp_path)
+    assert torch.equal(aha.Explainer.from_pretrained(tmp_path, clf).attribute(images, 1), maps)
+    with aha.attributors.count_passes(clf) as seen:
+        method = aha.attributors.create("aha", clf, explainer=explainer)
+        method.attribute(images, 1)
+    assert seen == 2 * method.passes(images)
+
+
+def test_the_class_embedding_is_a_linear_map_of_the_heads_rows():
+    clf = tiny_classifier()
+    rows = head_rows(clf)
+    assert rows.shape[0] == clf.num_classes
+    decoder = aha.Explainer.build(clf, "classifier", decoder=TINY_DECODER).decoder
+    assert isinstance(decoder, Decoder) and decoder.embedding.in_features == rows.shape[1]
+    known = rows - rows.mean(dim=0)
+    torch.testing.assert_close(decoder.rows, known / known.norm(dim=1).mean())
+    table = aha.Explainer.build(clf, evidence=False, decoder=TINY_DECODER).decoder
+    assert table.rows is None and isinstance(table.embedding, torch.nn.Embedding)
+
+
+def test_several_classifiers_in_turn(tmp_path):
+    vit, resnet = make("vit"), make("resnet")
+
+    def images(clf, count):
+        return [{"image": image} for image in pictures(clf, count)]
+
+    def trainer(steps, output=None):
+        torch.manual_seed(0)
+        config = aha.TrainConfig(
+            steps=steps,
+            batch_size=2,
+            fractions=4,
+            cells=(2, 4),
+            targets=1,
+            dropped_roles=0.3,
+            save_every=1,
+            output=output,
+        )
+        explainer = aha.Explainer.build(vit)
+        return aha.Trainer(explainer, vit, images(vit, 5), config, beside=[(resnet, images(resnet, 3))])
+
+    seen = []
+    whole = trainer(4, str(tmp_path / "a"))
+    step = whole._train_step
+
+    def watched(batch):
+        seen.append((whole._subject().classifier, tuple(batch["image"].shape[-2:])))
+        return step(batch)
+
+    whole._train_step = watched
+    whole.fit(progress=False)
+    assert [clf for clf, _ in seen] == [vit, resnet, vit, resnet]
+    assert all(size == clf.input_size for clf, size in seen)
+    assert whole.explainer.classifier is vit
+    # cut off after three steps, it ends as if it had not been
+    cut = trainer(4, str(tmp_path / "b"))
+    proper = cut._train_step
+
+    def killed(batch):
+        if cut.step == 3:
+            raise KeyboardInterrupt
+        return proper(batch)
+
+    cut._train_step = killed
+    with pytest.raises(KeyboardInterrupt):
+        cut.fit(progress=False)
+    again = trainer(4, str(tmp_path / "b"))
+    again.fit(resume=True, progress=False)
+    assert again.step == 4
+    for a, b in zip(whole.explainer.parameters(), again.explainer.parameters(), strict=True):
+        assert torch.equal(a, b)
+    own = aha.Explainer.build(vit, evidence=False, decoder=TINY_DECODER)
+    with pytest.raises(ValueError, match="several classifiers need an explainer with evidence"):
+        aha.Trainer(own, vit, images(vit, 2), aha.TrainConfig(steps=1), beside=[(resnet, images(resnet, 2))])
+    with pytest.raises(ValueError, match="dropped_roles=1"):
+        aha.TrainConfig(dropped_roles=1.0)
