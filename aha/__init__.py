@@ -10,7 +10,8 @@ from ._version import __version__
 from .recipes import recipe
 
 if TYPE_CHECKING:
-    from . import attributors, data, evaluation, kernels, metrics, references, regions, report, terminal
+    from . import attributors, data, evaluation, evidence, kernels, metrics, references, regions, report, terminal
+    from .attribution import attribute
     from .classifier import Classifier
     from .explainer import Explainer
     from .objective import Objective
@@ -25,9 +26,10 @@ _NAMES = {
     "ShapleyObjective": "shapley",
     "TrainConfig": "training",
     "Trainer": "training",
+    "attribute": "attribution",
     "refine": "refinement",
 }
-_MODULES = ("attributors", "data", "evaluation", "kernels", "metrics", "references", "regions", "report", "terminal")
+_MODULES = ("attributors", "data", "evaluation", "evidence", "kernels", "metrics", "references", "regions", "report", "terminal")
 
 __all__ = ["__version__", *_NAMES, *_MODULES]
 

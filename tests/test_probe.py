@@ -239,7 +239,7 @@ def test_torchscript(make):
             create(name, clf)
     with pytest.raises(ValueError, match="gives no intermediate features: give encoder="):
         aha.Explainer.build(clf, evidence=False)
-    with pytest.raises(ValueError, match="evidence looks inside the classifier, .* is a TorchScript module"):
+    with pytest.raises(ValueError, match=r"evidence looks inside the classifier, .* is a TorchScript module"):
         aha.Explainer.build(clf)
 
 
