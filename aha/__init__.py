@@ -41,6 +41,13 @@ def _scenes() -> "Classifier":
     return scenes()
 
 
+@recipe("lite0")
+def _lite0() -> "Classifier":
+    from .demo.photographs import classifier
+
+    return classifier()
+
+
 def __getattr__(name: str) -> Any:
     if name in _NAMES:
         value = getattr(importlib.import_module(f".{_NAMES[name]}", __name__), name)
