@@ -112,9 +112,9 @@ class AHA(LearnedAttributor):
         clf: Classifier,
         explainer: Explainer | str | Path | None = None,
         steps: int = 0,
-        scale: str | None = None,
         internal_batch_size: int = 32,
         seed: int = 0,
+        scale: str | None = None,
         **refinement: Any,
     ):
         super().__init__(clf, explainer, internal_batch_size, seed)
