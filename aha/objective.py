@@ -22,12 +22,16 @@ DIAGNOSED = 2**20  # entries of an image's soft permutation that `Objective.diag
 
 
 class Losses(NamedTuple):
-    """What `Objective` returns, one value per image (B,); only ``loss`` carries a gradient."""
+    """What `Objective` returns, one value per image (B,); only ``loss`` carries a gradient.
+
+    ``curves`` (B, 2, S) are the deletion and the insertion curve themselves; None without their ends.
+    """
 
     loss: Tensor
     deletion: Tensor
     insertion: Tensor
     regularizer: Tensor
+    curves: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -153,37 +157,45 @@ class Objective:
         masks = kernels.soft_topk_masks(scores, fractions, tau, self.n_iters, noise, seed, backend=self.backend)
         target = target if target.ndim == 2 else target[:, None]
         upsampler = regions.upsampler(self.smooth, device=images.device)
-        curve, deletion, insertion = self._curves(images, masks, target, references, upsampler)
+        curve, deletion, insertion, curves = self._curves(images, masks, target, references, upsampler)
         penalty = sharpness(standardize(maps) if self.scores == "standardized" else maps)
         check_answers(torch.stack([deletion, insertion], dim=1), self.classifier.name)
-        return Losses(curve + self.weight_regularizer * penalty, deletion, insertion, penalty.detach())
+        return Losses(curve + self.weight_regularizer * penalty, deletion, insertion, penalty.detach(), curves)
 
-    def _curves(self, images, masks, target, references, upsampler) -> tuple[Tensor, Tensor, Tensor]:
+    def _curves(self, images, masks, target, references, upsampler) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         step = 1 / (self.fractions - 1 if self.ends else self.fractions)
-        ends = self._ends(images, target, references) * (step / 2) if self.ends else masks.new_zeros(len(images))
+        ends, curves = masks.new_zeros(len(images)), None
+        if self.ends:
+            both, original, replaced = self._ends(images, target, references)
+            ends = both * (step / 2)
         if self.chunk is None:
             interior = self._unstreamed(images, masks, target, references, upsampler)
         else:
             interior = _Streamed.apply(masks, self, images, target, references, upsampler)
-        loss, deletion, insertion = interior
+        loss, deletion, insertion, inner = interior
+        if self.ends:
+            sides = torch.stack([original, replaced], dim=1)[..., None]  # deletion's start is insertion's end
+            curves = torch.cat([sides, inner, sides.flip(1)], dim=2)
         ends_loss = (self.weight_deletion - self.weight_insertion) * ends
-        return loss * step + ends_loss, deletion * step + ends, insertion * step + ends
+        return loss * step + ends_loss, deletion * step + ends, insertion * step + ends, curves
 
     @torch.no_grad()
-    def _ends(self, images, target, references) -> Tensor:
-        """f(I) + f(I0), constants without a gradient."""
+    def _ends(self, images, target, references) -> tuple[Tensor, Tensor, Tensor]:
+        """f(I) + f(I0) and the two by themselves, constants without a gradient."""
         with autocast(self.precision, images.device):
-            ends = self._confidence(self.classifier.normalize(images), target)
+            ends = original = self._confidence(self.classifier.normalize(images), target)
+            replaced = torch.zeros_like(original)
             for reference in references:
-                ends = ends + self._confidence(self.classifier.normalize(reference), target) / len(references)
-        return ends
+                blank = self._confidence(self.classifier.normalize(reference), target) / len(references)
+                ends, replaced = ends + blank, replaced + blank
+        return ends, original, replaced
 
     def _confidence(self, pixels: Tensor, target: Tensor) -> Tensor:
         logits = self.classifier.forward_normalized(pixels)
         return confidence(logits, target).mean(dim=1)
 
-    def _pair(self, images, reference, masks, target, upsampler) -> tuple[Tensor, Tensor]:
-        """Confidence sums over the given fractions for deletion and insertion: two tensors (B,)."""
+    def _pair(self, images, reference, masks, target, upsampler) -> Tensor:
+        """Confidences (2, B, S) of deletion and insertion at the given fractions."""
         clf = self.classifier
         batch, steps = masks.shape[:2]
         deleted, inserted = kernels.perturb(
@@ -191,18 +203,20 @@ class Objective:
         )
         pixels = torch.cat([deleted.flatten(0, 1), inserted.flatten(0, 1)])
         repeated = target.repeat_interleave(steps, dim=0).repeat(2, 1)
-        confidence = self._confidence(pixels, repeated).view(2, batch, steps).sum(dim=-1)
-        return confidence[0], confidence[1]
+        return self._confidence(pixels, repeated).view(2, batch, steps)
 
-    def _unstreamed(self, images, masks, target, references, upsampler) -> tuple[Tensor, Tensor, Tensor]:
+    def _unstreamed(self, images, masks, target, references, upsampler) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         deletion = insertion = masks.new_zeros(len(images))
+        curves = masks.new_zeros(len(images), 2, masks.shape[1])
         with autocast(self.precision, images.device):
             for reference in references:
-                removed, shown = self._pair(images, reference, masks, target, upsampler)
+                pair = self._pair(images, reference, masks, target, upsampler)
+                curves += pair.detach().transpose(0, 1) / len(references)
+                removed, shown = pair.sum(dim=-1)
                 deletion = deletion + removed / len(references)
                 insertion = insertion + shown / len(references)
         loss = self.weight_deletion * deletion - self.weight_insertion * insertion
-        return loss, deletion.detach(), insertion.detach()
+        return loss, deletion.detach(), insertion.detach(), curves
 
 
 def check_game(
@@ -239,6 +253,7 @@ class _Streamed(torch.autograd.Function):
         steps_at_once = min(steps, max(1, objective.chunk // (2 * images_at_once)))
         gradient = torch.zeros_like(masks) if needs_grad else None
         deletion, insertion = masks.new_zeros(batch), masks.new_zeros(batch)
+        curves = masks.new_zeros(batch, 2, steps)
         share = 1 / len(references)
         stepwise = images.device.type == "cpu" and uses_bf16(objective.precision, images.device)
         with (
@@ -252,19 +267,19 @@ class _Streamed(torch.autograd.Function):
                         cols = slice(start, start + steps_at_once)
                         with torch.set_grad_enabled(needs_grad):
                             part = masks[rows, cols].detach().requires_grad_(needs_grad)
-                            removed, shown = objective._pair(
-                                images[rows], reference[rows], part, target[rows], upsampler
-                            )
+                            pair = objective._pair(images[rows], reference[rows], part, target[rows], upsampler)
+                            removed, shown = pair.sum(dim=-1)
                             loss = objective.weight_deletion * removed - objective.weight_insertion * shown
                             if gradient is not None:
                                 (piece,) = torch.autograd.grad(share * loss.sum(), part)
                                 gradient[rows, cols] += piece
                         deletion[rows] += share * removed.detach()
                         insertion[rows] += share * shown.detach()
+                        curves[rows, :, cols] += share * pair.detach().transpose(0, 1)
         ctx.gradient = gradient
         loss = objective.weight_deletion * deletion - objective.weight_insertion * insertion
-        ctx.mark_non_differentiable(deletion, insertion)
-        return loss, deletion, insertion
+        ctx.mark_non_differentiable(deletion, insertion, curves)
+        return loss, deletion, insertion, curves
 
     @staticmethod
     @torch.autograd.function.once_differentiable

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import references
+from .. import calibration, references
 from ..checks import check_integer
 from ..classifier import Classifier
 from ..explainer import Explainer
@@ -90,16 +90,19 @@ class AHA(LearnedAttributor):
     Args:
         explainer: trained for ``clf``, or for another classifier if it is to be refined; or its folder.
         steps: T ≥ 0.
+        scale: of the values, "raw", "calibrated" or "measured", in the same order (see `aha.calibration`); None is
+            calibrated where the explainer knows its response, else raw.
         refinement: further arguments of `aha.refine`, such as ``lr``.
     """
 
     objective = "ranking"
     metadata = Metadata(
         paper="Schinagl et al., Learn to Rank, ECCV 2026 (arXiv 2604.05819)",
-        cost="1F; of T refinement steps, S fractions and R references (T + 1)·2·(S − 1)·R F and T·2·(S − 2)·R B",
+        cost="1F; of T refinement steps, S fractions and R references (T + 1)·2·(S − 1)·R F and T·2·(S − 2)·R B; 20 F "
+        "where magnitudes are measured",
         architectures="any classifier, with an explainer trained for it",
         licence="own implementation from the paper",
-        notes="class-conditioned maps, standardized scores",
+        notes="class-conditioned maps, standardized scores, magnitudes by the response learnt while training",
         fidelity="rebuilt from the paper, not compared with the authors' code; differs by a decoder that is given the "
         "class, standardized scores, and keeping the best step of the refinement",
     )
@@ -111,27 +114,35 @@ class AHA(LearnedAttributor):
         steps: int = 0,
         internal_batch_size: int = 32,
         seed: int = 0,
+        scale: str | None = None,
         **refinement: Any,
     ):
         super().__init__(clf, explainer, internal_batch_size, seed)
         self.steps = check_integer("steps", steps, 0)
+        if scale is None:
+            scale = "raw" if calibration.learnt(self.explainer) is None else "calibrated"
+        self.scale = calibration.check_scale(scale, self.explainer)
         self.refinement = refinement
 
     def passes(self, images: Tensor) -> Passes:
+        measured = Passes(calibration.passes(*images.shape[-2:]) if self.scale == "measured" else 0)
         if not self.steps:
-            return self._encoding
+            return self._encoding + measured
         bound = inspect.signature(refine).bind(self.explainer, self.clf, images, **self.refinement)
         bound.apply_defaults()
         references, fractions = len(bound.arguments["references"]), bound.arguments["fractions"]
         # of every reference deletion and insertion, their common ends, and a loss of the last maps without a gradient
         interior = 2 * (fractions - 2)
         loss, gradient = references * Passes(interior + 2), references * Passes(0, interior)
-        return self._encoding + (self.steps + 1) * loss + self.steps * gradient
+        return self._encoding + (self.steps + 1) * loss + self.steps * gradient + measured
 
     def _attribute(self, images: Tensor, target: Tensor) -> Tensor:
-        if self.steps == 0:
-            return self.explainer.attribute(images, target)
-        return refine(self.explainer, self.clf, images, target, self.steps, **self.refinement)
+        if self.steps:
+            maps = refine(self.explainer, self.clf, images, target, self.steps, **self.refinement)
+        else:
+            maps = self.explainer.attribute(images, target)
+        size = max(2, self.internal_batch_size)
+        return calibration.calibrated(self.clf, self.explainer, images, maps, target, self.scale, size)
 
 
 class ShapleyAttributor(LearnedAttributor):

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from .. import precision as mixed
 from .._version import __version__
+from ..calibration import Response, calibrated, check_scale
 from ..checks import check_integer, finite_maps
 from ..classifier import Classifier, check_classifier, from_source
 from ..evidence import ROLES, Evident
@@ -32,7 +33,7 @@ CONFIG_FILE, WEIGHTS_FILE = "config.json", "decoder.safetensors"
 REFINED_WITH = ("temperature", "scores", "cells")
 UNIVERSAL = Path(__file__).parent / "universal"  # the explainer that ships
 EVIDENCE = {"kind": "evidence"}  # where another explainer's encoder is described
-TRAINED_FOR = ("objective", "references", "players", "surrogate", "data")
+TRAINED_FOR = ("objective", "references", "players", "surrogate", "data", "response")
 
 
 class Fixed(NamedTuple):
@@ -55,7 +56,8 @@ class Explainer(nn.Module):
         classifier: the classifier it explains.
         settings: what it was trained with and refinement continues with: ``temperature`` (final τ), ``scores`` and
             ``cells``; and where known the ``objective`` it was trained for, with its ``references``, ``players`` and
-            ``surrogate`` (see `aha.shapley`), and what identifies the ``data``.
+            ``surrogate`` (see `aha.shapley`), what identifies the ``data``, and the mean ``response`` to its maps (see
+            `aha.calibration`).
     """
 
     def __init__(
@@ -211,6 +213,7 @@ class Explainer(nn.Module):
         images: Tensor,
         target: Tensor | Sequence[int] | int | None = None,
         internal_batch_size: int = 64,
+        scale: str = "raw",
     ) -> Tensor:
         """Attribution maps in one forward pass.
 
@@ -218,20 +221,26 @@ class Explainer(nn.Module):
             images: (B,C,H,W) RGB in [0,1].
             target: class per image, one int for all, or None: the classifier's prediction.
             internal_batch_size: images per pass, of the classifier and of the explainer; memory is set by it.
+            scale: of the values; the order is the same. "raw" as the decoder makes them; "calibrated": what each pixel
+                is expected to add to the target's probability, by the response learnt while training; "measured": by
+                that of the image itself, 20 forward passes more. See `aha.calibration`.
 
         Returns:
-            (B,1,H,W) float32, raw scale, higher = more important.
+            (B,1,H,W) float32, higher = more important.
 
         Raises:
-            ValueError: for images or targets outside the contract, and where the classifier or a map is not finite.
+            ValueError: for images or targets outside the contract, where the classifier or a map is not finite, and for
+                "calibrated" where training has learnt no response.
         """
+        check_scale(scale, self)
         size = check_integer("internal_batch_size", internal_batch_size, 1)
         images = self.classifier.check(images).detach()
         with protected(*self.networks), torch.no_grad():
             target = self.classifier.resolve_target(images, target, size)
             parts = zip(images.split(size), target.split(size), strict=True)
             maps = torch.cat([self(image, classes).float() for image, classes in parts])
-            return finite_maps(maps, "the explainer's maps")
+            maps = finite_maps(maps, "the explainer's maps")
+            return calibrated(self.classifier, self, images, maps, target, scale, max(2, size))
 
     def save_pretrained(self, path: str | Path) -> Path:
         """Write ``config.json`` and ``decoder.safetensors`` (the trained part only) into the folder ``path``."""
@@ -275,6 +284,8 @@ class Explainer(nn.Module):
             saved, layout = dict(config["classifier"]), dict(config["decoder"])
             settings = {key: config[key] for key in REFINED_WITH}
             settings.update({key: config[key] for key in TRAINED_FOR if key in config})
+            if settings.get("response") is not None:
+                Response.from_json(settings["response"])  # refuses what is none
             mark, classes = saved.pop("fingerprint"), saved.pop("num_classes")
             image_size, names = tuple(saved.pop("input_size")), saved.pop("class_names", None)
             source = dict(config["encoder"])

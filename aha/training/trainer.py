@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from .. import references, shapley
 from .._version import __version__
+from ..calibration import MeanCurves
 from ..checks import check_images, check_integer, check_label, check_number, check_seed
 from ..classifier import Classifier, check_classifier
 from ..data import fit_labels, identity, readable
@@ -163,7 +164,10 @@ class TrainingObjective(Protocol):
         noise: float,
         seed: int,
     ) -> Any:
-        """A NamedTuple of values per image (B,) that are logged by name; only ``loss`` carries a gradient."""
+        """A NamedTuple of values per image (B,) that are logged by name; only ``loss`` carries a gradient.
+
+        ``curves``, where there are any, are deletion and insertion (B, 2, S): of them the response is learnt.
+        """
 
     def regions(self, height: int, width: int) -> Regions | None:
         """The grid for images of that size, or None where a random one is wanted."""
@@ -262,6 +266,7 @@ class Trainer:
         # with fewer roles now and then, a decoder learns to serve classifiers that lack them
         self.drops = len(ROLES) if explainer.encoder is None and config.dropped_roles else 0
         self.step = 0
+        self.curves = MeanCurves()  # of the second half, when the maps are worth it
         self.folder = Path(config.output) if config.output else None
 
     def fit(self, resume: bool | str | Path = False, progress: bool = True) -> Explainer:
@@ -288,6 +293,7 @@ class Trainer:
                     log.write(self.step, {**self._averaged(record), **self._diagnose(batch)})
                 log.advance(len(batch["image"]) * self.accelerator.num_processes)
                 if self.config.save_every and self.step % self.config.save_every == 0:
+                    self._share_curves()
                     self._save()
         finally:
             log.close()
@@ -296,7 +302,10 @@ class Trainer:
         self.explainer.eval()
         if self.explainer.encoder is None:
             self.explainer.turn_to(self.classifier)
+        self._share_curves()
+        response = self.curves.response()
         self.explainer.settings.update(
+            response=None if response is None else response.to_json(),
             temperature=self.tau[1],
             scores=self.config.scores,
             cells=list(self._cells(self.data[0]["image"].shape[-2:])),
@@ -393,7 +402,12 @@ class Trainer:
             out = objective(image, maps, classes, [blank], regions, tau, self.noise, int(seeds[number]))
             share = len(out.loss) / (len(images) * per_image)
             self.accelerator.backward(out.loss.mean() * share)
-            for name, values in out._asdict().items():
+            logged = out._asdict()
+            curves = logged.pop("curves", None)
+            if curves is not None and self.step >= self.total // 2:
+                # of the prediction, which is what users explain; a map that serves all classes has their mean
+                self.curves.add(curves if config.shared_map else curves[::per_image])
+            for name, values in logged.items():
                 totals[name] += values.detach().mean().item() * share
             totals["scores_std"] += maps.detach().std(dim=(1, 2, 3)).mean().item() * share
         norm = self.accelerator.clip_grad_norm_(self.explainer.decoder.parameters(), config.clip)
@@ -438,10 +452,20 @@ class Trainer:
         tau = temperature(self.step - 1, self.total, *self.tau, self.tau_schedule)
         return objective.diagnose(maps, regions, tau)
 
+    def _share_curves(self) -> None:
+        """Give every process the mean curves of all: a checkpoint is written by one and read by all."""
+        if self.accelerator.num_processes > 1 and self.curves.total is not None:
+            total = self.curves.total.to(self.accelerator.device)
+            self.curves.total = self.accelerator.reduce(total, "mean").cpu()
+
     def _save(self) -> None:
         if self.folder is None or not self.accelerator.is_main_process:
             return
-        state = {"decoder": self.explainer.decoder.state_dict(), "optimizer": self.optimizer.state_dict()}
+        state = {
+            "decoder": self.explainer.decoder.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "curves": self.curves.state_dict(),
+        }
         checkpoint.save(self.folder / "checkpoints", self.step, state, self._identity(), __version__)
 
     def _identity(self) -> dict[str, Any]:
@@ -489,6 +513,8 @@ class Trainer:
             )
         self.explainer.decoder.load_state_dict(state["decoder"])
         self.optimizer.load_state_dict(state["optimizer"])
+        # versions before the response kept no curves: it is then learnt of the steps that are left
+        self.curves.load_state_dict(state.get("curves", MeanCurves().state_dict()))
         self.step = step
 
 

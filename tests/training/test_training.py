@@ -263,7 +263,7 @@ import sys, torch, aha
 from tests.training.test_training import CONFIG, Images, fresh
 explainer, clf = fresh()
 import dataclasses
-config = dataclasses.replace(CONFIG, batch_size=int(sys.argv[1]), accumulate=1, steps=2, clip=1e9)
+config = dataclasses.replace(CONFIG, batch_size=int(sys.argv[1]), accumulate=1, steps=4, save_every=3, clip=1e9)
 for module in explainer.decoder.modules():
     if isinstance(module, torch.nn.BatchNorm2d):
         module.train = lambda mode=True: None
@@ -271,7 +271,8 @@ for module in explainer.decoder.modules():
 trainer = aha.Trainer(explainer, clf, Images(), config)
 trainer.fit(progress=False)
 if trainer.accelerator.is_main_process:
-    torch.save(explainer.decoder.state_dict(), sys.argv[2])
+    response = torch.tensor(explainer.settings["response"]["values"])
+    torch.save({**explainer.decoder.state_dict(), "response": response}, sys.argv[2])
 """
 
 
