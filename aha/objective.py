@@ -234,6 +234,25 @@ class Objective:
         return loss, deletion.detach(), insertion.detach()
 
 
+def strata(count: int, shift: float = 0.5, power: float = 1.5) -> tuple[Tensor, Tensor]:
+    """Where to look at the curves: one fraction out of each of ``count`` strata, and weights for their areas.
+
+    The strata are narrow where curves are steep, at the first pixels: fractions are u^power for
+    u = (i + shift)/count, weights d(u^power)/du/count, that is 1/density. Σ weight · f over a shift uniform in [0,1)
+    is an unbiased estimate of the area under f, and so is its gradient.
+
+    Args:
+        count: S ≥ 1.
+        shift: where in its stratum a fraction lies, in [0,1).
+        power: ≥ 1; 1 spaces the fractions evenly.
+
+    Returns:
+        fractions (S,) ascending in [0,1), and weights (S,), both float64.
+    """
+    u = (torch.arange(count, dtype=torch.float64) + shift) / count
+    return u**power, power * u ** (power - 1) / count
+
+
 def check_game(
     clf: Classifier, images: Tensor, maps: Tensor, target: Tensor, references: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
