@@ -196,8 +196,8 @@ def _refined(
 class Residual:
     """What is added to maps (B,1,H,W): bilinear maps on three grids, of an image's own scale.
 
-    A step on the coarse ones moves whole objects, on the fine ones their outlines. Its length is set per image and
-    grid by a running root mean square of the gradient, for only the order of a map counts and no gradient has a unit.
+    Coarse ones move whole objects, fine ones their outlines. Steps are Adam's: only the order of a map counts, so a
+    gradient has no unit, and cells where it is small are as far from where they belong as others.
     """
 
     def __init__(self, start: Tensor, finest: Regions):
@@ -208,7 +208,7 @@ class Residual:
         self.enlarge = [(_bilinear(rows, height).to(start), _bilinear(cols, width).to(start)) for rows, cols in sides]
         self.values = [start.new_zeros(len(start), 1, *side) for side in sides]
         self.mean = [torch.zeros_like(values) for values in self.values]
-        self.square = [start.new_zeros(len(start), 1, 1, 1) for _ in sides]
+        self.square = [torch.zeros_like(values) for values in self.values]
         self.steps = 0
 
     def __call__(self) -> Tensor:
@@ -222,11 +222,12 @@ class Residual:
         for level, (down, across) in enumerate(self.enlarge):
             piece = down.T @ (self.scale * gradient) @ across
             self.mean[level].lerp_(piece, 1 - MOMENTA[0])
-            self.square[level].lerp_(piece.square().mean(dim=(1, 2, 3), keepdim=True), 1 - MOMENTA[1])
+            self.square[level].lerp_(piece.square(), 1 - MOMENTA[1])
             size = (self.square[level] / second).sqrt()
-            # without any gradient an image stays as it is
-            direction = self.mean[level] / first / size.where(size > 0, 1)
-            self.values[level] -= lr * direction
+            # of an image's own scale, so that rounding of what has no gradient is not a full step
+            least = 1e-3 * size.amax(dim=(1, 2, 3), keepdim=True)
+            size = (size + least).where(least > 0, 1)  # no gradient at all: it stays as it is
+            self.values[level] -= lr * self.mean[level] / first / size
 
 
 def _bilinear(cells: int, pixels: int) -> Tensor:

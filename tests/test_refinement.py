@@ -86,8 +86,9 @@ def test_two_steps_by_hand(explainer, classifier, images):
         gradients = torch.autograd.grad(loss.sum(), levels)
         for i, gradient in enumerate(gradients):
             mean[i] = 0.5 * mean[i] + 0.5 * gradient
-            square[i] = 0.9 * square[i] + 0.1 * gradient.square().mean()
-            direction = mean[i] / (1 - 0.5 ** (turn + 1)) / (square[i] / (1 - 0.9 ** (turn + 1))).sqrt()
+            square[i] = 0.9 * square[i] + 0.1 * gradient.square()
+            size = (square[i] / (1 - 0.9 ** (turn + 1))).sqrt()
+            direction = mean[i] / (1 - 0.5 ** (turn + 1)) / (size + 1e-3 * size.max())
             levels[i] = (levels[i] - 0.05 * direction).detach().requires_grad_()
     actual = aha.refine(explainer, classifier, image, target, steps=2, lr=0.05, **OPTIONS)
     assert (actual - maps()).abs().max() < 1e-3 * (actual - start).abs().max()
