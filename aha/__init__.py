@@ -10,7 +10,19 @@ from ._version import __version__
 from .recipes import recipe
 
 if TYPE_CHECKING:
-    from . import attributors, data, evaluation, evidence, kernels, metrics, references, regions, report, terminal
+    from . import (
+        attributors,
+        calibration,
+        data,
+        evaluation,
+        evidence,
+        kernels,
+        metrics,
+        references,
+        regions,
+        report,
+        terminal,
+    )
     from .attribution import attribute
     from .classifier import Classifier
     from .explainer import Explainer
@@ -29,7 +41,19 @@ _NAMES = {
     "attribute": "attribution",
     "refine": "refinement",
 }
-_MODULES = ("attributors", "data", "evaluation", "evidence", "kernels", "metrics", "references", "regions", "report", "terminal")
+_MODULES = (
+    "attributors",
+    "calibration",
+    "data",
+    "evaluation",
+    "evidence",
+    "kernels",
+    "metrics",
+    "references",
+    "regions",
+    "report",
+    "terminal",
+)
 
 __all__ = ["__version__", *_NAMES, *_MODULES]
 

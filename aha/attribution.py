@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from .checks import check_images
@@ -25,7 +24,7 @@ def attribute(
     *,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
-    steps: int = 0,
+    preset: str | None = None,
 ) -> Tensor:
     """Which pixels made ``model`` decide as it did, by the explainer that ships: nothing is trained.
 
@@ -41,7 +40,8 @@ def attribute(
         target: class per image, one int for all, or None: the model's prediction.
         mean, std: of the model's normalisation, for pixels in [0,1]; 0 and 1 for a model that normalises by itself.
             Default: what a timm model says of itself, else ImageNet's.
-        steps: refinement steps on the images at hand, see `aha.refine`; 0 is one forward and one backward pass.
+        preset: "fast", "default" or "best": refine the maps on the images at hand with that many passes, see
+            `aha.refine`. None: one forward and one backward pass.
 
     Returns:
         (B,1,H,W) float32 maps.
@@ -54,8 +54,8 @@ def attribute(
     with _as_it_was(model):
         clf = model if isinstance(model, Classifier) else _wrapped(model, images, mean, std)
         explainer = Explainer.universal(clf)
-        if steps:
-            return refine(explainer, clf, images.to(clf.device), target, steps=steps)
+        if preset is not None:
+            return refine(explainer, clf, images.to(clf.device), target, preset=preset)
         return explainer.attribute(images.to(clf.device), target)
 
 

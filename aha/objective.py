@@ -122,6 +122,8 @@ class Objective:
         tau: float | Tensor,
         noise: float = 0.0,
         seed: int | None = None,
+        fractions: Tensor | None = None,
+        weights: Tensor | None = None,
     ) -> Losses:
         """Loss of attribution ``maps`` (B,1,H,W) for ``images`` (B,C,H,W) in [0,1].
 
@@ -131,14 +133,41 @@ class Objective:
             regions: the grid on which the maps are ranked, as fine as one pixel per cell where there is no noise, whose
                 ranking keeps K² numbers.
             tau, noise, seed: of the soft permutation, see `aha.kernels.soft_topk_masks`.
+            fractions: (S,) ascending shares of [0,1] in place of the evenly spaced ones, as of `strata`. The areas are
+                then Σ weight · f over these alone: no pass is spent on the two ends.
+            weights: (S,), or (B,S) for weights of an image's own; default: 1/S each.
 
         Raises:
             ValueError: in one line, for arguments that do not fit, and where the classifier is not finite.
         """
         with protected(self.classifier, gradients=False):
-            return self._losses(images, maps, target, references, regions, tau, noise, seed)
+            shares = self._shares(fractions, weights, len(images))
+            return self._losses(images, maps, target, references, regions, tau, noise, seed, *shares)
 
-    def _losses(self, images, maps, target, references, regions, tau, noise, seed) -> Losses:
+    def _shares(self, fractions: Tensor | None, weights: Tensor | None, batch: int) -> tuple[Tensor, Tensor | None]:
+        """The fractions (S,), and the weights (B,S) of what the caller chose."""
+        if fractions is None:
+            if weights is not None:
+                raise ValueError("weights without fractions: give the fractions (S,) that they weigh too")
+            if self.ends:
+                return torch.linspace(0, 1, self.fractions, dtype=torch.float64)[1:-1], None
+            return (torch.arange(self.fractions, dtype=torch.float64) + 0.5) / self.fractions, None
+        shares = torch.as_tensor(fractions, dtype=torch.float64).detach().cpu()
+        if (
+            shares.ndim != 1
+            or not len(shares)
+            or not bool(((shares >= 0) & (shares <= 1)).all() and (shares.diff() >= 0).all())
+        ):
+            raise ValueError(f"fractions={shares.tolist()}: give (S,) ascending shares in [0, 1], S ≥ 1")
+        count = len(shares)
+        if weights is None:
+            return shares, torch.full((batch, count), 1 / count)
+        given = torch.as_tensor(weights).detach().float()
+        if tuple(given.shape) not in ((count,), (batch, count)) or not bool(given.isfinite().all()):
+            raise ValueError(f"weights is {tuple(given.shape)}: give ({count},) or ({batch}, {count}) finite numbers")
+        return shares, given.expand(batch, count)
+
+    def _losses(self, images, maps, target, references, regions, tau, noise, seed, fractions, weights) -> Losses:
         images, maps, target, references = check_game(self.classifier, images, maps, target, references)
         if not references:
             raise ValueError("references is empty: give at least one reference image (B,C,H,W) for all images")
@@ -148,32 +177,32 @@ class Objective:
             raise ValueError(
                 f"regions are of {size[0]}×{size[1]} pixels, images of {came}: make them with aha.regions.grid"
             )
-        if self.ends:
-            fractions = torch.linspace(0, 1, self.fractions, dtype=torch.float64)[1:-1]
-        else:
-            fractions = (torch.arange(self.fractions, dtype=torch.float64) + 0.5) / self.fractions
         maps = full_precision(maps)
         scores = self.region_scores(maps, regions)
         masks = kernels.soft_topk_masks(scores, fractions, tau, self.n_iters, noise, seed, backend=self.backend)
         target = target if target.ndim == 2 else target[:, None]
         upsampler = regions.upsampler(self.smooth, device=images.device)
-        curve, deletion, insertion, curves = self._curves(images, masks, target, references, upsampler)
+        weights = None if weights is None else weights.to(masks)
+        curve, deletion, insertion, curves = self._curves(images, masks, target, references, upsampler, weights)
         penalty = sharpness(standardize(maps) if self.scores == "standardized" else maps)
         check_answers(torch.stack([deletion, insertion], dim=1), self.classifier.name)
         return Losses(curve + self.weight_regularizer * penalty, deletion, insertion, penalty.detach(), curves)
 
-    def _curves(self, images, masks, target, references, upsampler) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    def _curves(
+        self, images, masks, target, references, upsampler, weights
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        if self.chunk is None:
+            interior = self._unstreamed(images, masks, target, references, upsampler, weights)
+        else:
+            interior = _Streamed.apply(masks, self, images, target, references, upsampler, weights)
+        loss, deletion, insertion, inner = interior
+        if weights is not None:
+            return loss, deletion, insertion, None
         step = 1 / (self.fractions - 1 if self.ends else self.fractions)
         ends, curves = masks.new_zeros(len(images)), None
         if self.ends:
             both, original, replaced = self._ends(images, target, references)
             ends = both * (step / 2)
-        if self.chunk is None:
-            interior = self._unstreamed(images, masks, target, references, upsampler)
-        else:
-            interior = _Streamed.apply(masks, self, images, target, references, upsampler)
-        loss, deletion, insertion, inner = interior
-        if self.ends:
             sides = torch.stack([original, replaced], dim=1)[..., None]  # deletion's start is insertion's end
             curves = torch.cat([sides, inner, sides.flip(1)], dim=2)
         ends_loss = (self.weight_deletion - self.weight_insertion) * ends
@@ -205,18 +234,39 @@ class Objective:
         repeated = target.repeat_interleave(steps, dim=0).repeat(2, 1)
         return self._confidence(pixels, repeated).view(2, batch, steps)
 
-    def _unstreamed(self, images, masks, target, references, upsampler) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _unstreamed(
+        self, images, masks, target, references, upsampler, weights
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         deletion = insertion = masks.new_zeros(len(images))
         curves = masks.new_zeros(len(images), 2, masks.shape[1])
         with autocast(self.precision, images.device):
             for reference in references:
                 pair = self._pair(images, reference, masks, target, upsampler)
                 curves += pair.detach().transpose(0, 1) / len(references)
-                removed, shown = pair.sum(dim=-1)
+                removed, shown = _areas(pair, weights)
                 deletion = deletion + removed / len(references)
                 insertion = insertion + shown / len(references)
         loss = self.weight_deletion * deletion - self.weight_insertion * insertion
         return loss, deletion.detach(), insertion.detach(), curves
+
+
+def strata(count: int, shift: float = 0.5, power: float = 1.5) -> tuple[Tensor, Tensor]:
+    """Where to look at the curves: one fraction out of each of ``count`` strata, and weights for their areas.
+
+    The strata are narrow where curves are steep, at the first pixels: fractions are u^power for
+    u = (i + shift)/count, weights d(u^power)/du/count, that is 1/density. Σ weight · f over a shift uniform in [0,1)
+    is an unbiased estimate of the area under f, and so is its gradient.
+
+    Args:
+        count: S ≥ 1.
+        shift: where in its stratum a fraction lies, in [0,1).
+        power: ≥ 1; 1 spaces the fractions evenly.
+
+    Returns:
+        fractions (S,) ascending in [0,1), and weights (S,), both float64.
+    """
+    u = (torch.arange(count, dtype=torch.float64) + shift) / count
+    return u**power, power * u ** (power - 1) / count
 
 
 def check_game(
@@ -241,11 +291,16 @@ def check_game(
     return images, maps, target, blanks
 
 
+def _areas(pair: Tensor, weights: Tensor | None) -> Tensor:
+    """Confidences (2, B, S) of both curves → their sums (2, B), weighted (B, S) or not."""
+    return (pair if weights is None else pair * weights).sum(dim=-1)
+
+
 class _Streamed(torch.autograd.Function):
     """Interior of both curves; the gradient to the masks is made chunk by chunk in the forward pass."""
 
     @staticmethod
-    def forward(ctx: Any, masks, objective: Objective, images, target, references, upsampler):
+    def forward(ctx: Any, masks, objective: Objective, images, target, references, upsampler, weights):
         batch, steps, _ = masks.shape
         needs_grad = ctx.needs_input_grad[0]
         assert objective.chunk is not None
@@ -268,7 +323,7 @@ class _Streamed(torch.autograd.Function):
                         with torch.set_grad_enabled(needs_grad):
                             part = masks[rows, cols].detach().requires_grad_(needs_grad)
                             pair = objective._pair(images[rows], reference[rows], part, target[rows], upsampler)
-                            removed, shown = pair.sum(dim=-1)
+                            removed, shown = _areas(pair, None if weights is None else weights[rows, cols])
                             loss = objective.weight_deletion * removed - objective.weight_insertion * shown
                             if gradient is not None:
                                 (piece,) = torch.autograd.grad(share * loss.sum(), part)
@@ -284,7 +339,7 @@ class _Streamed(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor):
-        return ctx.gradient * grads[0][:, None, None], None, None, None, None, None
+        return ctx.gradient * grads[0][:, None, None], None, None, None, None, None, None
 
 
 def standardize(maps: Tensor) -> Tensor:

@@ -53,9 +53,9 @@ def test_the_model_is_left_as_it_was():
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
 
-def test_steps_refine():
+def test_presets_refine():
     model, images = own(), pictures(1, 64)
-    assert not torch.equal(aha.attribute(model, images, steps=1), aha.attribute(model, images))
+    assert not torch.equal(aha.attribute(model, images, preset="fast"), aha.attribute(model, images))
 
 
 @pytest.mark.parametrize(

@@ -233,7 +233,7 @@ def test_mean_curves_are_those_of_all_images_in_any_parts():
 def fit(config, **options):
     clf = tiny_classifier()
     torch.manual_seed(3)
-    explainer = aha.Explainer.build(clf, decoder=TINY_DECODER)
+    explainer = aha.Explainer.build(clf, evidence=False, decoder=TINY_DECODER)
     data = [{"image": image, "label": i % 5} for i, image in enumerate(pictures(10))]
     return aha.Trainer(explainer, clf, data, config).fit(progress=False, **options)
 

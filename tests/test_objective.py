@@ -10,7 +10,7 @@ import aha
 from aha import kernels, objective, references, regions
 from aha.kernels import native
 from aha.kernels.reference import gumbel_sinkhorn
-from aha.objective import Objective, sharpness, standardize
+from aha.objective import Objective, sharpness, standardize, strata
 
 from .toys import tiny_classifier
 
@@ -53,6 +53,107 @@ def test_without_ends_the_value_is_the_midpoint_rule_with_masks_in_steps(setting
     torch.testing.assert_close(out.insertion, found[1])
     smooth = dataclasses.replace(objective, smooth=1.0)(images, maps, target, blank[:1], grid, 0.1)
     assert (smooth.deletion - out.deletion).abs().max() > 1e-5
+
+
+def seen_by(clf):
+    """The images that go through the classifier, one number a pass, and how to stop counting."""
+    seen = []
+    return seen, clf.module.register_forward_hook(lambda module, inputs, logits: seen.append(len(logits)))
+
+
+def test_even_fractions_of_ones_own_are_the_default_but_for_the_ends(setting):
+    clf, images, maps, target, blank, grid = setting
+    arguments = (images, maps, target, blank, grid, 0.1)
+    default = Objective(clf, fractions=4, chunk=12)
+    even = torch.linspace(0, 1, 4, dtype=torch.float64)[1:-1]
+    expected, gradient = loss_and_gradient(default, *arguments)
+    out, own = loss_and_gradient(default, *arguments, 0.0, None, even, torch.full((2,), 1 / 3))
+    torch.testing.assert_close(own, gradient, rtol=1e-5, atol=1e-9)
+    # f(I), and f(I0) of two references, at half a step of a third
+    ends = [clf.probabilities(pixels)[torch.arange(3), target] / 6 for pixels in (images, *blank)]
+    ends = ends[0] + (ends[1] + ends[2]) / 2
+    torch.testing.assert_close(out.deletion + ends, expected.deletion)
+    torch.testing.assert_close(out.insertion + ends, expected.insertion)
+    midpoints = dataclasses.replace(default, ends=False)
+    expected, gradient = loss_and_gradient(midpoints, *arguments)
+    shares = (torch.arange(4, dtype=torch.float64) + 0.5) / 4
+    out, own = loss_and_gradient(default, *arguments, 0.0, None, shares)
+    torch.testing.assert_close(out, expected)
+    torch.testing.assert_close(own, gradient, rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize("chunk", [None, 4, 100])
+def test_fractions_and_weights_of_ones_own(setting, chunk):
+    clf, images, maps, target, blank, grid = setting
+    shares, weights = torch.tensor([0.05, 0.3, 0.8], dtype=torch.float64), torch.rand(3, 3)
+    masks = kernels.soft_topk_masks(grid.pool(standardize(maps)), shares, 0.1)
+    expected = []
+    for side in kernels.perturb(images, blank[0], masks, grid.upsampler()):
+        curve = torch.stack([clf.probabilities(side[:, s])[torch.arange(3), target] for s in range(3)], dim=1)
+        expected.append((weights * curve).sum(dim=1))
+    objective = Objective(clf, chunk=chunk)
+    arguments = (images, maps, target, blank[:1], grid, 0.1)
+    seen, handle = seen_by(clf)
+    out, gradient = loss_and_gradient(objective, *arguments, 0.0, None, shares, weights)
+    handle.remove()
+    assert sum(seen) == 3 * 2 * 3  # and none for the ends
+    torch.testing.assert_close(out.deletion, expected[0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(out.insertion, expected[1], rtol=1e-4, atol=1e-5)
+    # the same weights for all images, for one of them alone
+    for i in range(3):
+        alone = (*(a[i : i + 1] for a in arguments[:3]), [blank[0][i : i + 1]], grid, 0.1)
+        one = loss_and_gradient(objective, *alone, 0.0, None, shares, weights[i])
+        torch.testing.assert_close(one[0].loss, out.loss[i : i + 1], rtol=1e-4, atol=1e-5)
+        assert (one[1] - gradient[i]).norm() < 1e-4 * gradient[i].norm()
+
+
+@pytest.mark.parametrize(
+    ("fractions", "weights", "what"),
+    [
+        (None, torch.ones(3), "weights without fractions"),
+        (torch.tensor([0.5, 0.2]), None, r"fractions=\[0.5, 0.2\d*\]: give \(S,\) ascending shares in \[0, 1\]"),
+        (torch.tensor([0.5, 1.2]), None, "ascending shares"),
+        (torch.tensor([0.5, torch.nan]), None, "ascending shares"),
+        (torch.tensor([]), None, "S ≥ 1"),
+        (torch.rand(2, 2), None, "ascending shares"),
+        (torch.tensor([0.5]), torch.ones(2), r"weights is \(2,\): give \(1,\) or \(3, 1\) finite numbers"),
+        (torch.tensor([0.5]), torch.tensor([torch.inf]), "finite numbers"),
+    ],
+)
+def test_bad_fractions_and_weights(setting, fractions, weights, what):
+    clf, *arguments = setting
+    with pytest.raises(ValueError, match=what):
+        Objective(clf)(*arguments, 0.1, fractions=fractions, weights=weights)
+
+
+@pytest.mark.parametrize("power", [1.0, 1.5, 2.0])
+def test_strata_are_an_unbiased_estimate_of_the_areas_and_of_their_gradient(setting, power):
+    clf, images, maps, target, blank, grid = setting
+    objective = Objective(clf, fractions=101, weight_regularizer=0.0)
+    arguments = (images[:1], maps[:1], target[:1], [blank[0][:1]], grid, 0.1)
+    dense, slope = loss_and_gradient(objective, *arguments)
+    # the slope along one direction, for a gradient has more entries than there are draws
+    along = slope / slope.norm()
+    found = []
+    generator = torch.Generator().manual_seed(0)
+    for shift in torch.rand(80, generator=generator, dtype=torch.float64).tolist():
+        out, gradient = loss_and_gradient(objective, *arguments, 0.0, None, *strata(3, shift, power))
+        found.append([float(out.deletion), float(out.insertion), float((gradient * along).sum())])
+    found = torch.tensor(found, dtype=torch.float64)
+    expected = torch.tensor([float(dense.deletion), float(dense.insertion), float(slope.norm())])
+    error = found.std(dim=0) / len(found) ** 0.5
+    assert ((found.mean(dim=0) - expected).abs() < 3 * error + 1e-4 * expected.abs()).all()
+    assert (error < 0.05 * expected.abs()).all()  # so that a bias of a seventh would be seen
+
+
+def test_strata():
+    shares, weights = strata(4, 0.5, 1.0)
+    torch.testing.assert_close(shares, torch.tensor([0.125, 0.375, 0.625, 0.875], dtype=torch.float64))
+    assert (weights == 0.25).all()
+    shares, weights = strata(4, 0.25, 2.0)
+    u = torch.tensor([1, 5, 9, 13], dtype=torch.float64) / 16
+    torch.testing.assert_close(shares, u**2)
+    torch.testing.assert_close(weights, u / 2)
 
 
 @pytest.mark.parametrize("chunk", [2, 6, 14, 16, 1000])

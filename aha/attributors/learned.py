@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import inspect
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -13,11 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import calibration, references
-from ..checks import check_integer
 from ..classifier import Classifier
 from ..explainer import Explainer
 from ..identity import fingerprint
-from ..refinement import refine
+from ..refinement import plan, refine
 from ..shapley import METHODS, ShapleyObjective
 from .base import Attributor, Metadata, register
 from .passes import Passes
@@ -89,36 +87,38 @@ class AHA(LearnedAttributor):
 
     Args:
         explainer: trained for ``clf``, or for another classifier if it is to be refined; or its folder.
-        steps: T ≥ 0.
+        steps: T ≥ 0, or None: that of the preset.
         scale: of the values, "raw", "calibrated" or "measured", in the same order (see `aha.calibration`); None is
             calibrated where the explainer knows its response, else raw.
-        refinement: further arguments of `aha.refine`, such as ``lr``.
+        refinement: further arguments of `aha.refine`, such as ``preset``.
     """
 
     objective = "ranking"
     metadata = Metadata(
         paper="Schinagl et al., Learn to Rank, ECCV 2026 (arXiv 2604.05819)",
-        cost="1F; of T refinement steps, S fractions and R references (T + 1)·2·(S − 1)·R F and T·2·(S − 2)·R B; 20 F "
-        "where magnitudes are measured",
+        cost="1F; of T refinement steps at S fractions T·2·S F and T·2·S B more, by default 48F and 48B; 20F where "
+        "magnitudes are measured",
         architectures="any classifier, with an explainer trained for it",
         licence="own implementation from the paper",
         notes="class-conditioned maps, standardized scores, magnitudes by the response learnt while training",
         fidelity="rebuilt from the paper, not compared with the authors' code; differs by a decoder that is given the "
-        "class, standardized scores, and keeping the best step of the refinement",
+        "class, standardized scores, and a refinement that moves the map instead of the head",
     )
 
     def __init__(
         self,
         clf: Classifier,
         explainer: Explainer | str | Path | None = None,
-        steps: int = 0,
+        steps: int | None = 0,
         internal_batch_size: int = 32,
         seed: int = 0,
         scale: str | None = None,
         **refinement: Any,
     ):
         super().__init__(clf, explainer, internal_batch_size, seed)
-        self.steps = check_integer("steps", steps, 0)
+        named = {name: refinement[name] for name in ("preset", "lr", "fractions") if name in refinement}
+        self.plan = plan(steps=steps, **named)
+        self.steps = self.plan.steps
         if scale is None:
             scale = "raw" if calibration.learnt(self.explainer) is None else "calibrated"
         self.scale = calibration.check_scale(scale, self.explainer)
@@ -126,15 +126,7 @@ class AHA(LearnedAttributor):
 
     def passes(self, images: Tensor) -> Passes:
         measured = Passes(calibration.passes(*images.shape[-2:]) if self.scale == "measured" else 0)
-        if not self.steps:
-            return self._encoding + measured
-        bound = inspect.signature(refine).bind(self.explainer, self.clf, images, **self.refinement)
-        bound.apply_defaults()
-        references, fractions = len(bound.arguments["references"]), bound.arguments["fractions"]
-        # of every reference deletion and insertion, their common ends, and a loss of the last maps without a gradient
-        interior = 2 * (fractions - 2)
-        loss, gradient = references * Passes(interior + 2), references * Passes(0, interior)
-        return self._encoding + (self.steps + 1) * loss + self.steps * gradient + measured
+        return self._encoding + Passes(*self.plan.passes) + measured
 
     def _attribute(self, images: Tensor, target: Tensor) -> Tensor:
         if self.steps:

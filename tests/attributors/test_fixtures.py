@@ -476,7 +476,7 @@ FIXTURES = {
 }
 # by hand where their parts are: the step of a refinement, the search of MDA
 ELSEWHERE = {
-    "aha": ("tests.test_refinement", "test_one_step_is_adamw_on_a_copy_of_the_head"),
+    "aha": ("tests.test_refinement", "test_two_steps_by_hand"),
     "mda": ("tests.attributors.test_mda", "test_maps_by_hand"),
 }
 LEARNED = ("fastshap", "vit_shapley")

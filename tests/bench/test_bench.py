@@ -374,17 +374,17 @@ def test_shares_of_a_training_step_and_a_refinement_step_by_operator(monkeypatch
 
     monkeypatch.setattr(timing, "interleaved", one_ms_a_call)
     found = step.measure("test_vit.r160_in1k", batch=1, fractions=4)
-    # three references, before and after one step; their ends are seen without an operator
+    # of one refinement step one reference
     assert found["calls"] == {
         "step": {"soft_topk_masks": 1, "perturb": 1},
-        "refinement": {"soft_topk_masks": 6, "perturb": 6},
+        "refinement": {"soft_topk_masks": 1, "perturb": 1},
     }
     assert found["shares"] == {key: {"soft_topk_masks": 0.01, "perturb": 0.01} for key in ("step", "refinement")}
     line = step.line(found)
     assert "2.00 % of a training step (bar 0.2 %: soft_topk_masks 1.00 %, perturb 1.00 %); 2.00 % of a ref" in line
     with step.recorded() as replayed:
         clocks["perturb of refinement"]()
-    assert [call.operator for call in replayed] == ["perturb"] * 6
+    assert [call.operator for call in replayed] == ["perturb"]
 
 
 def test_a_failed_stage_is_recorded_and_the_next_one_runs(tmp_path, monkeypatch):
@@ -431,8 +431,8 @@ def test_the_passes_of_a_refinement_are_those_it_takes(explainer, tmp_path):
     explainer.save_pretrained(tmp_path)
     spec = MethodSpec("aha", {"explainer": str(tmp_path), "steps": 2})
     clf = explainer.classifier
-    # three references: two ends each, and 2·14 perturbed images, before, between and after two steps; and its features
-    assert faithfulness.passes(spec, clf) == 3 * 3 * (2 + 28) + 1 + 2 * 3 * 28
+    # features, and two steps with 2·4 perturbed images forward and backward
+    assert faithfulness.passes(spec, clf) == 1 + 2 * 2 * (2 * 4)
 
 
 def test_photographs_leave_out_what_takes_more_passes(monkeypatch, tmp_path):
