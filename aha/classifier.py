@@ -522,7 +522,9 @@ class HFLogits(nn.Module):
 def from_source(source: dict[str, Any]) -> Classifier:
     """The classifier that ``Classifier.source`` describes; ValueError for a module that only its owner can make."""
     if source["kind"] == "timm":
-        return Classifier.from_timm(source["name"], weights=source.get("weights"), **source.get("options", {}))
+        made = Classifier.from_timm(source["name"], weights=source.get("weights"), **source.get("options", {}))
+        made.class_names = None  # saved beside the source, where they may be the user's own and not ImageNet's
+        return made
     if source["kind"] == "hf":
         return Classifier.from_hf(source["name"])
     if source["kind"] == "random":

@@ -50,7 +50,9 @@ def sufficient_fraction(
     number = clf.resolve_target(image, target)
     counts = torch.ones_like(values, dtype=torch.bool) if inside is None else inside.flatten().to(image.device)
     if counts.dtype != torch.bool or counts.shape != values.shape or not counts.any():
-        raise ValueError(f"inside is {counts.dtype} of {len(counts)} values: give bool, one per pixel, some of them true")
+        raise ValueError(
+            f"inside is {counts.dtype} of {len(counts)} values: give bool, one per pixel, some of them true"
+        )
     values = values[counts]
     if values.min() == values.max():
         return None

@@ -248,4 +248,3 @@ def _fade(side: int) -> np.ndarray:
     """(S, S): 1 in the middle, falling as sin² towards the edges, where it is small and not 0."""
     line = np.sin(np.pi * (np.arange(side) + 0.5) / side) ** 2
     return line[:, None] * line
-
