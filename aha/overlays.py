@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFilter, ImageFont
 SMALL = 96  # images up to this side are enlarged by repeating pixels: their pixels are what is ranked
 CELL = 256  # pixels that an enlarged image measures, at least
 GAP = 6
-FLAT = 0.05  # of a map's largest magnitude: what differs by less is drawn with less contrast
+FLAT = 0.05  # of a map's magnitude: what differs by less is drawn with less contrast
 NARROW = 340  # pixels that a caption needs
 INK, FAINT = (36, 41, 47), (110, 119, 129)
 
@@ -32,7 +32,7 @@ def overlay(image: Any, map: Any, scale: int | None = None) -> np.ndarray:
     show the image, nearly grey so that a strong colour is the map's.
 
     A constant map shows the image alone, and a nearly flat one looks flat: where the two percentiles differ by less
-    than 5 % of the map's largest magnitude, the colours span that 5 % and the map uses its part of them, the lower one.
+    than 5 % of their magnitude, the colours span that 5 % and the map uses its part of them, the lower one.
 
     Args:
         image: (3, H, W) tensor or array in [0, 1]; ValueError for another shape.
@@ -48,7 +48,8 @@ def overlay(image: Any, map: Any, scale: int | None = None) -> np.ndarray:
 def limits(map: Any) -> tuple[float, float]:
     """The values of the map between which `overlay` stretches its colours, low and high; NaN is left out.
 
-    They are equal for a constant map, and at least 5 % of the largest magnitude apart for any other.
+    They are the 1st and the 99th percentile; equal for a constant map, and for any other at least 5 % of their
+    magnitude apart, so that what is nearly flat looks it.
     """
     values = to_numpy(map)
     values = values[np.isfinite(values)]
@@ -58,7 +59,7 @@ def limits(map: Any) -> tuple[float, float]:
     # a map that is constant but for a few pixels has equal percentiles; then its extremes say more
     if not high > low:
         low, high = float(values.min()), float(values.max())
-    return low, max(high, low + FLAT * float(np.abs(values).max())) if high > low else high
+    return low, max(high, low + FLAT * max(abs(low), abs(high))) if high > low else high
 
 
 def save_figure(
@@ -187,7 +188,7 @@ def _dilated(mask: np.ndarray, steps: int) -> np.ndarray:
 def _captioned(body: np.ndarray, caption: Sequence[str], low: float, high: float) -> Image.Image:
     """Lines of text and a colour bar below the picture, beside one another where there is room."""
     height, width = body.shape[:2]
-    size = min(30, max(13, width // 50))
+    size = min(40, max(13, width // 48))
     font: Any = ImageFont.load_default(size)
     margin, line, across = size // 2, round(1.4 * size), max(width, NARROW)
     bar = min(across - 2 * margin, 16 * size)
