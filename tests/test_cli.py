@@ -158,10 +158,11 @@ def test_explain_and_refine(trained, photos, tmp_path):
 
 
 def test_explain_needs_no_matplotlib(trained, photos, tmp_path):
+    arguments = ["explain", *map(str, (photos / "0.png", "--explainer", trained, "--output", tmp_path))]
     code = f"""
 import sys
 from aha import cli
-assert cli.main(["explain", {str(photos / "0.png")!r}, "--explainer", {str(trained)!r}, "--output", {str(tmp_path)!r}]) == 0
+assert cli.main({arguments!r}) == 0
 sys.exit(any(name in sys.modules for name in ("matplotlib", "torchmetrics", "transformers")))
 """
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}

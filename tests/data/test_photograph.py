@@ -1,5 +1,7 @@
 """Views of photographs and the way back: what lies where in the file has to come back there."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -114,8 +116,8 @@ def test_padding_has_the_colour_and_is_left_out(tmp_path):
     path, _ = planted(tmp_path, (50, 100))
     view = data.Photograph(path).view(SIDE, "pad", colour=torch.tensor([0.1, 0.2, 0.3]))
     assert view.inside.sum() == SIDE * SIDE / 2
-    assert torch.equal(view.inputs[0, :, 0, 0], torch.tensor([0.1, 0.2, 0.3]))
-    assert (view.inputs[0, :, ~view.inside[0, 0]].T == torch.tensor([0.1, 0.2, 0.3])).all()
+    padding = view.inputs[0][:, ~view.inside[0, 0]]
+    assert torch.equal(padding, torch.tensor([[0.1], [0.2], [0.3]]).expand_as(padding))
     heat = torch.where(view.inside, 1.0, 1e6)
     assert (view.to_photograph(heat) == 1).all()
 
@@ -157,7 +159,7 @@ def test_large_photographs_have_finer_tiles(shape, zoom, tmp_path):
     for axis in (0, 1):
         starts = sorted({corner[axis] for corner in view.corners})
         assert starts[0] == 0 and starts[-1] == view.scaled[axis] - SIDE
-        assert all(after - before <= SIDE / 2 + 1 for before, after in zip(starts, starts[1:], strict=False))
+        assert all(after - before <= SIDE / 2 + 1 for before, after in itertools.pairwise(starts))
 
 
 @pytest.mark.parametrize("fit", ["pad", "tile"])
@@ -201,7 +203,7 @@ def test_bad_input(tmp_path, monkeypatch):
         view.to_inputs(np.full((20, 171), np.nan))
     with pytest.raises(ValueError, match="give \\(H, W\\)"):
         view.to_inputs(np.zeros((1, 20, 171)))
-    with pytest.raises(data.ImageReadError, match="missing.png"):
+    with pytest.raises(data.ImageReadError, match="missing"):
         data.Photograph(tmp_path / "missing.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 20 * 171)
     for fit in ("crop", "tile"):  # narrow photographs grow
