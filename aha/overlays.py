@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFilter, ImageFont
+from PIL import Image, ImageDraw, ImageFont
 
 SMALL = 96  # images up to this side are enlarged by repeating pixels: their pixels are what is ranked
 CELL = 256  # pixels that an enlarged image measures, at least
@@ -101,7 +101,7 @@ def save_figure(
     body = np.concatenate([part for panel in panels for part in (gap, panel)][1:], axis=1)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    _captioned(body, caption, low, high).save(path)
+    _captioned(body, caption, low, high).save(path, compress_level=3)  # a third of the time of 6, a tenth larger
     return path
 
 
@@ -182,7 +182,15 @@ def outlined(pixels: np.ndarray, inside: np.ndarray) -> np.ndarray:
 
 
 def _dilated(mask: np.ndarray, steps: int) -> np.ndarray:
-    return np.asarray(Image.fromarray(mask.astype(np.uint8)).filter(ImageFilter.MaxFilter(2 * steps + 1))) > 0
+    """Whatever is within ``steps`` rows and columns of the mask (H, W) bool; PIL's filter needs seconds for that."""
+    wide = np.pad(mask, steps)
+    for axis in (0, 1):
+        width, wide = 1, wide.swapaxes(0, axis)
+        while width < 2 * steps + 1:
+            shift = min(width, 2 * steps + 1 - width)
+            wide, width = wide[:-shift] | wide[shift:], width + shift
+        wide = wide.swapaxes(0, axis)
+    return wide
 
 
 def _captioned(body: np.ndarray, caption: Sequence[str], low: float, high: float) -> Image.Image:

@@ -15,6 +15,7 @@ from PIL import Image
 
 from aha import cli
 from aha.attributors import available
+from aha.data.photograph import Fit
 from aha.evaluation import Records
 from aha.metrics import PROTOCOLS
 
@@ -155,6 +156,10 @@ def test_explain_and_refine(trained, photos, tmp_path):
         assert heat.shape == (80, 90)
         assert np.isfinite(heat).all()
     assert aha("explain", photos / "0.png", "--explainer", trained, "--fit", "stretch").returncode == 2
+
+
+def test_the_fits_are_those_of_photographs():
+    assert cli.Fit == Fit
 
 
 def test_explain_needs_no_matplotlib(trained, photos, tmp_path):

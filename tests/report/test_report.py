@@ -213,6 +213,19 @@ def test_figure_of_steps_and_of_large_photographs(photograph, tmp_path):
     assert not (tmp_path / "c.png").exists()
 
 
+def test_an_outline_lies_just_outside():
+    inside = np.zeros((40, 50), bool)
+    inside[10:20, 15:40] = True
+    image = np.full((40, 50, 3), 128, np.uint8)
+    drawn = overlays.outlined(image, inside)
+    wanted = image.copy()
+    wanted[8:22, 13:42] = 0
+    wanted[9:21, 14:41] = 255
+    wanted[10:20, 15:40] = 128
+    assert np.array_equal(drawn, wanted)
+    assert (image == 128).all()
+
+
 def test_captions_are_broken_between_words(photograph, tmp_path):
     image, heat = photograph
     one, many = (
