@@ -94,7 +94,22 @@ class Classifier(nn.Module):
             raise ValueError(f"{self.name} returns {self.num_classes} logits, num_classes={num_classes}: leave it out")
         if class_names is not None and len(class_names) != self.num_classes:
             raise ValueError(f"{len(class_names)} class names for {self.num_classes} classes: give one per class")
-        self.class_names = list(class_names) if class_names is not None else None
+        self._class_names = list(class_names) if class_names is not None else None
+        self._imagenet = False  # whether its classes are ImageNet's 1000, whose names are read when asked for
+
+    @property
+    def class_names(self) -> list[str] | None:
+        """One per class, or None where nothing names them."""
+        if self._class_names is None and self._imagenet:
+            from timm.data import ImageNetInfo
+
+            known = ImageNetInfo()
+            self._class_names = [known.index_to_description(label) for label in range(self.num_classes)]
+        return self._class_names
+
+    @class_names.setter
+    def class_names(self, names: Sequence[str] | None) -> None:
+        self._class_names, self._imagenet = list(names) if names is not None else None, False
 
     @property
     def name(self) -> str:
@@ -159,6 +174,8 @@ class Classifier(nn.Module):
             weights: local file instead of the hub, see `aha.weights.read_weights`; half precision is cast to float32. A
                 safetensors file may carry ``mean`` and ``std`` in its metadata.
             pretrained: load hub weights; default: yes unless ``weights`` is given.
+            class_names: one per class; default: ImageNet's 1000, as timm names them, for hub weights or a file of a
+                model that timm says was trained on those. Weights of 1000 other classes need their own.
             model_options: passed to ``timm.create_model``.
         """
         import timm
@@ -184,7 +201,10 @@ class Classifier(nn.Module):
             source["options"] = model_options
         # the model's own size where it has one: model_options may have changed it
         size = made_for(module) or config["input_size"][1:]
-        return cls(module, mean, std, (size[0], size[1]), int(module.num_classes), class_names, source=source)
+        made = cls(module, mean, std, (size[0], size[1]), int(module.num_classes), class_names, source=source)
+        # random weights know no class
+        made._imagenet = class_names is None and (pretrained or weights is not None) and _of_imagenet(module)
+        return made
 
     @classmethod
     def from_hf(cls, name_or_path: str, **model_options: Any) -> Classifier:
@@ -454,6 +474,14 @@ def _normalisation_of(processor: Any, name: str) -> tuple[Sequence[float], Seque
     return processor.image_mean, processor.image_std
 
 
+def _of_imagenet(module: Any) -> bool:
+    """Whether a timm model's last training was on ImageNet's 1000 classes, by the tag of its weights, such as
+    a1_in1k, orig_in21k_ft_in1k or fb_in22k_ft_in1k_384."""
+    config = getattr(module, "pretrained_cfg", None) or {}
+    last = str(config.get("tag") or "").rpartition("in1k")
+    return module.num_classes == config.get("num_classes") == 1000 and bool(last[1]) and "_ft_" not in last[2]
+
+
 def _wrapped(module: Any) -> nn.Module | None:
     if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         return module.module
@@ -494,7 +522,9 @@ class HFLogits(nn.Module):
 def from_source(source: dict[str, Any]) -> Classifier:
     """The classifier that ``Classifier.source`` describes; ValueError for a module that only its owner can make."""
     if source["kind"] == "timm":
-        return Classifier.from_timm(source["name"], weights=source.get("weights"), **source.get("options", {}))
+        made = Classifier.from_timm(source["name"], weights=source.get("weights"), **source.get("options", {}))
+        made.class_names = None  # saved beside the source, where they may be the user's own and not ImageNet's
+        return made
     if source["kind"] == "hf":
         return Classifier.from_hf(source["name"])
     if source["kind"] == "random":

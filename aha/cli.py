@@ -5,14 +5,18 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
 
 from .terminal import CommandError, failed
 
 if TYPE_CHECKING:
+    from .classifier import Classifier
     from .source import Source
+
+Fit = Literal["crop", "pad", "tile"]  # that of aha.data.photograph, which is slow to import
+STEP = 640  # of the overlays of a refinement, which stand side by side
 
 COMMANDS = {
     "demo": "train an explainer for the demo classifier, evaluate it against the baselines, write a report",
@@ -49,8 +53,13 @@ def explain(
     target: int | None = None,
     steps: int = 0,
     lr: float | None = None,
+    fit: Fit = "crop",
 ) -> None:
-    """Write an overlay (.png) and the raw map (.npy) of every image.
+    """Write an overlay (.png) and the map (.npy) of every image, in the image's own geometry.
+
+    The overlay names the class and its probability, and outlines the top pixels that keep 90 % of it where the rest is
+    blurred. Overlay and map (H, W) have the file's resolution, upright, or a longer side of 2048 pixels; the map is NaN
+    where the classifier saw nothing.
 
     Args:
         images: files or folders.
@@ -59,8 +68,10 @@ def explain(
         target: class index; default: the prediction.
         steps: refinement steps T.
         lr: learning rate of the refinement.
+        fit: crop explains the central square, pad the whole image with its longer side as the input's, tile the whole
+            image by overlapping windows, finer where it is large.
     """
-    _explain(images, explainer, output, target, steps, lr, every_step=False)
+    _explain(images, explainer, output, target, steps, lr, fit, every_step=False)
 
 
 def refine(
@@ -72,8 +83,11 @@ def refine(
     lr: float | None = None,
     classifier: str | None = None,
     weights: Path | None = None,
+    fit: Fit = "crop",
 ) -> None:
-    """Refine the maps of images and show every step, T = 0 … STEPS.
+    """Refine the maps of images and show every step, T = 0 … STEPS, side by side.
+
+    The map (.npy) is (STEPS + 1, H, W), in the geometry of the file, as explain's.
 
     Args:
         images: files or folders.
@@ -84,11 +98,12 @@ def refine(
         lr: learning rate of the refinement.
         classifier: be faithful to this classifier instead of the one the explainer was trained for.
         weights: its local weights file.
+        fit: crop, pad or tile, as of explain.
     """
     from .source import Source
 
     other = Source(classifier, weights) if classifier else None
-    _explain(images, explainer, output, target, steps, lr, every_step=True, other=other)
+    _explain(images, explainer, output, target, steps, lr, fit, every_step=True, other=other)
 
 
 def evaluate(
@@ -397,6 +412,21 @@ def _load(folder: Path) -> Any:
     return explainer.to(device)
 
 
+def _maker(
+    folder: Path, other: Source | None, steps: int, lr: float | None
+) -> tuple[Callable[[Any, Any], Any], Classifier]:
+    """What makes maps (T+1, N, 1, H, W) of images and classes, and the classifier that they are faithful to."""
+    from .refinement import refine
+
+    explainer = _load(folder)
+    classifier = other.load_classifier() if other else explainer.classifier
+    options: dict[str, Any] = {} if lr is None else {"lr": lr}
+    # at T = 0 it is one pass of the explainer
+    return lambda images, target: refine(
+        explainer, classifier, images, target, steps, every_step=True, **options
+    ), classifier
+
+
 def _explain(
     paths: tuple[Path, ...],
     folder: Path,
@@ -404,44 +434,37 @@ def _explain(
     target: int | None,
     steps: int,
     lr: float | None,
+    fit: Fit,
     every_step: bool,
     other: Source | None = None,
 ) -> None:
     import numpy as np
-    import torch
     from rich.progress import track
 
-    from . import overlays
-    from .checks import check_answers, check_integer, check_number, check_target
-    from .data import find_images, load_image, output_names
-    from .refinement import refine
+    from . import overlays, photograph
+    from .checks import check_integer, check_number, check_target
+    from .data import find_images, output_names
 
     check_integer("steps", steps, 0)
     if lr is not None:
         check_number("lr", lr, 0, above=True)
     files = find_images(*paths)
-    explainer = _load(folder)
-    classifier = other.load_classifier() if other else explainer.classifier
-    chosen = None if target is None else check_target(target, 1, classifier.num_classes, classifier.device)
-    options: dict[str, Any] = {} if lr is None else {"lr": lr}
+    make_maps, classifier = _maker(folder, other, steps, lr)
+    if target is not None:
+        check_target(target, 1, classifier.num_classes, classifier.device)
     bad: list[str] = []
     output.mkdir(parents=True, exist_ok=True)
     for file, name in track(list(zip(files, output_names(files), strict=True)), "explaining", disable=len(files) < 2):
         try:
-            image = load_image(file, image_size=classifier.input_size[0])[None].to(classifier.device)
-            with torch.no_grad():
-                probabilities = check_answers(classifier.probabilities(image), classifier.name)
-            classes = probabilities.argmax(dim=-1) if chosen is None else chosen
-            # at T = 0 it is one pass of the explainer
-            trail = refine(explainer, classifier, image, classes, steps, every_step=True, **options)[:, 0].cpu()
-            np.save(output / f"{name}.npy", trail[:, 0].numpy() if every_step else trail[-1, 0].numpy())
-            overlays.save_strip(image[0].cpu(), trail if every_step else trail[-1:], output / f"{name}.png")
+            found = photograph.explain(file, classifier, make_maps, target, fit)
+            maps = found.maps if every_step else found.maps[-1:]
+            np.save(output / f"{name}.npy", maps if every_step else maps[0])
+            caption, side = found.caption(), STEP if every_step else photograph.LONGEST
+            overlays.save_figure(found.picture, maps, output / f"{name}.png", caption, found.kept, side)
         except (ValueError, OSError) as error:  # of this image; the others go on
             bad.append(str(error) if str(file) in str(error) else f"{file}: {error}")
             continue
-        number, names = int(classes), classifier.class_names
-        label = f"{number} {names[number]}" if names else f"{number}"
-        print(f"{file.name}: class {label}, p = {float(probabilities[0, number]):.3f}")
+        print(f"{file.name}: {'; '.join(caption)}")
     print(f"{len(files) - len(bad)} maps written to {output}")
     if bad:
         raise failed(bad, len(files), "images")

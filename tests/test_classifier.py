@@ -1,10 +1,12 @@
 """The pixel contract and the checks at the door."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 import aha
-from aha.classifier import from_name, from_source
+from aha.classifier import _of_imagenet, from_name, from_source
 from aha.precision import uses_bf16
 from aha.recipes import RECIPES, recipe
 
@@ -106,6 +108,50 @@ def test_weights_files(tmp_path):
 def test_class_names_are_counted():
     with pytest.raises(ValueError, match="2 class names for 5 classes"):
         aha.Classifier.wrap(tiny_vit(), input_size=(32, 32), class_names=["a", "b"])
+
+
+def test_the_names_of_imagenet(tmp_path, monkeypatch):
+    """Weights of a timm model trained on ImageNet's 1000 classes have its names, read when they are asked for."""
+    import timm
+    from timm.data import ImageNetInfo
+
+    path = tmp_path / "weights.pth"
+    torch.save(timm.create_model("test_resnet").state_dict(), path)
+    read = []
+    monkeypatch.setattr("timm.data.ImageNetInfo", lambda: read.append(1) or ImageNetInfo())
+    clf = aha.Classifier.from_timm("test_resnet", weights=path)
+    assert not read
+    assert len(clf.class_names) == 1000
+    assert (clf.class_names[1], clf.class_names[207]) == ("goldfish, Carassius auratus", "golden retriever")
+    assert len(read) == 1
+    names = [f"mine {label}" for label in range(1000)]
+    assert aha.Classifier.from_timm("test_resnet", weights=path, class_names=names).class_names == names
+    # what is saved beside a source may be other names
+    again = from_source(clf.source)
+    assert again.class_names is None
+    again.class_names = names
+    assert again.class_names == names
+    # random weights know no class, other heads others
+    assert aha.Classifier.from_timm("test_resnet", pretrained=False).class_names is None
+    torch.save(timm.create_model("test_resnet", num_classes=7).state_dict(), path)
+    assert aha.Classifier.from_timm("test_resnet", weights=path, num_classes=7).class_names is None
+
+
+@pytest.mark.parametrize(
+    ("tag", "classes", "known"),
+    [
+        ("a1_in1k", 1000, True),
+        ("orig_in21k_ft_in1k", 1000, True),
+        ("fb_in22k_ft_in1k_384", 1000, True),
+        ("in1k_ft_inat21", 1000, False),
+        ("openai", 1000, False),
+        ("", 1000, False),
+        ("a1_in1k", 999, False),
+    ],
+)
+def test_whose_weights_are_of_imagenet(tag, classes, known):
+    module = SimpleNamespace(num_classes=classes, pretrained_cfg={"num_classes": 1000, "tag": tag})
+    assert _of_imagenet(module) is known
 
 
 def test_a_classifier_enters_its_name(monkeypatch):

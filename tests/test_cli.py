@@ -15,6 +15,7 @@ from PIL import Image
 
 from aha import cli
 from aha.attributors import available
+from aha.data.photograph import Fit
 from aha.evaluation import Records
 from aha.metrics import PROTOCOLS
 
@@ -136,13 +137,42 @@ def test_resume_with_other_settings_is_refused(trained):
 def test_explain_and_refine(trained, photos, tmp_path):
     done = aha("explain", photos, "--explainer", trained, "--output", tmp_path / "maps")
     assert done.returncode == 0, done.stderr
-    assert "class" in done.stdout
-    assert np.load(tmp_path / "maps" / "0.npy").shape == (64, 64)
-    assert Image.open(tmp_path / "maps" / "0.png").size[1] >= 64
+    assert "0.png: class" in done.stdout and "the crop sees" in done.stdout
+    heat = np.load(tmp_path / "maps" / "0.npy")
+    assert heat.shape == (80, 90)  # of the file
+    seen = 0.875 * 80
+    assert np.isfinite(heat).sum() == pytest.approx(seen**2, rel=0.05)
+    assert Image.open(tmp_path / "maps" / "0.png").size[1] > 80 * 3
     steps = ["--steps", 1, "--output", tmp_path / "steps"]
     done = aha("refine", photos / "0.png", "--explainer", trained, *steps)
     assert done.returncode == 0, done.stderr
-    assert np.load(tmp_path / "steps" / "0.npy").shape == (2, 64, 64)
+    assert np.load(tmp_path / "steps" / "0.npy").shape == (2, 80, 90)
+    for fit in ("pad", "tile"):
+        arguments = ["--explainer", trained, "--fit", fit, "--output", tmp_path / fit]
+        done = aha("explain", photos / "0.png", *arguments)
+        assert done.returncode == 0, done.stderr
+        assert "all of the photograph is seen" in done.stdout
+        heat = np.load(tmp_path / fit / "0.npy")
+        assert heat.shape == (80, 90)
+        assert np.isfinite(heat).all()
+    assert aha("explain", photos / "0.png", "--explainer", trained, "--fit", "stretch").returncode == 2
+
+
+def test_the_fits_are_those_of_photographs():
+    assert cli.Fit == Fit
+
+
+def test_explain_needs_no_matplotlib(trained, photos, tmp_path):
+    arguments = ["explain", *map(str, (photos / "0.png", "--explainer", trained, "--output", tmp_path))]
+    code = f"""
+import sys
+from aha import cli
+assert cli.main({arguments!r}) == 0
+sys.exit(any(name in sys.modules for name in ("matplotlib", "torchmetrics", "transformers")))
+"""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
 
 
 def test_one_bad_image_costs_only_itself(trained, photos, tmp_path):

@@ -170,7 +170,8 @@ def explained(s: Setting) -> Tensor:
     explainer_of(scenes).save_pretrained(s.folder / "explainer")
     arguments = ["--explainer", str(s.folder / "explainer"), "--output", str(s.folder / "out")]
     assert main(["explain", str(s.folder / "0.png"), str(s.folder / "1.png"), *arguments]) == 0
-    return torch.stack([torch.from_numpy(np.load(s.folder / "out" / f"{n}.npy")) for n in (0, 1)])
+    maps = np.stack([np.load(s.folder / "out" / f"{n}.npy") for n in (0, 1)])
+    return torch.from_numpy(maps[np.isfinite(maps)])  # within the crop
 
 
 # these make their classifier themselves

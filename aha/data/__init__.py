@@ -3,6 +3,7 @@
 from aha.data.folders import ImageFolder, find_images, output_names
 from aha.data.images import ImageMissingError, ImageReadError, Preprocessing, load_image
 from aha.data.labels import fit_labels, label_note
+from aha.data.photograph import Photograph, View
 from aha.data.readable import Readable, readable
 from aha.data.scenes import Scenes
 from aha.data.split import Part, hold_out, identity
@@ -12,9 +13,11 @@ __all__ = [
     "ImageMissingError",
     "ImageReadError",
     "Part",
+    "Photograph",
     "Preprocessing",
     "Readable",
     "Scenes",
+    "View",
     "find_images",
     "fit_labels",
     "hold_out",

@@ -107,7 +107,7 @@ def _opened(path: Path, resize: int, convert: Callable[[Image.Image, str | None]
             what = "not a file" if path.exists() else what
             raise ImageMissingError(f"cannot read image {path}: {what}")
         with Image.open(path) as file:
-            _check_shape(file.size, resize)  # before a pixel is decoded
+            check_shape(file.size, resize)  # before a pixel is decoded
             file.load()
             return convert(ImageOps.exif_transpose(file), file.format)
     except ImageReadError:
@@ -119,7 +119,9 @@ def _opened(path: Path, resize: int, convert: Callable[[Image.Image, str | None]
         raise ImageReadError(f"cannot read image {path}: {reason}") from error
 
 
-def _check_shape(size: tuple[int, int], resize: int) -> None:
+def check_shape(size: tuple[int, int], resize: int) -> None:
+    """ValueError for an image (width, height) of more pixels than PIL's limit, as it is or once its shorter side is
+    ``resize``."""
     width, height = size
     short = min(size)
     if short < 1:
@@ -184,14 +186,18 @@ def _marks(image: Image.Image, _: str | None) -> Image.Image:
 
 def fitted(image: Image.Image, size: int, resize: int, resample: Image.Resampling) -> Image.Image:
     """Shorter side to `resize`, then the central square of `size`."""
-    width, height = image.size
-    short = min(width, height)
-    # rounded down, as torchvision's Resize does, whose pixels published figures are of
-    width, height = int(resize * width / short), int(resize * height / short)
+    (width, height), (left, top) = cropping(image.size, size, resize)
     if image.size != (width, height):
         image = image.resize((width, height), resample)
-    left, top = round((width - size) / 2), round((height - size) / 2)
     return image.crop((left, top, left + size, top + size))
+
+
+def cropping(shape: tuple[int, int], size: int, resize: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Where `fitted` crops an image of ``shape`` (width, height): its width and height once resized, left and top."""
+    short = min(shape)
+    # rounded down, as torchvision's Resize does, whose pixels published figures are of
+    width, height = int(resize * shape[0] / short), int(resize * shape[1] / short)
+    return (width, height), (round((width - size) / 2), round((height - size) / 2))
 
 
 def augmented(image: Image.Image, size: int, resample: Image.Resampling, rng: random.Random) -> Image.Image:

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from PIL import Image, ImageFilter
+from PIL import Image
 
+from .. import overlays
 from ..files import write_atomically
 from ..overlays import enlarge, to_numpy
 from .columns import is_ours, plain
@@ -58,20 +59,9 @@ def batch(name: str, value: Any, count: int | None = None) -> np.ndarray:
 
 
 def outlined(pixels: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
-    """The enlarged image, with a two-tone line just outside the mask: visible on bright and on dark."""
+    """The enlarged image, with a line around the mask (1, H, W) of the object."""
     large = enlarge(pixels)
-    if mask is None:
-        return large
-    inside = enlarge(mask[0] > 0.5)
-    width = max(1, min(large.shape[:2]) // 160)
-    near = _dilated(inside, width)
-    large[_dilated(near, width) & ~near] = 0
-    large[near & ~inside] = 255
-    return large
-
-
-def _dilated(mask: np.ndarray, steps: int) -> np.ndarray:
-    return np.asarray(Image.fromarray(mask.astype(np.uint8)).filter(ImageFilter.MaxFilter(2 * steps + 1))) > 0
+    return large if mask is None else overlays.outlined(large, enlarge(mask[0] > 0.5))
 
 
 def weight(name: str) -> str:

@@ -148,10 +148,92 @@ def test_overlay_refuses_what_does_not_fit(image, heat, words):
         overlays.overlay(image, heat)
 
 
-def test_strip(images, maps, tmp_path):
-    path = overlays.save_strip(images[0], maps["grad_cam"], tmp_path / "new" / "strip.png")
+def test_what_is_nearly_flat_looks_flat(images):
+    """Noise of a thousandth of the map's level is not stretched to full contrast; a tenth of it is."""
+    noise = torch.rand(64, 64, generator=torch.Generator().manual_seed(2))
+    alone = overlays.overlay(images[0], torch.ones(64, 64), scale=1).astype(int)
+    faint, strong = (overlays.overlay(images[0], 5 + 5 * share * noise, scale=1) for share in (1e-3, 0.1))
+    assert np.abs(faint - alone).max() <= 5
+    assert np.abs(strong - alone).max() > 100
+    low, high = overlays.limits(5 + 5e-3 * noise)
+    assert high - low == pytest.approx(0.25, rel=0.01)
+    assert overlays.limits(torch.full((2, 2), 3.0)) == (3, 3)
+
+
+@pytest.fixture
+def photograph():
+    """A grey photograph of odd size, and a map over its right part with a hill; nothing was seen at the left."""
+    y, x = np.mgrid[:201, :333].astype(np.float32)
+    heat = np.exp(-((x - 200) ** 2 + (y - 90) ** 2) / 2000)
+    heat[:, :80] = np.nan
+    return np.full((201, 333, 3), 128, np.uint8), heat
+
+
+def test_figure(photograph, tmp_path):
+    image, heat = photograph
+    path = overlays.save_figure(image, heat[None], tmp_path / "new" / "a.png", ["class 3 cat, p = 0.9"], 0.05)
     with Image.open(path) as picture:
-        assert picture.size == (4 * 256 + 3 * overlays.GAP, 256)
+        drawn = np.asarray(picture).astype(int)
+    assert drawn.shape[1] == overlays.NARROW > 333  # room for the caption
+    left = (overlays.NARROW - 333) // 2
+    body = drawn[:201, left : left + 333]
+    assert (body[:, 3:74] < 60).all()  # not seen
+    assert body[90, 200, 0] - body[90, 200, 2] > 100  # the hill is warm
+    assert np.abs(body[10, 300] - body[10, 300].mean()).max() < 3  # far from it the image is grey
+    # the outline of the top twentieth, a circle around the hill, is all that is white or black in there
+    line = np.isin(body[..., 0], (0, 255)) & (np.ptp(body, axis=-1) == 0)
+    line[:, :90] = False
+    y, x = np.nonzero(line)
+    radius = (0.05 * np.isfinite(heat).sum() / np.pi) ** 0.5
+    distance = np.hypot(y - 90, x - 200)
+    assert len(y) > 2 * radius
+    assert distance.min() > radius - 1 and distance.max() < radius + 4
+    bar = drawn[201:].max(axis=-1) - drawn[201:].min(axis=-1)
+    assert bar.max() > 100  # colours
+    assert (drawn[201:] == overlays.INK).all(axis=-1).sum() > 20  # text
+
+
+def test_figure_of_steps_and_of_large_photographs(photograph, tmp_path):
+    image, heat = photograph
+    steps = np.stack([heat, 2 * heat])
+    with Image.open(overlays.save_figure(image, steps, tmp_path / "a.png", side=333)) as picture:
+        assert picture.width == 2 * 333 + overlays.GAP
+        drawn = np.asarray(picture).astype(int)
+    # one bar for both: the weaker step is the paler
+    assert np.ptp(drawn[90, 200]) < np.ptp(drawn[90, 333 + overlays.GAP + 200]) - 40
+    with Image.open(overlays.save_figure(image, heat[None], tmp_path / "b.png", side=100)) as picture:
+        assert picture.width == overlays.NARROW
+    with pytest.raises(ValueError, match="give \\(T, 201, 333\\)"):
+        overlays.save_figure(image, heat, tmp_path / "c.png")
+    with pytest.raises(ValueError, match="no finite value"):
+        overlays.save_figure(image, np.full_like(heat, np.nan)[None], tmp_path / "c.png")
+    # a constant map has no colours, in the picture and in the bar
+    with Image.open(overlays.save_figure(image, np.ones_like(heat)[None], tmp_path / "d.png")) as picture:
+        assert np.ptp(np.asarray(picture).astype(int), axis=-1).max() <= 19  # of the letters
+    assert not (tmp_path / "c.png").exists()
+
+
+def test_an_outline_lies_just_outside():
+    inside = np.zeros((40, 50), bool)
+    inside[10:20, 15:40] = True
+    image = np.full((40, 50, 3), 128, np.uint8)
+    drawn = overlays.outlined(image, inside)
+    wanted = image.copy()
+    wanted[8:22, 13:42] = 0
+    wanted[9:21, 14:41] = 255
+    wanted[10:20, 15:40] = 128
+    assert np.array_equal(drawn, wanted)
+    assert (image == 128).all()
+
+
+def test_captions_are_broken_between_words(photograph, tmp_path):
+    image, heat = photograph
+    one, many = (
+        Image.open(overlays.save_figure(image, heat[None], tmp_path / f"{n}.png", ["some words " * n])).size
+        for n in (1, 20)
+    )
+    assert one[0] == many[0]
+    assert many[1] > one[1] + 50
 
 
 def test_without_the_extra(tmp_path):
@@ -166,7 +248,8 @@ import numpy as np
 from aha import overlays
 from aha.report import figures, html
 image = np.random.rand(3, 64, 64)
-overlays.save_strip(image, image[None, :1], {str(tmp_path / "overlay.png")!r})
+pixels = overlays.to_pixels(image)
+overlays.save_figure(pixels, image[:1], {str(tmp_path / "overlay.png")!r}, ["class 1"], 0.1)
 for call in (
     lambda: figures.qualitative(image[None], {{"a": image[None, :1]}}, {str(tmp_path / "grid.png")!r}),
     lambda: html.render({{("", ""): {{"methods": {{"a": {{}}}}}}}}, {{}}, {str(tmp_path / "report.html")!r}),
