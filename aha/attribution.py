@@ -59,9 +59,7 @@ def attribute(
         return explainer.attribute(images.to(clf.device), target)
 
 
-def _wrapped(
-    model: nn.Module, images: Tensor, mean: Sequence[float] | None, std: Sequence[float] | None
-) -> Classifier:
+def _wrapped(model: nn.Module, images: Tensor, mean: Sequence[float] | None, std: Sequence[float] | None) -> Classifier:
     said: Any = getattr(model, "pretrained_cfg", None) or {}
     mean = mean or said.get("mean") or MEAN
     std = std or said.get("std") or STD

@@ -13,9 +13,11 @@ from .terminal import CommandError, failed
 
 if TYPE_CHECKING:
     from .classifier import Classifier
+    from .explainer import Explainer
     from .source import Source
 
 Fit = Literal["crop", "pad", "tile"]  # that of aha.data.photograph, which is slow to import
+Preset = Literal["fast", "default", "best"]  # those of aha.refinement, likewise
 STEP = 640  # of the overlays of a refinement, which stand side by side
 
 COMMANDS = {
@@ -48,10 +50,13 @@ def demo(output: Path = Path("runs/demo"), scenes: int = 128, steps: int | None 
 
 def explain(
     images: tyro.conf.Positional[tuple[Path, ...]],
-    explainer: Path,
+    explainer: Path | None = None,
+    classifier: str | None = None,
+    weights: Path | None = None,
     output: Path = Path("runs/explain"),
     target: int | None = None,
-    steps: int = 0,
+    preset: Preset | None = None,
+    steps: int | None = None,
     lr: float | None = None,
     fit: Fit = "crop",
 ) -> None:
@@ -63,26 +68,32 @@ def explain(
 
     Args:
         images: files or folders.
-        explainer: folder written by train.
+        explainer: folder written by train; default: the universal explainer, which serves any --classifier.
+        classifier: a timm name, hf: and a transformers name or folder, lite0 (EfficientNet-lite0 with the weights of
+            the extra demo) or scenes; default: the one the explainer was trained for.
+        weights: its local weights file.
         output: folder for the results.
         target: class index; default: the prediction.
-        steps: refinement steps T.
-        lr: learning rate of the refinement.
+        preset: refine the map on the image with few, some or many passes; default: one pass.
+        steps: refinement steps T, in place of the preset's.
+        lr: step size of the refinement, likewise.
         fit: crop explains the central square, pad the whole image with its longer side as the input's, tile the whole
             image by overlapping windows, finer where it is large.
     """
-    _explain(images, explainer, output, target, steps, lr, fit, every_step=False)
+    steps = 0 if steps is None and preset is None else steps
+    source = _source(explainer, classifier, weights)
+    _explain(images, explainer, source, output, target, preset or "default", steps, lr, fit, every_step=False)
 
 
 def refine(
     images: tyro.conf.Positional[tuple[Path, ...]],
-    explainer: Path,
-    output: Path = Path("runs/refine"),
-    target: int | None = None,
-    steps: int = 5,
-    lr: float | None = None,
+    explainer: Path | None = None,
     classifier: str | None = None,
     weights: Path | None = None,
+    output: Path = Path("runs/refine"),
+    target: int | None = None,
+    steps: int = 6,
+    lr: float | None = None,
     fit: Fit = "crop",
 ) -> None:
     """Refine the maps of images and show every step, T = 0 … STEPS, side by side.
@@ -91,28 +102,28 @@ def refine(
 
     Args:
         images: files or folders.
-        explainer: folder written by train.
+        explainer: folder written by train; default: the universal explainer, which serves any --classifier.
+        classifier: be faithful to this classifier instead of the one the explainer was trained for.
+        weights: its local weights file.
         output: folder for the results.
         target: class index; default: the prediction.
         steps: refinement steps T.
-        lr: learning rate of the refinement.
-        classifier: be faithful to this classifier instead of the one the explainer was trained for.
-        weights: its local weights file.
+        lr: how far a step moves the map, in its standard deviations.
         fit: crop, pad or tile, as of explain.
     """
-    from .source import Source
-
-    other = Source(classifier, weights) if classifier else None
-    _explain(images, explainer, output, target, steps, lr, fit, every_step=True, other=other)
+    source = _source(explainer, classifier, weights)
+    _explain(images, explainer, source, output, target, "default", steps, lr, fit, every_step=True)
 
 
 def evaluate(
-    explainer: Path,
+    explainer: Path | None = None,
+    classifier: str | None = None,
+    weights: Path | None = None,
     data: str = "scenes",
     split: str | None = None,
     holdout: int = 0,
     output: Path = Path("runs/evaluate"),
-    steps: tuple[int, ...] = (0, 3),
+    steps: tuple[int, ...] = (0, 6),
     lr: float | None = None,
     methods: tuple[str, ...] = (),
     target: str = "predicted",
@@ -124,7 +135,9 @@ def evaluate(
     """Faithfulness of an explainer, and of other methods beside it.
 
     Args:
-        explainer: folder written by train.
+        explainer: folder written by train; default: the universal explainer, which serves any --classifier.
+        classifier: what is explained; default: the classifier that the explainer was trained for.
+        weights: its local weights file.
         data: a folder of images, or scenes.
         split: sub-folder of the data, e.g. val.
         holdout: evaluate only the images that train --holdout kept aside.
@@ -141,20 +154,20 @@ def evaluate(
     from . import attributors
     from .source import Source
 
-    loaded = _load(explainer)
+    loaded, clf = _load(explainer, _source(explainer, classifier, weights))
     source = Source(data=data, split=split, holdout=holdout, limit=limit, labels=labels)
-    images = source.images(loaded.classifier.input_size, training=False, seed=seed)
+    images = source.images(clf.input_size, training=False, seed=seed)
     extra: dict[str, Any] = {} if lr is None else {"lr": lr}
     chosen: dict[str, Any] = {}
     kind = attributors.learned.method_of(loaded)
     if kind == "aha":
         for t in steps:
-            chosen[f"aha T={t}"] = attributors.AHA(loaded.classifier, explainer=loaded, steps=t, **extra if t else {})
+            chosen[f"aha T={t}"] = attributors.AHA(clf, explainer=loaded, steps=t, **extra if t else {})
     else:
-        chosen[kind] = attributors.create(kind, loaded.classifier, explainer=loaded)
+        chosen[kind] = attributors.create(kind, clf, explainer=loaded)
     skipped: list[str] = []
-    chosen.update(_methods(methods, loaded.classifier, seed, skipped))
-    _evaluate(loaded.classifier, chosen, images, output, target, batch_size, seed, skipped)
+    chosen.update(_methods(methods, clf, seed, skipped))
+    _evaluate(clf, chosen, images, output, target, batch_size, seed, skipped)
 
 
 def compare(
@@ -400,43 +413,76 @@ def _evaluate(
         raise CommandError(f"part of the evaluation failed, the rest is written: {result.failures[0].reason}")
 
 
-def _load(folder: Path) -> Any:
-    """An explainer and its classifier, on the GPU if there is one."""
+def _source(explainer: Path | None, classifier: str | None, weights: Path | None) -> Source | None:
+    """The classifier that is asked for; None: that of the explainer."""
+    from .source import Source
+
+    if classifier is None:
+        if explainer is None:
+            raise ValueError("no classifier: give --classifier NAME, for example lite0, or --explainer with a folder")
+        if weights is not None:
+            raise ValueError(f"--weights {weights} without --classifier: name the classifier that they are of")
+        return None
+    return Source(classifier, weights)
+
+
+def _load(folder: Path | None, source: Source | None) -> tuple[Explainer, Classifier]:
+    """The explainer, by default the universal one, and the classifier to explain, on the GPU if there is one."""
     import torch
 
     from .explainer import Explainer
 
-    explainer = Explainer.from_pretrained(folder)
+    classifier = source.load_classifier() if source else None
+    if folder is None:
+        assert classifier is not None
+        explainer = Explainer.universal(classifier)
+    elif classifier is None:
+        explainer = Explainer.from_pretrained(folder)
+    else:
+        # one that sees an encoder's features keeps the classifier it was trained for, and may be refined for another
+        explainer = Explainer.from_pretrained(folder).of(classifier)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     explainer.classifier.to(device)
-    return explainer.to(device)
+    return explainer.to(device), classifier or explainer.classifier
 
 
 def _maker(
-    folder: Path, other: Source | None, steps: int, lr: float | None
+    folder: Path | None, source: Source | None, preset: str, steps: int | None, lr: float | None
 ) -> tuple[Callable[[Any, Any], Any], Classifier]:
-    """What makes maps (T+1, N, 1, H, W) of images and classes, and the classifier that they are faithful to."""
+    """What makes maps (T+1, N, 1, H, W) of images and classes, and the classifier that they are faithful to.
+
+    Their values are the change of the probability that a pixel is worth, where the explainer knows that.
+    """
+    import torch
+
+    from . import calibration
     from .refinement import refine
 
-    explainer = _load(folder)
-    classifier = other.load_classifier() if other else explainer.classifier
+    explainer, classifier = _load(folder, source)
     options: dict[str, Any] = {} if lr is None else {"lr": lr}
-    # at T = 0 it is one pass of the explainer
-    return lambda images, target: refine(
-        explainer, classifier, images, target, steps, every_step=True, **options
-    ), classifier
+    scale = "raw" if calibration.learnt(explainer) is None else "calibrated"
+
+    def make(images: Any, target: Any) -> Any:
+        # at T = 0 it is one pass of the explainer
+        trail = refine(explainer, classifier, images, target, steps, preset=preset, every_step=True, **options)
+        return torch.stack(
+            [calibration.calibrated(classifier, explainer, images, maps, target, scale) for maps in trail]
+        )
+
+    return make, classifier
 
 
 def _explain(
     paths: tuple[Path, ...],
-    folder: Path,
+    folder: Path | None,
+    source: Source | None,
     output: Path,
     target: int | None,
-    steps: int,
+    preset: str,
+    steps: int | None,
     lr: float | None,
     fit: Fit,
     every_step: bool,
-    other: Source | None = None,
 ) -> None:
     import numpy as np
     from rich.progress import track
@@ -445,11 +491,12 @@ def _explain(
     from .checks import check_integer, check_number, check_target
     from .data import find_images, output_names
 
-    check_integer("steps", steps, 0)
+    if steps is not None:
+        check_integer("steps", steps, 0)
     if lr is not None:
         check_number("lr", lr, 0, above=True)
     files = find_images(*paths)
-    make_maps, classifier = _maker(folder, other, steps, lr)
+    make_maps, classifier = _maker(folder, source, preset, steps, lr)
     if target is not None:
         check_target(target, 1, classifier.num_classes, classifier.device)
     bad: list[str] = []

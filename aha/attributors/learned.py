@@ -86,7 +86,8 @@ class AHA(LearnedAttributor):
     """An explainer's maps after ``steps`` refinement steps; 0 is one forward pass.
 
     Args:
-        explainer: trained for ``clf``, or for another classifier if it is to be refined; or its folder.
+        explainer: trained for ``clf``, or for another classifier if it is to be refined; or its folder. Default: the
+            universal one, which was trained for none and serves any.
         steps: T ≥ 0, or None: that of the preset.
         scale: of the values, "raw", "calibrated" or "measured", in the same order (see `aha.calibration`); None is
             calibrated where the explainer knows its response, else raw.
@@ -96,9 +97,9 @@ class AHA(LearnedAttributor):
     objective = "ranking"
     metadata = Metadata(
         paper="Schinagl et al., Learn to Rank, ECCV 2026 (arXiv 2604.05819)",
-        cost="1F; of T refinement steps at S fractions T·2·S F and T·2·S B more, by default 48F and 48B; 20F where "
-        "magnitudes are measured",
-        architectures="any classifier, with an explainer trained for it",
+        cost="1F and 1B where the explainer sees evidence; T refinement steps at S fractions: T·2·S F and T·2·S B more, "
+        "by default 48F and 48B; 20F where magnitudes are measured",
+        architectures="any classifier; the explainer that ships serves those with gradients and hooks",
         licence="own implementation from the paper",
         notes="class-conditioned maps, standardized scores, magnitudes by the response learnt while training",
         fidelity="rebuilt from the paper, not compared with the authors' code; differs by a decoder that is given the "
@@ -115,7 +116,7 @@ class AHA(LearnedAttributor):
         scale: str | None = None,
         **refinement: Any,
     ):
-        super().__init__(clf, explainer, internal_batch_size, seed)
+        super().__init__(clf, Explainer.universal(clf) if explainer is None else explainer, internal_batch_size, seed)
         named = {name: refinement[name] for name in ("preset", "lr", "fractions") if name in refinement}
         self.plan = plan(steps=steps, **named)
         self.steps = self.plan.steps
