@@ -10,6 +10,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -65,7 +66,7 @@ def plan(
     """A preset, with what is given in place of its own; ValueError in one line for what does not fit."""
     if preset not in PRESETS:
         raise ValueError(f"preset={preset!r} is not known: choose one of {', '.join(PRESETS)}")
-    given = {"steps": steps, "lr": lr, "fractions": fractions}
+    given: dict[str, Any] = {"steps": steps, "lr": lr, "fractions": fractions}
     chosen = dataclasses.replace(PRESETS[preset], **{name: v for name, v in given.items() if v is not None})
     check_integer("steps", chosen.steps, 0)
     check_number("lr", chosen.lr, 0, above=True)
@@ -145,9 +146,10 @@ def refine(
             if chosen.steps:
                 settings = explainer.settings
                 objective = Objective(classifier, scores=settings["scores"], chunk=chunk, precision=precision)
-                finest = (settings.get("cells") or default_cells(*image.shape[-2:]))[1]
+                height, width = image.shape[-2:]
+                finest = (settings.get("cells") or default_cells(height, width))[1]
                 sides = cells or (round(3 / 4 * finest), round(7 / 8 * finest), finest)
-                grids = [grid(*image.shape[-2:], side) for side in sides]
+                grids = [grid(height, width, side) for side in sides]
                 tau = settings["temperature"]
                 if objective.scores == "standardized":
                     tau = max(tau, TEMPERATURE)

@@ -23,7 +23,7 @@ from .precision import autocast
 from .refinement import refine
 
 RADIUS, RIM = 5.0, 1.0  # pixels at 64
-# twice the default of refinement: here the map must leave where it is (chosen on the demo's val split)
+# that of refinement's presets
 LEARNING_RATE = 0.1
 
 

@@ -1,4 +1,4 @@
-"""DPT decoder with a class embedding, and the head that refinement adapts (paper §3.5)."""
+"""DPT decoder with a class embedding, and the head that draws its map (paper §3.5)."""
 
 from __future__ import annotations
 
