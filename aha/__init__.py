@@ -10,7 +10,7 @@ from ._version import __version__
 from .recipes import recipe
 
 if TYPE_CHECKING:
-    from . import attributors, data, evaluation, kernels, metrics, references, regions, report, terminal
+    from . import attributors, calibration, data, evaluation, kernels, metrics, references, regions, report, terminal
     from .classifier import Classifier
     from .explainer import Explainer
     from .objective import Objective
@@ -27,7 +27,18 @@ _NAMES = {
     "Trainer": "training",
     "refine": "refinement",
 }
-_MODULES = ("attributors", "data", "evaluation", "kernels", "metrics", "references", "regions", "report", "terminal")
+_MODULES = (
+    "attributors",
+    "calibration",
+    "data",
+    "evaluation",
+    "kernels",
+    "metrics",
+    "references",
+    "regions",
+    "report",
+    "terminal",
+)
 
 __all__ = ["__version__", *_NAMES, *_MODULES]
 
