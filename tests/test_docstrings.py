@@ -9,6 +9,7 @@ import pytest
 MODULES = (
     "aha",
     "aha.attributors",
+    "aha.calibration",
     "aha.data",
     "aha.evaluation",
     "aha.kernels",
