@@ -101,10 +101,7 @@ class Classifier(nn.Module):
     def class_names(self) -> list[str] | None:
         """One per class, or None where nothing names them."""
         if self._class_names is None and self._imagenet:
-            from timm.data import ImageNetInfo
-
-            known = ImageNetInfo()
-            self._class_names = [known.index_to_description(label) for label in range(self.num_classes)]
+            self._class_names = imagenet_names()
         return self._class_names
 
     @class_names.setter
@@ -472,6 +469,14 @@ def _normalisation_of(processor: Any, name: str) -> tuple[Sequence[float], Seque
     if getattr(processor, "do_normalize", True) is False:
         return (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
     return processor.image_mean, processor.image_std
+
+
+def imagenet_names() -> list[str]:
+    """What ImageNet's 1,000 classes are, as timm writes it: synonyms, separated by commas."""
+    from timm.data import ImageNetInfo
+
+    known = ImageNetInfo()
+    return [known.index_to_description(label) for label in range(1000)]
 
 
 def _of_imagenet(module: Any) -> bool:

