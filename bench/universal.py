@@ -1,7 +1,8 @@
 """The explainer that ships, on classifiers and photographs it was not trained for: `python -m bench.universal`.
 
-It is trained as `aha train --universal` does it, on all classifiers and with each family left out in turn, and measured on photographs kept aside (insertion −
-deletion, 21 points, mean of three references, predicted class) beside every method of one forward and one backward pass. Explainers that are in --explainers already are not trained again.
+It is trained as `aha train --universal` does it, on all classifiers and with each family left out in turn, and measured
+on photographs kept aside (insertion − deletion, 21 points, mean of three references, predicted class) beside every
+method of one forward and one backward pass. Explainers that are in --explainers already are not trained again.
 """
 
 from __future__ import annotations

@@ -97,8 +97,8 @@ class AHA(LearnedAttributor):
     objective = "ranking"
     metadata = Metadata(
         paper="Schinagl et al., Learn to Rank, ECCV 2026 (arXiv 2604.05819)",
-        cost="1F and 1B where the explainer sees evidence; T refinement steps at S fractions: T·2·S F and T·2·S B more, "
-        "by default 48F and 48B; 20F where magnitudes are measured",
+        cost="1F and 1B where the explainer sees evidence; T refinement steps at S fractions: T·2·S F and T·2·S B "
+        "more, by default 48F and 48B; 20F where magnitudes are measured",
         architectures="any classifier; the explainer that ships serves those with gradients and hooks",
         licence="own implementation from the paper",
         notes="class-conditioned maps, standardized scores, magnitudes by the response learnt while training",
