@@ -184,11 +184,21 @@ def test_every_pixel_of_a_photograph():
     assert (last < first).all()
 
 
-def test_references_take_the_grids_in_turn(explainer, classifier, images):
-    target = classifier.resolve_target(images)
-    one = aha.refine(explainer, classifier, images, target, steps=1, **{**OPTIONS, "cells": (6,)})
-    two = aha.refine(explainer, classifier, images, target, steps=1, **{**OPTIONS, "cells": (6, 7)})
-    assert (one - two).abs().max() > 0
+def test_every_reference_meets_every_grid(explainer, classifier, images, monkeypatch):
+    seen, call = [], Objective.__call__
+
+    def recorded(self, images, maps, target, references, regions, tau, **options):
+        seen.append((float(references[0].sum()), regions.rows, tuple(options["fractions"].tolist())))
+        return call(self, images, maps, target, references, regions, tau, **options)
+
+    monkeypatch.setattr(Objective, "__call__", recorded)
+    aha.refine(explainer, classifier, images, 0, steps=9, **{**OPTIONS, "cells": (5, 6, 7)})
+    assert len({(blank, rows) for blank, rows, _ in seen}) == 9
+    assert len({blank for blank, *_ in seen[:3]}) == len({rows for _, rows, _ in seen[:3]}) == 3
+    first = sorted(fractions[0] for *_, fractions in seen)
+    # nine shifts of one stratum, nowhere further apart than twice the even distance
+    u = torch.tensor(first) ** (1 / 1.5) * 4
+    assert u.diff().max() < 2 / 9
 
 
 def test_another_classifier_can_be_the_target(explainer, images):
