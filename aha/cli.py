@@ -179,7 +179,7 @@ def compare(
     masks: Path | None = None,
     methods: tuple[str, ...] = ("all",),
     explainer: tuple[Path, ...] = (),
-    steps: tuple[int, ...] = (0, 3),
+    steps: tuple[int, ...] = (0, 6),
     protocols: tuple[str, ...] = ("aha",),
     references: tuple[str, ...] = (),
     target: tuple[str, ...] = ("predicted",),

@@ -105,7 +105,8 @@ def plant(
 class Experiment:
     """Outcome of `experiment`.
 
-    numbers: per refinement step the mean share of the top 5 % pixels that lie on the circle, its 95 % interval
+    numbers: per refinement step the mean share of the top 5 % pixels that lie on the circle (``share_clean`` of the
+        explainer's own classifier, without the shortcut), its 95 % interval
         before and after, the factor between them, and how well the shortcut was learned.
     images: (N, 3, H, W), some of the scenes; trail: (T+1, N, 1, H, W), their maps after 0 … T steps.
     """
@@ -184,6 +185,8 @@ def measure(
     shares = torch.stack([share_on(maps, circle) for maps in trail]).cpu()  # [T + 1, N]
     means = shares.mean(dim=1).tolist()
     numbers = {
+        # of the classifier that the explainer was made for, which knows no shortcut
+        "share_clean": float(share_on(explainer.attribute(images, shortcut_class), circle).mean()),
         "share_before": means[0],
         "share_after": means[-1],
         # at least one pixel in all scenes together, so that a clean explainer without any gives a finite lower bound

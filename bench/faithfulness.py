@@ -28,12 +28,13 @@ from aha.evaluation import compare
 from aha.explainer import Explainer
 from aha.explainer.decoder import DecoderConfig
 from aha.report import comparison
+from aha.reproduce.run import SMALL
 from aha.source import Source
 from aha.training import TrainConfig, Trainer
 
 RESULTS = Path(__file__).parent / "results"
 OBJECTIVES = ("ranking", "fastshap", "vit_shapley")
-STEPS = (0, 3)
+STEPS = (0, 6)
 # the rows that the registry's defaults do not give
 VARIANTS = (
     "libragrad, fullgrad_plus@libragrad:base=fullgrad_plus",
@@ -68,7 +69,7 @@ class Setting:
 
 
 def on_scenes(count: int) -> Setting:
-    return Setting("faithfulness", Source(limit=count), demo.TRAINING, demo.DECODER)
+    return Setting("faithfulness", Source(limit=count), demo.TRAINING, SMALL)
 
 
 def on_photographs(folder: Path, weights: Path | None) -> Setting:

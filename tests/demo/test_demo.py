@@ -12,8 +12,9 @@ from timm.models.vision_transformer import VisionTransformer
 from aha import cli
 from aha import shortcut as game
 from aha.attributors import learned
+from aha.classifier import from_name
 from aha.data import Scenes
-from aha.demo import classifier, run, shortcut
+from aha.demo import classifier, photographs, run, shortcut
 from aha.refinement import refine
 
 METRICS = [
@@ -157,7 +158,7 @@ def test_shortcut_is_learned(planted):
 def test_summary(demo):
     folder, _ = demo
     summary = json.loads((folder / "summary.json").read_text())
-    assert set(summary["methods"]) == {*METHODS, "aha T=0", "aha T=3"}
+    assert set(summary["methods"]) == {*METHODS, "aha T=0", "aha T=6"}
     for row in summary["methods"].values():
         assert all(isinstance(row[metric], float) for metric in METRICS)
         for low, high in row["ci95"].values():
@@ -165,7 +166,12 @@ def test_summary(demo):
     assert set(summary["references"]) == {"black", "mean", "blur"}
     assert 0 <= summary["classifier"]["accuracy"] <= 1
     assert summary["protocol"]["points"] == 21
-    assert {"seed", "versions", "shortcut", "comparisons", "seconds"} <= set(summary)
+    assert {"seed", "versions", "shortcut", "comparisons", "seconds", "photographs"} <= set(summary)
+    shown = summary["photographs"]
+    assert len(shown["titles"]) == len(photographs.PICTURES)
+    ours = {name: sum(values) for name, values in shown["ins_minus_del"].items()}
+    assert max(ours[name] for name in photographs.BASELINES) < ours["aha"] < ours["aha refined"]
+    assert 0 <= summary["shortcut"]["share_clean"] <= 1
     assert len(summary["shortcut"]["per_step"]) == 6
     assert summary["shortcut"]["scenes"] == 8
     assert summary["shortcut"]["shortcut_rate"] >= 0.8
@@ -183,8 +189,18 @@ def test_mean_of_the_references(demo):
 def test_report_and_figures(demo):
     folder, printed = demo
     figures = {path.stem for path in (folder / "figures").glob("*.png")}
-    assert {"maps", "refinement", "curves", "ins_minus_del", "shortcut", "training"} <= figures
+    assert {"photographs", "maps", "refinement", "curves", "ins_minus_del", "shortcut", "training"} <= figures
     page = (folder / "report.html").read_text()
     assert page.count("data:image/png;base64") == len(figures)
     assert "Ins−Del ↑" in printed
     assert (folder / "explainer" / "decoder.safetensors").is_file()
+
+
+def test_the_photographs_classifier_is_a_name_of_its_own():
+    clf = from_name("lite0")
+    assert clf.source == {"kind": "lite0", "name": "lite0"}
+    images = photographs.pictures()
+    assert images.shape == (5, 3, 224, 224)
+    names = [clf.class_names[int(c)] for c in clf(images).argmax(dim=1)]
+    assert "cat" in names[0] and "espresso" in names[1]
+    assert "missile" in names[4] or "projectile" in names[4]
