@@ -51,11 +51,18 @@ def train(
     output: Path,
     photographs: Path,
     weights: Path | None = None,
-    names: tuple[str, ...] = CLASSIFIERS,
-    config: TrainConfig = TRAINING,
+    names: tuple[str, ...] | None = None,
+    config: TrainConfig | None = None,
     resume: bool = False,
 ) -> Explainer:
-    """Train one explainer on ``names`` in turn and write it to ``output/explainer``; arguments as `subjects`."""
+    """Train one explainer on ``names`` in turn and write it to ``output/explainer``.
+
+    Args:
+        names: of `CLASSIFIERS`, all of them by default; with ``photographs`` and ``weights`` as of `subjects`.
+        config: default: `TRAINING`.
+        resume: go on from the newest checkpoint in ``output``.
+    """
+    names, config = names or CLASSIFIERS, config or TRAINING
     device = "cuda" if torch.cuda.is_available() else "cpu"
     first, *others = subjects(names, photographs, weights, device, config.seed)
     torch.manual_seed(config.seed)

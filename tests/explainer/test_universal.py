@@ -1,13 +1,18 @@
 """The explainer that ships, and explainers of evidence and an encoder's features together."""
 
+import dataclasses
 import json
 
 import pytest
 import torch
 
 import aha
+from aha.classifier import from_name
 from aha.explainer.decoder import Decoder
 from aha.explainer.explainer import UNIVERSAL, head_rows
+from aha.source import Source
+from aha.training import universal
+from aha.training.command import Universal, train
 
 from ..test_evidence import make, pictures
 from ..toys import TINY_DECODER, tiny_classifier
@@ -120,3 +125,69 @@ def test_several_classifiers_in_turn(tmp_path):
         aha.Trainer(own, vit, images(vit, 2), aha.TrainConfig(steps=1), beside=[(resnet, images(resnet, 2))])
     with pytest.raises(ValueError, match="dropped_roles=1"):
         aha.TrainConfig(dropped_roles=1.0)
+
+
+def test_the_command_goes_on_from_it_or_from_another_or_from_nothing(tmp_path, capsys):
+    config = aha.TrainConfig(steps=1, batch_size=2, fractions=4, cells=(4, 8), lr=1e-12, warmup=0.0)
+
+    def trained(name, **options):
+        output = str(tmp_path / name)
+        train(Source(limit=4), config=dataclasses.replace(config, output=output), **options)
+        assert "explainer written" in capsys.readouterr().out
+        return aha.Explainer.from_pretrained(tmp_path / name / "explainer")
+
+    def same(a, b):
+        return all(
+            torch.allclose(x, y, atol=1e-6) for x, y in zip(a.decoder.parameters(), b.decoder.parameters(), strict=True)
+        )
+
+    universal = aha.Explainer.universal(from_name("scenes"))
+    assert same(trained("default"), universal)
+    fresh = trained("fresh", fresh=True)
+    assert not fresh.decoder.head[-1].weight.abs().max() > 1e-6
+    assert same(trained("from", start=tmp_path / "fresh" / "explainer"), fresh)
+    both = trained("both", encoder="classifier", decoder=TINY_DECODER)
+    assert both.encoder is not None and both.sees_evidence
+    published = trained("published", evidence=False, decoder=TINY_DECODER)
+    assert published.encoder is not None and not published.sees_evidence
+    with pytest.raises(ValueError, match=r"--start .* and --fresh"):
+        train(start=tmp_path, fresh=True)
+
+
+def test_it_can_be_made_again(tmp_path, monkeypatch):
+    """The command's way, with the classifier and the photographs of the tests."""
+    monkeypatch.setattr(universal, "CLASSIFIERS", ("one", "scenes"))
+    monkeypatch.setattr(universal, "fetch", lambda folder: folder)
+    monkeypatch.setattr(universal, "Photographs", lambda folder, size, seed: Pictures(size))
+    known = {"one": lambda: make("resnet"), "scenes": lambda: from_name("scenes")}
+    monkeypatch.setattr(universal, "from_name", lambda name, weights: known[name]())
+    few = dataclasses.replace(universal.TRAINING, steps=2, batch_size=2, fractions=3, cells=(2, 4))
+    monkeypatch.setattr(universal, "TRAINING", few)
+    config = aha.TrainConfig(output=str(tmp_path / "run"))
+    train(config=config, remake=Universal(universal=True, photographs=tmp_path))
+    made = aha.Explainer.from_pretrained(tmp_path / "run" / "explainer", make("vit"))
+    assert made.settings["response"] is not None
+    images = pictures(make("vit"), 1)
+    assert made.attribute(images, 1, scale="calibrated").isfinite().all()
+
+
+class Pictures(torch.utils.data.Dataset):
+    """Noise of one size."""
+
+    def __init__(self, size):
+        self.size = size
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        return {"image": torch.rand(3, self.size, self.size, generator=torch.Generator().manual_seed(index))}
+
+
+def test_weights_are_found_by_name_in_their_folder(tmp_path):
+    (tmp_path / "vit_tiny_patch16_224.safetensors").touch()
+    found = universal.weights_file(tmp_path, "vit_tiny_patch16_224.augreg_in21k_ft_in1k")
+    assert found == tmp_path / "vit_tiny_patch16_224.safetensors"
+    assert universal.weights_file(None, "any") is None and universal.weights_file(tmp_path, "scenes") is None
+    with pytest.raises(ValueError, match=r"holds no deit_tiny\.safetensors"):
+        universal.weights_file(tmp_path, "deit_tiny")
