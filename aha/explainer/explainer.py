@@ -31,13 +31,14 @@ FORMAT = 1
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "decoder.safetensors"
 # settings in the configuration: what refinement continues with, and what training adds
 REFINED_WITH = ("temperature", "scores", "cells")
+COLOURS = 3  # channels of the images that the universal explainer was trained on
 UNIVERSAL = Path(__file__).parent / "universal"  # the explainer that ships
 EVIDENCE = {"kind": "evidence"}  # where another explainer's encoder is described
 TRAINED_FOR = ("objective", "references", "players", "surrogate", "data", "response")
 
 
 class Fixed(NamedTuple):
-    """What refinement keeps fixed: the map (N,c,h,w) that the head reads, and what its maps are added to, or None."""
+    """The map (N,c,h,w) that the head reads, and what its maps are added to, or None."""
 
     dense: Tensor
     base: Tensor | None
@@ -123,8 +124,17 @@ class Explainer(nn.Module):
         """The explainer that ships, trained on several classifiers to serve any: no training is needed.
 
         It sees evidence alone. What it was trained on is in its card, ``aha/explainer/universal/README.md``.
+
+        Raises:
+            ValueError: in one line, for a classifier of other images than RGB, or without gradients and hooks.
         """
-        return cls.from_pretrained(UNIVERSAL, check_classifier(classifier))
+        channels = len(check_classifier(classifier).mean)
+        if channels != COLOURS:
+            raise ValueError(
+                f"the universal explainer sees {COLOURS} channels, {classifier.name} takes {channels}: "
+                "train one of its own, from Explainer.build"
+            )
+        return cls.from_pretrained(UNIVERSAL, classifier)
 
     def of(self, classifier: Classifier) -> Explainer:
         """This explainer for another classifier, with the same decoder: itself where it needs features of its own."""

@@ -11,6 +11,7 @@ import tyro
 
 from ..explainer import Explainer
 from ..explainer.decoder import DecoderConfig
+from ..explainer.explainer import COLOURS
 from ..source import Source
 from ..terminal import failed
 from . import universal
@@ -73,7 +74,7 @@ def train(
         raise ValueError(f"--start {start} and --fresh: give one of them")
     if start is not None:
         explainer = Explainer.from_pretrained(start, classifier)
-    elif alone and not fresh:
+    elif alone and not fresh and len(classifier.mean) == COLOURS:
         explainer = Explainer.universal(classifier)
     else:
         widths = None if alone else decoder

@@ -191,3 +191,12 @@ def test_weights_are_found_by_name_in_their_folder(tmp_path):
     assert universal.weights_file(None, "any") is None and universal.weights_file(tmp_path, "scenes") is None
     with pytest.raises(ValueError, match=r"holds no deit_tiny\.safetensors"):
         universal.weights_file(tmp_path, "deit_tiny")
+
+
+def test_other_channels_are_refused_in_one_line():
+    net = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
+    clf = aha.Classifier.wrap(net, (0.5,), (0.5,), 32)
+    with pytest.raises(ValueError, match="sees 3 channels, Sequential takes 1: train one of its own") as error:
+        aha.Explainer.universal(clf)
+    assert "\n" not in str(error.value)
+    assert aha.Explainer.build(clf).attribute(torch.rand(1, 1, 32, 32)).shape == (1, 1, 32, 32)
