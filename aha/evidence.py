@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .checks import check_answers
 from .classifier import Classifier
 from .full_gradient import TokenTerms
 from .geometry import as_maps
@@ -83,6 +84,7 @@ class Evident:
             target = self.clf.resolve_target(images, target)
         with protected(self.clf), self._rules():
             maps, logits, target = self._read(images, target)
+            check_answers(logits.detach().softmax(dim=1), self.clf.name)
         present = torch.tensor([m is not None for m in maps], device=images.device)
         blank = torch.zeros_like(images[:, :1])
         stacked = torch.cat([blank if m is None else _standardized(m.detach().float()) for m in maps], dim=1)

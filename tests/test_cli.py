@@ -277,7 +277,7 @@ def test_compare_with_an_explainer_writes_parquet(trained, tmp_path):
     assert done.returncode == 0, done.stderr
     table = parquet.read_table(tmp_path / "scores.parquet").to_pydict()
     rows = [dict(zip(table, row, strict=True)) for row in zip(*table.values(), strict=True)]
-    assert {row["method"] for row in rows} == {"aha T=0", "aha T=3", "random"}
+    assert {row["method"] for row in rows} == {"aha T=0", "aha T=6", "random"}
     assert {row["target"] for row in rows} == {"predicted"}
     summary = json.loads((tmp_path / "summary.json").read_text())
     wanted = {"method": "random", "metric": "ins_minus_del", "reference": ""}
