@@ -20,10 +20,11 @@ from ..files import write_atomically
 from ..refinement import refine
 from ..report import figures, html, tables
 from ..training import TrainConfig, Trainer
+from ..training.trainer import CONTINUED
 from . import photographs, shortcut
 
 TRAINING = TrainConfig(
-    steps=150, batch_size=16, fractions=8, targets=1, lr=1e-3, cells=(7, 16), save_every=0, log_every=20
+    steps=100, batch_size=16, fractions=8, targets=1, lr=1e-3, cells=(7, 28), tau=CONTINUED, save_every=0, log_every=20
 )
 BASELINES = (
     "random",

@@ -94,7 +94,9 @@ class Setting:
     def training(self, folder: Path, changes: Mapping[str, Any]) -> TrainConfig:
         """The paper's settings, or a few steps of the demo's."""
         if self.small:
-            base = dataclasses.replace(demo.TRAINING, steps=3, batch_size=4, fractions=4, log_every=1)
+            base = dataclasses.replace(
+                demo.TRAINING, cells=(7, 16), tau=None, steps=3, batch_size=4, fractions=4, log_every=1
+            )
             # a second target, so that a shared map differs from one map per target
             changes = {**changes, "targets": 2 if changes.get("shared_map") else 1}
         else:

@@ -15,7 +15,7 @@ from ..explainer.explainer import COLOURS
 from ..source import Source
 from ..terminal import failed
 from . import universal
-from .trainer import TrainConfig, Trainer
+from .trainer import CONTINUED, TrainConfig, Trainer
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,8 @@ def train(
         encoder_weights: local weights file for a timm encoder.
         evidence: with --no-evidence the explainer sees an encoder's features alone (the classifier's own unless
             --encoder is given), as published; so do the objectives of Shapley values.
-        start: folder of an explainer to start from instead of the universal one.
+        start: folder of an explainer to start from instead of the universal one. Training further begins at the
+            temperature 0.015 unless --tau is given.
         fresh: start untrained.
         decoder: widths, where there is an encoder.
         augment: random crops and flips.
@@ -79,6 +80,9 @@ def train(
     else:
         widths = None if alone else decoder
         explainer = Explainer.build(classifier, encoder, encoder_weights, decoder=widths, evidence=evidence)
+    further = start is not None or (alone and not fresh)
+    if further and config.tau is None and config.scores == "standardized":
+        config = dataclasses.replace(config, tau=CONTINUED)
     trainer = Trainer(explainer, classifier, data, dataclasses.replace(config, output=output))
     trainer.fit(resume=resume)
     print(f"explainer written to {output}/explainer")

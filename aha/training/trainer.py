@@ -39,6 +39,9 @@ from .schedule import learning_rate, temperature
 # (start, end, schedule, noise): `free` as published, `standardized` as measured in bench/results
 TEMPERATURES = {"standardized": (0.05, 0.005, "geometric", 0.0), "free": (1.0, 0.3, "linear", 1.0)}
 
+# of standardized scores, to train a trained explainer further: its order is there already, and soft ranks would blur it
+CONTINUED = (0.015, 0.005)
+
 # what an explainer can be trained for → how a player of the Shapley game is absent
 OBJECTIVES = {"ranking": None, **{name: absence for absence, name in shapley.METHODS.items()}}
 
