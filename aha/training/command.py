@@ -73,14 +73,14 @@ def train(
     alone = evidence and encoder is None
     if start is not None and fresh:
         raise ValueError(f"--start {start} and --fresh: give one of them")
+    further = start is not None or (alone and not fresh and len(classifier.mean) == COLOURS)
     if start is not None:
         explainer = Explainer.from_pretrained(start, classifier)
-    elif alone and not fresh and len(classifier.mean) == COLOURS:
+    elif further:
         explainer = Explainer.universal(classifier)
     else:
         widths = None if alone else decoder
         explainer = Explainer.build(classifier, encoder, encoder_weights, decoder=widths, evidence=evidence)
-    further = start is not None or (alone and not fresh)
     if further and config.tau is None and config.scores == "standardized":
         config = dataclasses.replace(config, tau=CONTINUED)
     trainer = Trainer(explainer, classifier, data, dataclasses.replace(config, output=output))

@@ -13,6 +13,7 @@ from aha.explainer.explainer import UNIVERSAL, head_rows
 from aha.source import Source
 from aha.training import universal
 from aha.training.command import Universal, train
+from aha.training.trainer import CONTINUED, TEMPERATURES
 
 from ..test_evidence import make, pictures
 from ..toys import TINY_DECODER, tiny_classifier
@@ -200,3 +201,22 @@ def test_other_channels_are_refused_in_one_line():
         aha.Explainer.universal(clf)
     assert "\n" not in str(error.value)
     assert aha.Explainer.build(clf).attribute(torch.rand(1, 1, 32, 32)).shape == (1, 1, 32, 32)
+
+
+def test_what_starts_untrained_starts_soft(tmp_path):
+    """A classifier of one channel has no universal explainer to go on from: its training is a whole one."""
+
+    class Grey:
+        def load_classifier(self):
+            net = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
+            return aha.Classifier.wrap(net, (0.5,), (0.5,), 32)
+
+        def images(self, *_, **__):
+            return [{"image": torch.rand(1, 32, 32, generator=torch.Generator().manual_seed(i))} for i in range(4)]
+
+    config = aha.TrainConfig(steps=1, batch_size=2, fractions=4, cells=(4, 8), log_every=1)
+    started = {}
+    for name, source in (("grey", Grey()), ("scenes", Source(limit=4))):
+        train(source, config=dataclasses.replace(config, output=str(tmp_path / name)))
+        started[name] = json.loads((tmp_path / name / "log.jsonl").read_text().splitlines()[0])["tau"]
+    assert started == {"grey": TEMPERATURES["standardized"][0], "scenes": CONTINUED[0]}
