@@ -23,6 +23,7 @@ from .checks import check_answers, check_integer, check_maps
 from .classifier import Classifier, check_classifier
 from .precision import confidence
 from .protection import protected
+from .ranks import rank_pixels
 
 if TYPE_CHECKING:
     from .explainer import Explainer
@@ -219,6 +220,11 @@ def calibrated(
     return response.apply(maps)
 
 
+def best_scale(explainer: Explainer) -> str:
+    """The scale that costs no pass: "calibrated" where ``explainer`` knows its response, else "raw"."""
+    return "raw" if learnt(explainer) is None else "calibrated"
+
+
 def check_scale(scale: str, explainer: Explainer) -> str:
     """Return ``scale`` if ``explainer`` can give its maps on it, else ValueError."""
     if scale not in SCALES:
@@ -253,10 +259,8 @@ def measure(
     """
     size = check_integer("internal_batch_size", internal_batch_size, 2)
     images = check_classifier(classifier).check(images).detach()
-    ordered = check_maps(maps, images).flatten(1).argsort(dim=1, descending=True, stable=True)
-    count = ordered.shape[1]
-    positions = torch.arange(count, dtype=torch.int32, device=ordered.device).expand(ordered.shape)
-    ranks = torch.empty_like(positions).scatter_(1, ordered, positions).view(len(images), *images.shape[-2:])
+    ranks = rank_pixels(check_maps(maps, images).view(len(images), *images.shape[-2:]))
+    count = ranks[0].numel()
     inner = _inner(count)
     with protected(classifier), torch.no_grad():
         target = classifier.resolve_target(images, target, size)

@@ -460,7 +460,7 @@ def _maker(
 
     explainer, classifier = _load(folder, source)
     options: dict[str, Any] = {} if lr is None else {"lr": lr}
-    scale = "raw" if calibration.learnt(explainer) is None else "calibrated"
+    scale = calibration.best_scale(explainer)
 
     def make(images: Any, target: Any) -> Any:
         # at T = 0 it is one pass of the explainer

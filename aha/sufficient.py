@@ -8,6 +8,7 @@ from torch import Tensor
 from . import references
 from .checks import check_answers, check_maps, check_number
 from .classifier import Classifier, check_classifier
+from .ranks import rank_pixels
 
 # finer where curves rise; 1 is the image itself, which is known
 FRACTIONS = (0.0, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.45, 0.65)
@@ -56,8 +57,7 @@ def sufficient_fraction(
     values = values[counts]
     if values.min() == values.max():
         return None
-    ranks = torch.empty_like(values)
-    ranks[values.argsort(descending=True, stable=True)] = torch.arange(len(values), device=values.device).to(values)
+    ranks = rank_pixels(values[None])[0].to(values)
     hidden = torch.zeros_like(counts, dtype=values.dtype)
     hidden[counts] = (ranks + 0.5) / len(values)  # above the fraction: not yet inserted
     levels = torch.tensor(FRACTIONS, device=image.device).to(hidden)

@@ -24,7 +24,6 @@ from aha.evaluation import evaluate
 from aha.explainer import Explainer
 from aha.training import universal
 
-RESULTS = Path(__file__).parent / "results"
 FAMILIES = {"ViT": "vit_", "DeiT": "deit_", "CNN": "tf_"}
 TRANSFORMER_METHODS = (
     *("gradcam_vit", "raw_attention", "rollout", "attcam", "legrad", "chefer", "transition_attention", "bi_attention"),

@@ -121,7 +121,7 @@ class AHA(LearnedAttributor):
         self.plan = plan(steps=steps, **named)
         self.steps = self.plan.steps
         if scale is None:
-            scale = "raw" if calibration.learnt(self.explainer) is None else "calibrated"
+            scale = calibration.best_scale(self.explainer)
         self.scale = calibration.check_scale(scale, self.explainer)
         self.refinement = refinement
 

@@ -7,7 +7,7 @@ import json
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -35,13 +35,6 @@ COLOURS = 3  # channels of the images that the universal explainer was trained o
 UNIVERSAL = Path(__file__).parent / "universal"  # the explainer that ships
 EVIDENCE = {"kind": "evidence"}  # where another explainer's encoder is described
 TRAINED_FOR = ("objective", "references", "players", "surrogate", "data", "response")
-
-
-class Fixed(NamedTuple):
-    """The map (N,c,h,w) that the head reads, and what its maps are added to, or None."""
-
-    dense: Tensor
-    base: Tensor | None
 
 
 class Explainer(nn.Module):
@@ -116,7 +109,7 @@ class Explainer(nn.Module):
             if not alone:
                 name = None if encoder == "classifier" else encoder
                 made = build_encoder(name, classifier, encoder_weights, pretrained, image_size)
-            head = _decoder(classifier, made, decoder or kind(), evidence, evidence)
+            head = _decoder(classifier, made, decoder or kind(), evidence)
             return cls(made, head, classifier, settings).to(classifier.device)
 
     @classmethod
@@ -153,34 +146,23 @@ class Explainer(nn.Module):
 
         ``roles`` (roles,) of evidence that the decoder may see, so that it learns to do without the others.
         """
-        fixed = self.fixed(images, target, precision, roles)
-        height, width = images.shape[-2:]
-        return self.head_maps(self.decoder.head(fixed.dense), fixed.base, (height, width))
-
-    def fixed(self, images: Tensor, target: Tensor, precision: str = "fp32", roles: Tensor | None = None) -> Fixed:
-        """What `head_maps` turns into attributions, together with what the head makes of ``dense``."""
-        seen, base = None, None
+        seen = base = None
         if self.sees_evidence:
             repeats = target.shape[1] if target.ndim == 2 else 1
             each = images.repeat_interleave(repeats, dim=0)
             found = self.evidence(each, target.flatten())
             present = found.present if roles is None else found.present & roles.to(found.present.device)
             seen, base = (each, found.maps, present.expand(len(each), -1)), found.best
+        height, width = images.shape[-2:]
         if isinstance(self.decoder, EvidenceDecoder):
             assert seen is not None
-            return Fixed(self.decoder.dense(*seen), base)
-        assert self.encoder is not None
-        full = self.encoder.padded_size(*images.shape[-2:])
-        return Fixed(self.decoder.dense(self.features(images, precision), target, full, seen), base)
-
-    def head_maps(self, raw: Tensor, base: Tensor | None, size: tuple[int, int]) -> Tensor:
-        """The head's output (B,1,h,w) and what it is added to → maps (B,1,H,W) for images of ``size``."""
-        if isinstance(self.decoder, EvidenceDecoder):
-            full = self.decoder.padded_size(*size)
+            full = self.decoder.padded_size(height, width)
+            dense = self.decoder.dense(*seen)
         else:
             assert self.encoder is not None
-            full = self.encoder.padded_size(*size)
-        maps = upsample(raw, full)[..., : size[0], : size[1]]
+            full = self.encoder.padded_size(height, width)
+            dense = self.decoder.dense(self.features(images, precision), target, full, seen)
+        maps = upsample(self.decoder.head(dense), full)[..., :height, :width]
         return maps if base is None else base + maps
 
     @property
@@ -269,7 +251,6 @@ class Explainer(nn.Module):
             "encoder": self.encoder.source if self.encoder else EVIDENCE,
             "decoder": dataclasses.asdict(self.decoder.config),
             "evidence": self.sees_evidence,
-            "conditioned": isinstance(self.decoder, Decoder) and self.decoder.rows is not None,
             **self.settings,
         }
         text = json.dumps(config, indent=2, default=str) + "\n"  # before anything is written
@@ -300,7 +281,7 @@ class Explainer(nn.Module):
             image_size, names = tuple(saved.pop("input_size")), saved.pop("class_names", None)
             source = dict(config["encoder"])
             _ = saved["kind"], source["kind"]
-            evidence, conditioned = bool(config.get("evidence")), bool(config.get("conditioned"))
+            evidence = bool(config.get("evidence"))
             widths = EvidenceConfig(**layout) if source == EVIDENCE else _widths(layout)
         except FileNotFoundError as error:
             raise FileNotFoundError(
@@ -338,7 +319,7 @@ class Explainer(nn.Module):
                 encoder = build_encoder(
                     source["name"], classifier, source.get("weights"), source.get("pretrained"), image_size
                 )
-            decoder = _decoder(classifier, encoder, widths, evidence, conditioned)
+            decoder = _decoder(classifier, encoder, widths, evidence)
             state, _ = read_weights(folder / WEIGHTS_FILE)
             load_weights(decoder, state, folder / WEIGHTS_FILE)
             return cls(encoder, decoder, classifier, settings).to(classifier.device).eval()
@@ -349,15 +330,14 @@ def _decoder(
     encoder: Encoder | None,
     config: DecoderConfig | EvidenceConfig,
     evidence: bool,
-    conditioned: bool,
 ) -> Decoder | EvidenceDecoder:
-    """An untrained decoder. ``conditioned``: on the rows of the classifier's head, where it has one."""
+    """An untrained decoder; with evidence its classes are the rows of the classifier's head, where it has one."""
     colours = len(classifier.mean)
     if isinstance(config, EvidenceConfig):
         return EvidenceDecoder(colours, len(ROLES), config).float()
     assert encoder is not None
     sight = Sight(colours, len(ROLES), config.width, min(config.strides)) if evidence else None
-    rows = head_rows(classifier) if conditioned else None
+    rows = head_rows(classifier) if evidence else None
     return Decoder(encoder.channels, classifier.num_classes, config, sight, rows).float()
 
 

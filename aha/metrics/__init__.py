@@ -1,9 +1,10 @@
 """Metrics of attributions (torchmetrics): faithfulness curves, change of confidence, localisation; protocols."""
 
+from ..ranks import rank_pixels
 from . import catalog
 from .classes import ConfidenceChange, DeletionInsertion, Localization, MagnitudeAlignment, Monotonicity
 from .curves import area, monotone_response
-from .perturbed import INTERNAL_BATCH_SIZE, Endpoints, Response, Sweep, endpoints, rank_pixels, sweep
+from .perturbed import INTERNAL_BATCH_SIZE, Endpoints, Response, Sweep, endpoints, sweep
 from .protocols import PROTOCOLS, Cost, Protocol, pixel_counts
 from .suite import Scores, Suite
 

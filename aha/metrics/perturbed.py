@@ -14,6 +14,7 @@ from ..checks import check_answers, check_integer, check_maps, check_target
 from ..classifier import Classifier
 from ..precision import autocast, confidence
 from ..protection import protected
+from ..ranks import rank_pixels
 from . import protocols
 from .curves import density
 from .localization import Located
@@ -85,13 +86,6 @@ class Sweep(NamedTuple):
 
     deleted: Response
     inserted: Response
-
-
-def rank_pixels(maps: Tensor) -> Tensor:
-    """Ranks of pixels: (B,H,W) attributions → (B,H,W) int32, 0 is the most important pixel, ties in reading order."""
-    order = maps.flatten(1).argsort(dim=1, descending=True, stable=True)
-    positions = torch.arange(order.shape[1], dtype=torch.int32, device=maps.device).expand(order.shape)
-    return torch.empty_like(order, dtype=torch.int32).scatter_(1, order, positions).view(maps.shape)
 
 
 def endpoints(

@@ -72,6 +72,7 @@ def train(
 
 
 def weights_file(folder: Path | None, name: str) -> Path | None:
+    """``<name>.safetensors`` in ``folder``, with or without what follows the point; None where the hub has it."""
     if folder is None or name == "scenes":
         return None
     for stem in (name, name.split(".")[0]):
