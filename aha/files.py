@@ -1,33 +1,186 @@
-"""Files that are complete or absent, and tables of columns in them."""
+"""Files that are complete or absent and carry a checksum, and tables of columns in them."""
 
 from __future__ import annotations
 
 import csv
+import errno
+import hashlib
 import io
+import json
 import os
 import re
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 TABLES = (".parquet", ".csv")
+CHECKSUM = "sha256"  # the last key of a JSON file: of all the others
+PARTIAL = ".partial"  # how the name of a file ends that is being written
+
+_ADVICE = {
+    errno.ENOSPC: ("the disk is full", "free some space, or give another folder"),
+    errno.EDQUOT: ("the disk quota is used up", "free some space, or give another folder"),
+    errno.EROFS: ("the file system is read-only", "give a folder that can be written to"),
+    errno.EACCES: ("no permission to write there", "give a folder that can be written to"),
+    errno.EPERM: ("no permission to write there", "give a folder that can be written to"),
+    errno.ENOTDIR: ("part of its path is a file", "give another folder"),
+    errno.EEXIST: ("part of its path is a file", "give another folder"),
+    errno.EISDIR: ("a folder has that name", "give another name"),
+    errno.EIO: ("the disk reports an error", "look at the disk, or give another folder"),
+}
+
+
+class WriteError(OSError):
+    """Something could not be written; the message says what, why and what to do."""
+
+
+class DamagedError(ValueError):
+    """A file is not what was written; the message names it."""
+
+
+@contextmanager
+def writing(path: str | Path) -> Iterator[None]:
+    """Errors of the file system come as one line that names ``path``, as `WriteError`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or isinstance(error, WriteError):  # a line of ours already
+            raise
+        reason, advice = _ADVICE.get(error.errno, (error.strerror or str(error), "give another folder"))
+        found = WriteError(f"{path} cannot be written, {reason}: {advice}")
+        found.errno = error.errno
+        raise found from error
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file so that readers see the old one or the new one, never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    """Write a file so that readers see the old one or the new one, never a part, whenever the process is killed.
+
+    Raises:
+        WriteError: in one line, for a full disk or a folder that cannot be written to; the old file is still there.
+    """
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=PARTIAL)
+        try:
+            try:
+                put(descriptor, content)
+            finally:
+                os.close(descriptor)
+            os.chmod(temporary, 0o644)
+            os.replace(temporary, path)
+        except BaseException:
+            with suppress(OSError):
+                os.unlink(temporary)
+            raise
+        sync_folder(path.parent)
+
+
+def put(descriptor: int, content: bytes) -> None:
+    """Write all of ``content`` to an open file, and to the disk."""
+    rest = memoryview(content)
+    while rest:
+        rest = rest[os.write(descriptor, rest) :]
+    os.fsync(descriptor)
+
+
+def sync_folder(folder: Path) -> None:
+    """The names in ``folder`` are on the disk, where the file system can say so."""
+    if not hasattr(os, "O_DIRECTORY"):  # Windows
+        return
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # network file systems that sync no folders
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def remove_partials(folder: Path) -> None:
+    """Remove what processes that were killed while they wrote left in ``folder``; nobody else may be writing there."""
+    with suppress(OSError):
+        for path in folder.glob(f".*{PARTIAL}"):
+            with suppress(OSError):
+                path.unlink()
+
+
+def digest(content: bytes) -> str:
+    """The SHA-256 of ``content``, in hexadecimal."""
+    return hashlib.sha256(content).hexdigest()
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a JSON object whose last key, "sha256", is the checksum of the others. What JSON has no type for is text.
+
+    Raises:
+        WriteError: as of `write_atomically`.
+    """
+    plain = json.loads(json.dumps(content, default=str))
+    plain.pop(CHECKSUM, None)
+    text = json.dumps({**plain, CHECKSUM: _of_json(plain)}, indent=2, ensure_ascii=False)
+    write_atomically(path, f"{text}\n".encode())
+
+
+def read_json(path: Path, required: bool = False) -> dict[str, Any]:
+    """What `write_json` wrote, without the checksum; a file without one is taken unless it is ``required``.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        DamagedError: in one line, for a file that is no JSON object, or whose checksum is another.
+    """
+    try:
+        content = json.loads(path.read_bytes().decode("utf-8"))
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"no file {path}") from error
+    except (ValueError, RecursionError, OSError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise DamagedError(f"{path} cannot be read, it is empty or damaged ({reason})") from error
+    if not isinstance(content, dict):
+        raise DamagedError(f"{path} holds a {type(content).__name__}, not a JSON object")
+    kept = content.pop(CHECKSUM, None)
+    if kept is None and not required:
+        return content
+    if kept != _of_json(content):
+        advice = "" if required else f'; if you edited it on purpose, remove its line "{CHECKSUM}"'
+        raise DamagedError(f"{path} was changed or damaged since it was written, its checksum differs{advice}")
+    return content
+
+
+def _of_json(content: Mapping[str, Any]) -> str:
+    return digest(json.dumps(content, sort_keys=True, separators=(",", ":")).encode())
+
+
+def tensor_bytes(tensors: Mapping[str, Tensor]) -> bytes:
+    """Tensors by name as a safetensors file holds them."""
+    from safetensors.torch import save
+
+    return save({name: value.detach().cpu().contiguous() for name, value in tensors.items()})
+
+
+def read_checked(path: Path, checksum: str) -> bytes:
+    """The content of a file whose checksum was written down elsewhere.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        DamagedError: in one line, if it has another checksum.
+    """
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"no file {path}") from error
+    except OSError as error:
+        raise DamagedError(f"{path} cannot be read ({error.strerror or error})") from error
+    if not content:
+        raise DamagedError(f"{path} is empty")
+    if digest(content) != checksum:
+        raise DamagedError(f"{path} was changed or damaged since it was written, its checksum differs")
+    return content
 
 
 def slug(name: str) -> str:

@@ -1,0 +1,145 @@
+"""One process at a time works in a results folder."""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from .files import writing
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+NAME = ".lock"
+# of file systems that lock nothing, as some clusters mount theirs
+_UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL)
+_descriptors: set[int] = set()
+
+
+class FolderInUseError(OSError):
+    """Another process works in the folder; the message names its host and process id."""
+
+
+@contextmanager
+def held(folder: str | Path) -> Iterator[None]:
+    """The folder is this process's inside: who else asks for it is refused. It is made if it is missing.
+
+    The kernel releases the lock of a process that ends, however it ends. Where the file system knows no locks, the file
+    ``.lock`` itself is one: it holds for as long as the process that it names lives.
+
+    Raises:
+        FolderInUseError: in one line that names host and process id of who holds the folder.
+        OSError: in one line, where the folder cannot be made or written to.
+    """
+    folder = Path(folder)
+    path = folder / NAME
+    with writing(path):
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = _locked(path) if fcntl is not None else None
+        if descriptor is None:
+            descriptor = _created(path)
+    _descriptors.add(descriptor)
+    try:
+        yield
+    finally:
+        if descriptor in _descriptors:  # a forked child holds nothing
+            with suppress(OSError):  # the folder may have been moved away or become read-only
+                if _same(descriptor, path):
+                    path.unlink()
+            _descriptors.discard(descriptor)
+            os.close(descriptor)
+
+
+def _locked(path: Path) -> int | None:
+    """A descriptor with the kernel's lock on ``path``; None where the file system has none."""
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if _same(descriptor, path):  # else its last holder has just removed it
+                _sign(descriptor)
+                return descriptor
+        except BlockingIOError as error:
+            os.close(descriptor)
+            raise _refusal(path) from error
+        except OSError as error:
+            os.close(descriptor)
+            if error.errno in _UNSUPPORTED:
+                return None
+            raise
+        os.close(descriptor)
+
+
+def _created(path: Path) -> int:
+    """A descriptor of ``path``, which did not exist, or which names a process of this host that has ended."""
+    while True:
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
+        except FileExistsError:
+            host, process = _holder(path)
+            if host != socket.gethostname() or _lives(process):
+                raise _refusal(path) from None
+            path.unlink(missing_ok=True)
+            continue
+        _sign(descriptor)
+        return descriptor
+
+
+def _same(descriptor: int, path: Path) -> bool:
+    try:
+        there = os.stat(path)
+    except FileNotFoundError:
+        return False
+    here = os.fstat(descriptor)
+    return (here.st_dev, here.st_ino) == (there.st_dev, there.st_ino)
+
+
+def _sign(descriptor: int) -> None:
+    os.ftruncate(descriptor, 0)
+    os.write(descriptor, f"{socket.gethostname()} {os.getpid()}\n".encode())
+
+
+def _holder(path: Path) -> tuple[str, int]:
+    """Host and process id in a lock file; ("", 0) where it names none."""
+    with suppress(OSError, ValueError):
+        host, process = path.read_text().split()
+        return host, int(process)
+    return "", 0
+
+
+def _lives(process: int) -> bool:
+    if process <= 0:
+        return False
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+def _refusal(path: Path) -> FolderInUseError:
+    host, process = _holder(path)
+    who = f"process {process} on {host}" if process else "another process"
+    return FolderInUseError(
+        f"{path.parent} is in use by {who}: wait for it, end it, or give another folder"
+        + (f" (if it has ended, remove {path})" if host != socket.gethostname() else "")
+    )
+
+
+def _forked() -> None:
+    # a child shares the lock for as long as its descriptor is open, and would keep it when its parent has ended
+    while _descriptors:
+        with suppress(OSError):
+            os.close(_descriptors.pop())
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forked)
