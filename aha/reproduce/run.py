@@ -130,7 +130,7 @@ def reproduce(name: str, setting: Setting) -> Path:
         if part is None:  # not the main process
             return folder
         done.results.update(part.results)
-        done.engines.update(part.engines)
+        done.pieces.update(part.pieces)
         done.skipped += part.skipped
     published = {clf: figures for clf, figures in experiment.published.items() if not setting.small}
     pages.write(done, folder, title=f"{name}: {experiment.title}", published=published)
