@@ -10,7 +10,7 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -63,12 +63,23 @@ def write_atomically(path: Path, content: bytes) -> None:
     Raises:
         WriteError: in one line, for a full disk or a folder that cannot be written to; the old file is still there.
     """
+    with replacing(path) as descriptor:
+        put(descriptor, content)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[int]:
+    """A descriptor of a new file, which takes the place of ``path`` when all that was written to it is on the disk.
+
+    Raises:
+        WriteError: as of `write_atomically`.
+    """
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=PARTIAL)
         try:
             try:
-                put(descriptor, content)
+                yield descriptor
             finally:
                 os.close(descriptor)
             os.chmod(temporary, 0o644)
@@ -190,40 +201,118 @@ def slug(name: str) -> str:
 
 def write_columns(columns: Mapping[str, Sequence[Any] | Any], path: Path) -> Path:
     """Columns of equal length as ``path``.parquet, or ``path``.csv where pyarrow is missing; NaN is empty."""
+    return write_parts([columns], path)
+
+
+def write_parts(parts: Iterable[Mapping[str, Sequence[Any] | Any]], path: Path) -> Path:
+    """A table, a few rows after the others: what `write_columns` writes, without holding all of it.
+
+    Beside it lies its checksum, as sha256sum writes it, which `read_columns` verifies.
+    """
     try:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
+        import pyarrow.parquet as _  # noqa: F401
     except ImportError:
-        text = io.StringIO(newline="")
-        writer = csv.writer(text)
-        writer.writerow(columns)
-        lists = [column.tolist() if hasattr(column, "tolist") else column for column in columns.values()]
-        for row in zip(*lists, strict=True):
-            writer.writerow(["" if value is None or value != value else value for value in row])
-        content, ending = text.getvalue().encode(), ".csv"
+        ending, write = ".csv", _write_csv
     else:
-        arrays = {name: pa.array(values, from_pandas=True) for name, values in columns.items()}
-        table = pa.table({n: a.dictionary_encode() if a.type == pa.string() else a for n, a in arrays.items()})
-        stream = io.BytesIO()
-        pq.write_table(table, stream, compression="zstd")
-        content, ending = stream.getvalue(), ".parquet"
+        ending, write = ".parquet", _write_parquet
     file = path.with_name(path.name + ending)
-    write_atomically(file, content)
-    for other in TABLES:  # of an earlier run with or without pyarrow
+    for old in TABLES:  # also that of an earlier run with or without pyarrow
+        with writing(path):
+            _sum_of(path.with_name(path.name + old)).unlink(missing_ok=True)
+    with replacing(file) as descriptor:
+        stream = _Summed(descriptor)
+        write(iter(parts), stream)
+        os.fsync(descriptor)
+    write_atomically(_sum_of(file), f"{stream.digest.hexdigest()}  {file.name}\n".encode())
+    for other in TABLES:
         if other != ending:
             path.with_name(path.name + other).unlink(missing_ok=True)
     return file
 
 
-def read_columns(path: Path) -> dict[str, list]:
-    """What `write_columns` wrote: of .csv every value is text."""
-    parquet, text = (path.with_name(path.name + ending) for ending in TABLES)
-    if parquet.is_file():
-        import pyarrow.parquet as pq
+class _Summed(io.RawIOBase):
+    """An open file that is written from its beginning to its end, with the digest of what was."""
 
-        return pq.read_table(parquet).to_pydict()
-    if not text.is_file():
+    def __init__(self, descriptor: int):
+        self.descriptor, self.digest, self._written = descriptor, hashlib.sha256(), 0
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, content: Any) -> int:
+        rest = memoryview(content).cast("B")
+        self.digest.update(rest)
+        self._written += (size := len(rest))
+        while rest:
+            rest = rest[os.write(self.descriptor, rest) :]
+        return size
+
+    def tell(self) -> int:
+        return self._written
+
+
+def _write_parquet(parts: Iterator[Mapping[str, Any]], stream: _Summed) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    def table(columns: Mapping[str, Any]) -> Any:
+        arrays = {name: pa.array(values, from_pandas=True) for name, values in columns.items()}
+        return pa.table({n: a.dictionary_encode() if a.type == pa.string() else a for n, a in arrays.items()})
+
+    first = table(next(parts))
+    with pq.ParquetWriter(stream, first.schema, compression="zstd") as writer:
+        writer.write_table(first)
+        for columns in parts:
+            writer.write_table(table(columns))
+
+
+def _write_csv(parts: Iterator[Mapping[str, Any]], stream: _Summed) -> None:
+    for number, columns in enumerate(parts):
+        text = io.StringIO(newline="")
+        writer = csv.writer(text)
+        if not number:
+            writer.writerow(columns)
+        lists = [column.tolist() if hasattr(column, "tolist") else column for column in columns.values()]
+        for row in zip(*lists, strict=True):
+            writer.writerow(["" if value is None or value != value else value for value in row])
+        stream.write(text.getvalue().encode())
+
+
+def read_columns(path: Path) -> dict[str, list]:
+    """What `write_columns` wrote: of .csv every value is text.
+
+    Raises:
+        FileNotFoundError: if there is no such table.
+        DamagedError: in one line, for one that is not as it was written.
+    """
+    parquet, text = (path.with_name(path.name + ending) for ending in TABLES)
+    if not parquet.is_file() and not text.is_file():
         raise FileNotFoundError(f"neither {parquet} nor {text} is there: run the evaluation first")
-    with open(text, newline="", encoding="utf-8") as file:
-        header, *rows = csv.reader(file)
-    return {name: [row[i] for row in rows] for i, name in enumerate(header)}
+    file = parquet if parquet.is_file() else text
+    try:
+        content = _content(file)
+        if file is parquet:
+            import pyarrow.parquet as pq
+
+            return pq.read_table(io.BytesIO(content)).to_pydict()
+        header, *rows = csv.reader(io.StringIO(content.decode("utf-8"), newline=""))
+        return {name: [row[i] for row in rows] for i, name in enumerate(header)}
+    except (DamagedError, ImportError):
+        raise
+    except (ValueError, IndexError, OSError) as error:  # pyarrow's own are of these
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise DamagedError(
+            f"{file} cannot be read, it is empty or damaged ({reason}): run the evaluation again"
+        ) from error
+
+
+def _content(file: Path) -> bytes:
+    """A file's bytes, which are those that its checksum is of, where that lies beside it."""
+    known = _sum_of(file)
+    if not known.is_file():
+        return file.read_bytes()
+    return read_checked(file, known.read_text(encoding="utf-8", errors="replace").partition(" ")[0])
+
+
+def _sum_of(file: Path) -> Path:
+    return file.with_name(f"{file.name}.sha256")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +15,7 @@ from ..classifier import Classifier, from_name
 from ..data import Scenes
 from ..evaluation import Evaluation, evaluate
 from ..explainer import Explainer
-from ..files import write_atomically
+from ..files import write_json
 from ..refinement import refine
 from ..report import figures, html, tables
 from ..training import TrainConfig, Trainer
@@ -82,7 +81,7 @@ def main(output: Path, scenes: int = 128, steps: int | None = None, seed: int = 
     with _timed(seconds, "figures"):
         draw(output / "figures", clf, explainer, data, result, summary, planted, seed)
     summary["seconds"] = {name: round(value, 1) for name, value in seconds.items()}
-    write_atomically(output / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
+    write_json(output / "summary.json", summary)
     page = html.write(output)
     console.print(tables.of(result).to_rich())
     for line in verdict(summary):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,19 +19,21 @@ from ..attributors import MethodSpec
 from ..classifier import Classifier
 from ..data import Part, Preprocessing, fit_labels
 from ..data import identity as identity_of
-from ..files import slug, write_atomically
+from ..files import slug, write_json
+from ..lock import held
 from ..metrics import INTERNAL_BATCH_SIZE, Protocol, Suite
 from ..metrics.protocols import get as get_protocol
 from ..source import Source
-from ..store import Folder
+from ..store import Packs
 from .engine import TARGETS, Engine, Progress, Row, announcing
 from .evaluate import choose, described
+from .pieces import Pieces
 from .records import Records
 from .result import Evaluation, protocol_settings
 
 CELLS = "cells"
 # of what methods and metrics compute: raised where maps or scores of the same settings change
-REVISION = 2
+REVISION = 3
 
 
 @dataclass
@@ -40,12 +42,12 @@ class Comparison:
 
     Attributes:
         results: (classifier, target) → its evaluation.
-        engines: (classifier, target) → what measured it with the first protocol; its store holds the maps.
+        pieces: (classifier, target) → what is kept of it with the first protocol, the maps among it.
         skipped: methods that do not accept a classifier, and protocols that no image takes part in, one line each.
     """
 
     results: dict[tuple[str, str], Evaluation] = field(default_factory=dict)
-    engines: dict[tuple[str, str], Engine] = field(default_factory=dict)
+    pieces: dict[tuple[str, str], Pieces] = field(default_factory=dict)
     skipped: list[str] = field(default_factory=list)
 
     @property
@@ -121,65 +123,102 @@ def compare(
         if source.limit is not None and source.limit < 1:
             raise ValueError(f"limit={source.limit}: give 1 or more images")
     presets = list({(preset := get_protocol(protocol)).name: preset for protocol in protocols}.values())
-    localisation = get_protocol("localisation")
     per_source: Any = methods if methods and not isinstance(methods[0], MethodSpec) else [methods] * len(sources)
     # asked for a device that is not there, accelerate takes every process for the only one
     state = PartialState(cpu=not torch.cuda.is_available())
-    done = Comparison()
-    engines: dict[tuple[str, str], list[Engine]] = {}
+    setting = _Setting(output, presets, targets, strict, batch_size, seed, internal_batch_size, progress, state)
+    with held(output) if state.is_main_process else nullcontext():
+        state.wait_for_everyone()
+        return _compared(sources, per_source, setting)
+
+
+def _compared(
+    sources: Sequence[Source], per_source: Sequence[Sequence[MethodSpec]], setting: _Setting
+) -> Comparison | None:
+    done, state = Comparison(), setting.state
+    kept: dict[tuple[str, str], list[Pieces]] = {}
     for source, specs in zip(sources, per_source, strict=True):
-        clf = source.load_classifier().to(state.device)
-        if any(model == clf.name for model, _ in engines):
-            raise ValueError(f"classifier {clf.name!r} is given twice: compare each once")
-        rows = _rows(clf, specs, seed, strict, done.skipped)
-        if not rows:
-            done.skipped.append(f"{clf.name}: none of the methods accepts it")
-            continue
-        made = []
-        for number, (preprocessing, group) in enumerate(by_preprocessing(presets, source).items()):
-            data, indices, about = _images(source, clf, seed, preprocessing)
-            if number == 0 and localisation not in presets:
-                group = [*group, localisation]
-            for target in targets:
-                where = {"classifier": _identity(clf), "target": target, "batch_size": batch_size, **about}
-                made_by = identity.of_settings([where, __version__, REVISION])
-                folder = output / CELLS / slug(clf.name) / f"{target}-{made_by}"
-                if state.is_main_process:
-                    write_atomically(folder / "settings.json", (json.dumps(where, indent=2) + "\n").encode())
-                named = {f"{preset.name}-{identity.of_settings(protocol_settings(preset))}": preset for preset in group}
-                suites = {name: Suite(clf, preset, internal_batch_size) for name, preset in named.items()}
-                engine = Engine(
+        # one classifier at a time: what follows needs none
+        for pieces in _measured(source, specs, setting, {model for model, _ in kept}, done.skipped):
+            kept.setdefault((pieces.classifier, pieces.target), []).append(pieces)
+    state.wait_for_everyone()
+    if not state.is_main_process:
+        return None
+    for key, (first, *others) in kept.items():
+        result = first.result(setting.seed, described(first.data))
+        for pieces in others:
+            result.extend(pieces.result(setting.seed, described(pieces.data)))
+        asked = [name for name in result.unmeasured if any(preset.name == name for preset in setting.presets)]
+        done.skipped += [f"{', '.join(key)}: no image takes part in protocol {name!r}" for name in asked]
+        if len(result.unmeasured) < len(result.protocols):
+            done.pieces[key], done.results[key] = first, result
+    if not done.results:
+        raise ValueError(f"nothing could be measured ({'; '.join(done.skipped)})")
+    return done
+
+
+@dataclass(frozen=True)
+class _Setting:
+    """What all classifiers of a comparison share, see `compare`."""
+
+    output: Path
+    presets: Sequence[Protocol]
+    targets: Sequence[str]
+    strict: bool
+    batch_size: int
+    seed: int
+    internal_batch_size: int
+    progress: Progress | None
+    state: PartialState
+
+
+def _measured(
+    source: Source, specs: Sequence[MethodSpec], setting: _Setting, known: Collection[str], skipped: list[str]
+) -> list[Pieces]:
+    """The pieces of one classifier: of the first protocol's images, then of those that others crop otherwise."""
+    state, presets = setting.state, setting.presets
+    clf = source.load_classifier().to(state.device)
+    if clf.name in known:
+        raise ValueError(f"classifier {clf.name!r} is given twice: compare each once")
+    rows = _rows(clf, specs, setting.seed, setting.strict, skipped)
+    if not rows:
+        skipped.append(f"{clf.name}: none of the methods accepts it")
+        return []
+    localisation = get_protocol("localisation")
+    engines = []
+    for number, (preprocessing, group) in enumerate(by_preprocessing(presets, source).items()):
+        data, indices, about = _images(source, clf, setting.seed, preprocessing)
+        if number == 0 and localisation not in presets:
+            group = [*group, localisation]
+        for target in setting.targets:
+            where = {"classifier": _identity(clf), "target": target, "batch_size": setting.batch_size, **about}
+            made_by = identity.of_settings([where, __version__, REVISION])
+            folder = setting.output / CELLS / slug(clf.name) / f"{target}-{made_by}"
+            store = Packs(folder, state.process_index)
+            if state.is_main_process:
+                write_json(folder / "settings.json", where)
+            named = {f"{preset.name}-{identity.of_settings(protocol_settings(preset))}": preset for preset in group}
+            suites = {name: Suite(clf, preset, setting.internal_batch_size) for name, preset in named.items()}
+            engines.append(
+                Engine(
                     clf,
                     rows,
                     data,
                     indices,
                     target,
                     suites,
-                    batch_size,
-                    Folder(folder),
+                    setting.batch_size,
+                    store,
                     state.process_index,
                     state.num_processes,
                     memory=number == 0,
+                    ahead=True,
                 )
-                engines.setdefault((clf.name, target), []).append(engine)
-                made.append(engine)
-        announce = announcing(progress if state.is_main_process else None, *made)
-        for engine in made:
-            engine.run(announce)
-    state.wait_for_everyone()
-    if not state.is_main_process:
-        return None
-    for key, (first, *others) in engines.items():
-        result = first.result(seed, described(first.data))
-        for engine in others:
-            result.extend(engine.result(seed, described(engine.data)))
-        asked = [name for name in result.unmeasured if any(preset.name == name for preset in presets)]
-        done.skipped += [f"{', '.join(key)}: no image takes part in protocol {name!r}" for name in asked]
-        if len(result.unmeasured) < len(result.protocols):
-            done.engines[key], done.results[key] = first, result
-    if not done.results:
-        raise ValueError(f"nothing could be measured ({'; '.join(done.skipped)})")
-    return done
+            )
+    announce = announcing(setting.progress if state.is_main_process else None, *engines)
+    for engine in engines:
+        engine.run(announce)
+    return [engine.pieces for engine in engines]
 
 
 def by_preprocessing(presets: Sequence[Protocol], source: Source) -> dict[Preprocessing | None, list[Protocol]]:

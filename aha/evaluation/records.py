@@ -9,9 +9,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..files import read_columns, write_columns
+from ..files import read_columns, write_parts
 
 NAME = "scores"
+AT_ONCE = 2**16  # rows that are written together
 
 
 class Key(NamedTuple):
@@ -85,16 +86,18 @@ class Records:
 
     def write(self, folder: str | Path) -> Path:
         """Write the table as ``folder``/scores.parquet, or scores.csv where pyarrow is missing; NaN is empty."""
-        found = list(self.items())
-        lengths = [len(series.images) for _, series in found]
-        names = [
-            np.repeat(np.array([key[i] for key, _ in found], dtype=object), lengths) for i in range(len(Key._fields))
-        ]
-        images, values = (
-            np.concatenate([series[i] for _, series in found] or [np.empty(0)]) for i in range(len(Series._fields))
-        )
-        columns = dict(zip(Key._fields, names, strict=True))
-        return write_columns({**columns, "image": images.astype(np.int64), "value": values}, Path(folder) / NAME)
+        return write_parts(self._parts_of_table(), Path(folder) / NAME)
+
+    def _parts_of_table(self) -> Iterator[dict[str, np.ndarray]]:
+        """The columns of some keys after others, at least once."""
+        waiting: list[tuple[Key, Series]] = []
+        for found in self.items():
+            waiting.append(found)
+            if sum(len(series.images) for _, series in waiting) >= AT_ONCE:
+                yield _columns(waiting)
+                waiting = []
+        if waiting or not self._parts:
+            yield _columns(waiting)
 
     @classmethod
     def read(cls, folder: str | Path) -> Records:
@@ -108,3 +111,13 @@ class Records:
             values = [np.nan if value in (None, "") else float(value) for value in columns["value"][start:stop]]
             table.add(Key(*rows[start]), [int(image) for image in columns["image"][start:stop]], values)
         return table
+
+
+def _columns(found: Sequence[tuple[Key, Series]]) -> dict[str, np.ndarray]:
+    lengths = [len(series.images) for _, series in found]
+    names = [np.repeat(np.array([key[i] for key, _ in found], dtype=object), lengths) for i in range(len(Key._fields))]
+    images, values = (
+        np.concatenate([series[i] for _, series in found] or [np.empty(0)]) for i in range(len(Series._fields))
+    )
+    columns = dict(zip(Key._fields, names, strict=True))
+    return {**columns, "image": images.astype(np.int64), "value": values}

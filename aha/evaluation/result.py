@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .. import bootstrap
 from .._version import __version__
-from ..files import write_atomically, write_columns
+from ..files import write_columns, write_json
 from ..metrics import Protocol, catalog
 from .records import Key, Records, Series
 
@@ -283,9 +283,9 @@ class Evaluation:
 
 
 def write_summary(summary: Mapping[str, Any], folder: Path) -> Path:
-    """Write ``folder``/summary.json, completely or not at all."""
-    text = json.dumps(summary, indent=2, ensure_ascii=False, allow_nan=False)
-    write_atomically(folder / "summary.json", f"{text}\n".encode())
+    """Write ``folder``/summary.json with its checksum, completely or not at all."""
+    json.dumps(summary, allow_nan=False)  # NaN is no JSON
+    write_json(folder / "summary.json", summary)
     return folder / "summary.json"
 
 

@@ -16,7 +16,7 @@ from .columns import HEADLINE
 
 if TYPE_CHECKING:
     from ..evaluation import Comparison, Evaluation
-    from ..evaluation.engine import Engine
+    from ..evaluation.pieces import Pieces
 
 SHOWN = 6  # images in the qualitative grid
 
@@ -52,7 +52,7 @@ def write(
             _beside(summary["methods"], theirs).write(folder / "tables" / f"published_{slug(model)}.md")
     # last, for they need the extra ``report``
     for key, summary in summaries.items():
-        _draw(done.results[key], done.engines[key], summary, places[key] / "figures")
+        _draw(done.results[key], done.pieces[key], summary, places[key] / "figures")
         if len(summaries) > 1:
             html.write(places[key])
     return html.write(folder)
@@ -69,7 +69,7 @@ def _beside(measured: Mapping[str, Any], published: Mapping[str, Mapping[str, fl
     return tables.comparison(rows, metrics=metrics, caption="Measured, and as published.")
 
 
-def _draw(result: Evaluation, engine: Engine, summary: Mapping[str, Any], folder: Path) -> None:
+def _draw(result: Evaluation, pieces: Pieces, summary: Mapping[str, Any], folder: Path) -> None:
     known = [{"deletion", "insertion"} & {*named} for of in result.curves.values() for named in of.values()]
     if len(set().union(*known)) == 2:
         figures.curves(result.curves, folder / "curves.png", summary=summary)
@@ -77,22 +77,22 @@ def _draw(result: Evaluation, engine: Engine, summary: Mapping[str, Any], folder
         if all(len(sides) == 2 for sides in known):
             figures.curves_by_reference(result.curves, folder / "curves_by_reference.png")
     figures.bars(summary, result.headline, folder / f"{slug(result.headline)}.png")
-    _draw_maps(result, engine, folder / "maps.png")
+    _draw_maps(result, pieces, folder / "maps.png")
 
 
-def _draw_maps(result: Evaluation, engine: Engine, path: Path) -> None:
+def _draw_maps(result: Evaluation, pieces: Pieces, path: Path) -> None:
     """Images that all methods have a map of, evenly spaced, with the score of every map."""
     common = sorted(set.intersection(*(set(result.values(m, "seconds_per_image")) for m in result.methods)))
     count = min(SHOWN, len(common))
     shown = [common[i * len(common) // count] for i in range(count)]
-    maps = {m: kept for m in result.methods if shown and (kept := engine.maps(m, shown)) is not None}
+    maps = {m: kept for m in result.methods if shown and (kept := pieces.maps(m, shown)) is not None}
     if not maps:
         return
-    items = [engine.data[index] for index in shown]
+    items = [pieces.data[index] for index in shown]
     images = torch.stack([item["image"] for item in items])
     known = [item["mask"] for item in items if item.get("mask") is not None]
     masks = torch.stack(known) if len(known) == len(items) else None
-    targets, names = dict(zip(result.images["index"], result.images["target"], strict=True)), engine.clf.class_names
+    targets, names = dict(zip(result.images["index"], result.images["target"], strict=True)), pieces.class_names
     titles = [names[targets[i]] if names else f"class {targets[i]}" for i in shown]
     scores = None
     if result.headline == HEADLINE:

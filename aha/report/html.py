@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import base64
 import contextlib
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
-from ..files import write_atomically
+from ..files import read_json, write_atomically
 from . import columns as names
 from . import figures as drawings
 from . import tables
@@ -33,7 +32,7 @@ def write(folder: str | Path) -> Path:
     sub-folder, at most two levels down, for several. The figures that follow from a summary alone (cost,
     significance, classifiers side by side) are drawn anew if matplotlib is there.
 
-    FileNotFoundError if there is no summary.json, ValueError if one is not a summary, ImportError without jinja2.
+    FileNotFoundError if there is no summary.json, ValueError if one is damaged, ImportError without jinja2.
     """
     folder = Path(folder)
     found = {path.parent for pattern in ("*", "*/*") for path in folder.glob(f"{pattern}/summary.json")}
@@ -43,10 +42,7 @@ def write(folder: str | Path) -> Path:
     results: dict[Key, Mapping[str, Any]] = {}
     figures: dict[Key, dict[str, Path]] = {}
     for place in places:
-        try:
-            summary = json.loads((place / "summary.json").read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{place / 'summary.json'} is not JSON ({error}): run the evaluation again") from error
+        summary = read_json(place / "summary.json")
         _methods(summary)
         key = (summary.get("classifier") or {}).get("name", place.name), str(summary.get("target", ""))
         if key in results:  # the same classifier and class once more: told apart by the folder
@@ -169,13 +165,22 @@ def _pictures(figures: Mapping[str, str | Path]) -> list[dict[str, Any]]:
     found = []
     for title, path in figures.items():
         name, _, caption = CAPTIONS.get(title, names.plain(title)).partition(". ")
-        with Image.open(path) as picture:
-            kind, dpi = Image.MIME[picture.format or "PNG"], picture.info.get("dpi", (0, 0))[0]
-            # at this many dots per inch the letters of our figures are as large as the page's
-            size = [round(side * 124 / dpi) if dpi > 1 else side for side in picture.size]
+        kind, size = _kind_and_size(path)
         source = f"data:{kind};base64,{base64.b64encode(Path(path).read_bytes()).decode('ascii')}"
         found.append({"title": name, "caption": caption, "size": size, "source": source})
     return found
+
+
+def _kind_and_size(path: str | Path) -> tuple[str, list[int]]:
+    """MIME type, and width and height on the page; ValueError for a file that is no whole image."""
+    try:
+        with Image.open(path) as picture:
+            kind, dpi, size = Image.MIME[picture.format or "PNG"], picture.info.get("dpi", (0, 0))[0], picture.size
+            picture.verify()
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # what Pillow says of damage
+        raise ValueError(f"{path} is no image or damaged: run the evaluation again, or remove it") from error
+    # at this many dots per inch the letters of our figures are as large as the page's
+    return kind, [round(side * 124 / dpi) if dpi > 1 else side for side in size]
 
 
 def _flat(values: Any, prefix: str = "") -> Iterator[tuple[str, str]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from ..demo import shortcut as demo_shortcut
 from ..evaluation import Comparison, compare
 from ..explainer import Explainer
 from ..explainer.decoder import DecoderConfig
-from ..files import slug, write_atomically
+from ..files import slug, write_json
 from ..report import comparison as pages
 from ..report import figures, html
 from ..source import Source
@@ -130,7 +129,7 @@ def reproduce(name: str, setting: Setting) -> Path:
         if part is None:  # not the main process
             return folder
         done.results.update(part.results)
-        done.engines.update(part.engines)
+        done.pieces.update(part.pieces)
         done.skipped += part.skipped
     published = {clf: figures for clf, figures in experiment.published.items() if not setting.small}
     pages.write(done, folder, title=f"{name}: {experiment.title}", published=published)
@@ -213,7 +212,7 @@ def _shortcut(experiment: Experiment, setting: Setting, folder: Path) -> Path:
         found = shortcut.experiment(explainer, tuned, held_out, SHORTCUT_CLASS, setting.images or 64)
     folder.mkdir(parents=True, exist_ok=True)
     figures.refinement(found.images, found.trail, folder / "shortcut.png")
-    write_atomically(folder / "shortcut.json", (json.dumps(found.numbers, indent=2) + "\n").encode())
+    write_json(folder / "shortcut.json", found.numbers)
     return folder
 
 

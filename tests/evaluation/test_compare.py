@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 
-import numpy as np
 import PIL.Image
 import pytest
 import torch
@@ -21,7 +20,7 @@ from aha.evaluation.compare import compare
 from aha.evaluation.engine import Engine, Row
 from aha.metrics import PROTOCOLS, Protocol, Suite, catalog
 from aha.source import Source
-from aha.store import Folder, Memory, pack_maps, unpack_maps
+from aha.store import Memory, Packs, pack_maps, unpack_maps
 
 from ..toys import SmallNet, wide
 
@@ -117,18 +116,8 @@ def test_maps_survive_half_precision():
     assert torch.equal(unpack_maps(pack_maps(torch.zeros(2, 1, 4, 4))), torch.zeros(2, 1, 4, 4))
 
 
-def test_a_damaged_piece_is_made_again(tmp_path):
-    folder = Folder(tmp_path)
-    folder.put(("a", "b"), {"x": np.arange(3)})
-    assert folder.has(("a", "b"))
-    assert folder.get(("a", "b"))["x"].tolist() == [0, 1, 2]
-    folder.path(("a", "b")).write_bytes(b"PK\x03\x04 truncated")
-    assert folder.get(("a", "b")) is None
-    assert not folder.has(("a", "b"))
-
-
 def test_a_folder_gives_the_numbers_of_memory(clf, tmp_path):
-    one, two = engine(clf, Memory()), engine(clf, Folder(tmp_path))
+    one, two = engine(clf, Memory()), engine(clf, Packs(tmp_path))
     one.run()
     two.run()
     kept, measured = two.result(0), one.result(0)
@@ -140,16 +129,16 @@ def test_a_folder_gives_the_numbers_of_memory(clf, tmp_path):
 
 @pytest.mark.parametrize("world", [2, 3])
 def test_the_number_of_processes_does_not_matter(clf, tmp_path, world):
-    alone = engine(clf, Folder(tmp_path / "one"))
+    alone = engine(clf, Packs(tmp_path / "one"))
     alone.run()
-    ranks = [engine(clf, Folder(tmp_path / "many"), rank=rank, world=world) for rank in range(world)]
+    ranks = [engine(clf, Packs(tmp_path / "many", rank), rank=rank, world=world) for rank in range(world)]
     for rank in reversed(ranks):
         rank.run()
     assert outcome(ranks[0]) == outcome(alone)
 
 
 def test_an_interrupted_run_continues(clf, tmp_path):
-    whole = engine(clf, Folder(tmp_path / "whole"))
+    whole = engine(clf, Packs(tmp_path / "whole"))
     whole.run()
     expected, needed = outcome(whole), clf.module.seen
     clf.module.seen = 0
@@ -162,24 +151,24 @@ def test_an_interrupted_run_continues(clf, tmp_path):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        engine(clf, Folder(tmp_path / "part")).run(interrupt)
+        engine(clf, Packs(tmp_path / "part")).run(interrupt)
     spent = clf.module.seen
     assert 0 < spent < needed
-    again = engine(clf, Folder(tmp_path / "part"))
+    again = engine(clf, Packs(tmp_path / "part"))
     again.run()
     assert outcome(again) == expected
     # what is shared by the methods of the batch in which it stopped is made once more
     assert clf.module.seen - spent <= needed - spent + 2 * 4
     clf.module.seen = 0
-    last = engine(clf, Folder(tmp_path / "part"))
+    last = engine(clf, Packs(tmp_path / "part"))
     last.run()
     assert clf.module.seen == 0
     assert outcome(last) == expected
 
 
 def test_another_protocol_takes_the_kept_maps(clf, tmp_path):
-    engine(clf, Folder(tmp_path)).run()
-    both = engine(clf, Folder(tmp_path), suites=("short", "localisation"))
+    engine(clf, Packs(tmp_path)).run()
+    both = engine(clf, Packs(tmp_path), suites=("short", "localisation"))
     clf.module.seen = 0
     both.run()
     # f(I) for each protocol and f(I0) for the first; no method and no curve is computed again
@@ -187,13 +176,13 @@ def test_another_protocol_takes_the_kept_maps(clf, tmp_path):
     result = both.result(0)
     assert "iou" in result.metrics
     assert math.isnan(wide(result)["iou"][0])
-    fresh = engine(clf, Folder(tmp_path / "fresh"), suites=("short", "localisation"))
+    fresh = engine(clf, Packs(tmp_path / "fresh"), suites=("short", "localisation"))
     fresh.run()
     assert outcome(fresh) == outcome(both)
 
 
 def test_kept_maps_are_found_again(clf, tmp_path):
-    made = engine(clf, Folder(tmp_path))
+    made = engine(clf, Packs(tmp_path))
     made.run()
     maps = made.maps("input_x_gradient", [5, 0])
     expected = attributors.create("input_x_gradient", clf).attribute(Images().images[[5, 0]])
@@ -215,7 +204,7 @@ def test_what_failed_is_tried_again(clf, tmp_path):
     def made():
         return Engine(
             clf, [Row("moody", "moody", moody)], Images(), range(7), "predicted", {"s": Suite(clf, SHORT)}, 2,
-            Folder(tmp_path),
+            Packs(tmp_path),
         )  # fmt: skip
 
     first = made()
@@ -243,7 +232,7 @@ def test_an_image_that_becomes_readable_joins(clf, tmp_path):
 
     def made():
         rows = [Row("random", "random", attributors.create("random", clf))]
-        return Engine(clf, rows, data, range(7), "predicted", {"s": Suite(clf, SHORT)}, 3, Folder(tmp_path))
+        return Engine(clf, rows, data, range(7), "predicted", {"s": Suite(clf, SHORT)}, 3, Packs(tmp_path))
 
     for _ in range(2):  # an image that stays away is reported every time
         engine = made()
@@ -257,7 +246,7 @@ def test_an_image_that_becomes_readable_joins(clf, tmp_path):
     whole = engine.result(0)
     assert whole.failures == []
     assert wide(whole)["index"] == [*range(7)]
-    fresh = Engine(clf, engine.rows, data, range(7), "predicted", {"s": Suite(clf, SHORT)}, 3, Folder(tmp_path / "new"))
+    fresh = Engine(clf, engine.rows, data, range(7), "predicted", {"s": Suite(clf, SHORT)}, 3, Packs(tmp_path / "new"))
     fresh.run()
     assert outcome(fresh) == outcome(engine)
 
@@ -265,7 +254,7 @@ def test_an_image_that_becomes_readable_joins(clf, tmp_path):
 def test_the_cap_per_class_is_of_the_whole_data_set(clf, tmp_path):
     capped = Protocol("capped", points=4, references=("black",), per_class=1)
     rows = [Row("random", "random", attributors.create("random", clf))]
-    engine = Engine(clf, rows, Images(), range(7), "predicted", {"s": Suite(clf, capped)}, 2, Folder(tmp_path))
+    engine = Engine(clf, rows, Images(), range(7), "predicted", {"s": Suite(clf, capped)}, 2, Packs(tmp_path))
     engine.run()
     result = engine.result(0)
     shown = [i for i, value in zip(wide(result)["index"], wide(result)["deletion"], strict=True) if value == value]
@@ -274,7 +263,7 @@ def test_the_cap_per_class_is_of_the_whole_data_set(clf, tmp_path):
 
 
 def test_passes_and_memory_are_measured(clf, tmp_path):
-    made = engine(clf, Folder(tmp_path), memory=True)
+    made = engine(clf, Packs(tmp_path), memory=True)
     made.run()
     entry = made.result(0).summary()["methods"]
     assert entry["input_x_gradient"]["forward_per_image"] == entry["input_x_gradient"]["backward_per_image"] == 1
@@ -339,9 +328,10 @@ def test_compare_resumes_and_keeps_settings_apart(tmp_path):
     }
     assert first.images["explained"] == ["predicted"] * 6 + ["true"] * 6
     assert {len(column) for column in first.images.values()} == {12}
-    files = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*/0000*.npz")}
+    packs = {path: path.read_bytes() for path in tmp_path.rglob("*.pack")}
+    assert len(packs) == 2
     again = run()
-    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*/0000*.npz")} == files
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*.pack")} == packs
     assert written(again.records) == table  # also the times: nothing ran
     other = run(protocols=(dataclasses.replace(black, points=7),), targets=("predicted",))
     key = Key("scenes", "predicted", "random", "short", "", "deletion")
@@ -397,9 +387,9 @@ def test_localisation_that_is_asked_for_is_measured_once(tmp_path):
 def test_what_an_earlier_revision_kept_is_made_again(tmp_path, monkeypatch):
     settings = [Source(limit=2)], parse(["random"])[0], tmp_path, (SHORT,)
     monkeypatch.setattr(sys.modules[compare.__module__], "REVISION", 1)
-    before = compare(*settings).engines["scenes", "predicted"].store.root
+    before = compare(*settings).pieces["scenes", "predicted"].store.root
     monkeypatch.undo()
-    assert compare(*settings).engines["scenes", "predicted"].store.root != before
+    assert compare(*settings).pieces["scenes", "predicted"].store.root != before
 
 
 def test_compare_refusals(tmp_path):
@@ -444,6 +434,5 @@ def test_two_processes_give_exactly_the_numbers_of_one(tmp_path):
             timeout=300,
         )
         assert done.returncode == 0, done.stderr
-        # every process has written what failed there: nothing
-        assert len(list((tmp_path / f"{count}").rglob("failures/*.npz"))) == count
+        assert len(list((tmp_path / f"{count}").rglob("*.pack"))) == count
     assert (tmp_path / "1" / "table").read_text() == (tmp_path / "2" / "table").read_text()

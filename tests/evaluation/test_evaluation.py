@@ -11,7 +11,7 @@ import torch
 from aha import metrics, terminal
 from aha.classifier import Classifier
 from aha.evaluation import RESAMPLES, Failure, Key, evaluate
-from aha.files import read_columns
+from aha.files import read_columns, read_json
 from aha.metrics import ConfidenceChange, DeletionInsertion, Localization, Protocol
 
 from ..toys import SmallNet, wide
@@ -298,9 +298,13 @@ def test_written_files(clf, tmp_path, monkeypatch):
     folder = tmp_path / "deep" / "results"
     evaluation.write(folder)
     names = sorted(path.name for path in folder.iterdir())
-    assert names in (["images.parquet", "scores.parquet", "summary.json"], ["images.csv", "scores.csv", "summary.json"])
+    tables = [
+        [f"{name}.{end}{more}" for name in ("images", "scores") for more in ("", ".sha256")]
+        for end in ("parquet", "csv")
+    ]
+    assert names in [[*table, "summary.json"] for table in tables]
     assert read_columns(folder / "images")["path"] == evaluation.images["path"]
-    assert json.loads((folder / "summary.json").read_text()) == json.loads(json.dumps(evaluation.summary()))
+    assert read_json(folder / "summary.json", required=True) == json.loads(json.dumps(evaluation.summary()))
     # an interrupted write leaves what was there
     before = (folder / "summary.json").read_text()
     monkeypatch.setattr(json, "dumps", lambda *a, **k: 1 / 0)

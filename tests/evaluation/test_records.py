@@ -1,13 +1,17 @@
 """The long table: what goes in comes out, by both codecs."""
 
 import builtins
+import hashlib
 import math
 
 import numpy as np
 import pytest
 
 from aha.evaluation import Key, Records
-from aha.files import read_columns, write_columns
+from aha.evaluation import records as records_module
+from aha.files import DamagedError, read_columns, write_columns
+
+from .. import faults
 
 FIRST = Key("vit | b", "predicted", 'a,"b"', "aha", "black", "deletion")
 
@@ -55,8 +59,47 @@ def test_a_table_replaces_that_of_the_other_codec(tmp_path, ending):
     for other in ("parquet", "csv"):
         (tmp_path / f"t.{other}").write_bytes(b"old")
     write_columns({"a": [1, 2], "b": ["x", ""]}, tmp_path / "t")
-    assert [path.name for path in tmp_path.iterdir()] == [f"t.{ending}"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"t.{ending}", f"t.{ending}.sha256"]
     assert [int(value) for value in read_columns(tmp_path / "t")["a"]] == [1, 2]
+
+
+def test_a_table_is_written_in_parts(tmp_path, ending, monkeypatch):
+    monkeypatch.setattr(records_module, "AT_ONCE", 2)
+    many = Records()
+    for number in range(7):
+        many.add(FIRST._replace(method=f"m{number}"), range(number % 3 + 1), np.arange(number % 3 + 1) / 7)
+    many.write(tmp_path)
+    again = Records.read(tmp_path)
+    assert list(again) == list(many)
+    assert all(again[key].values.tolist() == series.values.tolist() for key, series in many.items())
+
+
+def test_a_changed_table_is_refused(tmp_path, ending):
+    path = table().write(tmp_path)
+    whole, refused = path.read_bytes(), 0
+    for bit in range(0, 8 * len(whole), max(1, len(whole) // 20)):
+        faults.flipped(path, bit)
+        with pytest.raises(DamagedError, match="its checksum differs") as caught:
+            Records.read(tmp_path)
+        assert "\n" not in str(caught.value)
+        refused += 1
+        path.write_bytes(whole)
+    assert refused > 50
+    summed = path.with_name(f"{path.name}.sha256")
+    assert summed.read_text() == f"{hashlib.sha256(whole).hexdigest()}  {path.name}\n"  # what sha256sum -c reads
+    for share in (0, 0.5):
+        faults.cut(path, share)
+        with pytest.raises(DamagedError):
+            Records.read(tmp_path)
+        path.write_bytes(whole)
+    summed.unlink()
+    assert len(Records.read(tmp_path)) == 4
+    for content in (b"", whole[:-20], b"\xff\xfe\x00"):  # without a checksum, what shows is refused
+        path.write_bytes(content)
+        if content == whole[:-20] and ending == "csv":
+            continue
+        with pytest.raises((DamagedError, ImportError)):
+            Records.read(tmp_path)
 
 
 def test_refusals(tmp_path):

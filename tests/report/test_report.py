@@ -563,8 +563,9 @@ def test_ties_and_gaps(tmp_path):
     ("content", "error", "words"),
     [
         (None, FileNotFoundError, "holds no summary.json"),
-        ("{", ValueError, "is not JSON"),
-        ("[]", ValueError, "has no methods"),
+        ("{", ValueError, "is empty or damaged"),
+        ("[]", ValueError, "not a JSON object"),
+        ('{"methods": {"a": {}}, "sha256": "0"}', ValueError, "changed or damaged since"),
         ('{"methods": {}}', ValueError, "has no methods"),
     ],
 )
@@ -651,3 +652,81 @@ def test_write_without_matplotlib_shows_what_is_there(tmp_path, monkeypatch):
     page = html.write(tmp_path).read_text(encoding="utf-8")
     assert "data:image/png" not in page
     assert "<h2>Results</h2>" in page
+
+
+HOSTILE = """</td></title></style>"'><script>alert(1)</script><img src=x onerror=alert(1)> $\\foo{$ &amp; {{ 7*7 }}"""
+
+
+def poisoned(value):
+    """A summary in which every text, and every name that is not one of ours, is hostile."""
+    ours = {"name", "accuracy", "images", "deletion", "insertion", "ins_minus_del", "ci95", "p", "best", "difference"}
+    if isinstance(value, dict):
+        return {key if key in {*ours, *summary()} else f"{key}{HOSTILE}": poisoned(of) for key, of in value.items()}
+    if isinstance(value, list) and any(isinstance(of, str) for of in value):
+        return [poisoned(of) for of in value]
+    return f"{value}{HOSTILE}" if isinstance(value, str) else value
+
+
+def test_no_text_becomes_part_of_the_page(tmp_path):
+    """Names of classes, methods, classifiers and files, titles and reasons come from outside."""
+    from html.parser import HTMLParser
+
+    told = poisoned(summary() | {"title": "title"})
+    told["failures"] = [{"method": HOSTILE, "images": [1], "reason": HOSTILE}]
+    told["comparisons"] = {HOSTILE: {"difference": 0.2, "ci95": [0.1, 0.3], "p": 0.001}}
+    told["significance"] = {
+        "deletion": {name: {"best": HOSTILE, "difference": 0.1, "p": 0.4} for name in told["methods"]}
+    }
+    picture = tmp_path / "picture.png"
+    Image.new("RGB", (20, 20), (200, 3, 4)).save(picture)
+    results = {(HOSTILE, HOSTILE): told, ("other" + HOSTILE, "true"): told}
+    pictures = {HOSTILE: picture, "<script>": picture}
+    page = html.render(results, dict.fromkeys(results, pictures), tmp_path / "p.html", pictures).read_text("utf-8")
+    tags, attributes = set(), set()
+
+    class Parser(HTMLParser):
+        def handle_starttag(self, tag, attrs):
+            tags.add(tag)
+            attributes.update(name for name, _ in attrs)
+            assert tag != "img" or dict(attrs)["src"].startswith("data:image/")
+
+    Parser().feed(page)
+    assert tags.isdisjoint({"script", "iframe", "object", "svg"})
+    assert not {name for name in attributes if name.startswith("on")}
+    assert balanced(page)
+    assert page.count("alert(1)") > 50
+    assert "{{ 7*7 }}" in page
+
+
+def test_no_text_becomes_part_of_a_table_or_breaks_a_figure(tmp_path):
+    from aha.report import tables
+
+    rows = {f"{name}{HOSTILE}": row for name, row in summary()["methods"].items()}
+    table = tables.comparison(rows, caption=HOSTILE)
+    markdown, latex = table.to_markdown(), table.to_latex()
+    assert re.search(r"(?<!\\)<(script|img)", markdown) is None
+    assert "\\foo{" not in latex
+    assert r"\$\textbackslash{}foo\{\$" in latex
+    assert latex.count("{") - latex.count("\\{") == latex.count("}") - latex.count("\\}")
+    told = summary() | {"methods": rows}
+    figures.bars(told, "ins_minus_del", tmp_path / "bars.png")
+    figures.draw({(HOSTILE, "predicted"): told, ("b", "predicted"): told}, tmp_path)
+    heat = {HOSTILE: torch.rand(2, 1, 32, 32), "b": torch.rand(2, 1, 32, 32)}
+    figures.qualitative(torch.rand(2, 3, 32, 32), heat, tmp_path / "maps.png", [HOSTILE, "$\\frac{$"])
+    curve = {"deletion": torch.rand(5), "insertion": torch.rand(5)}
+    figures.curves({HOSTILE: {HOSTILE: curve}, "b": {HOSTILE: curve}}, tmp_path / "curves.png")
+    for path in tmp_path.glob("*.png"):
+        opened(path, drawing.GRID_BUDGET)
+
+
+def test_a_damaged_figure_is_said(tmp_path):
+    (tmp_path / "summary.json").write_text(json.dumps(summary()))
+    (tmp_path / "figures").mkdir()
+    path = tmp_path / "figures" / "maps.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (20, 30, 3), np.uint8)).save(path)
+    whole = path.read_bytes()
+    html.write(tmp_path)
+    for damaged in (b"", whole[:200], *(whole[:at] + bytes([whole[at] ^ 4]) + whole[at + 1 :] for at in (1, 25, 500))):
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"maps\.png is no image or damaged: run the evaluation again"):
+            html.write(tmp_path)
