@@ -1,8 +1,9 @@
 """Labelled images: scenes made on the fly with their evidence known, and folders of images on disk."""
 
-from aha.data.folders import ImageFolder, find_images, output_names
+from aha.data.folders import ImageFolder, output_names
 from aha.data.images import ImageMissingError, ImageReadError, Preprocessing, load_image
 from aha.data.labels import fit_labels, label_note
+from aha.data.listing import find_images
 from aha.data.photograph import Photograph, View
 from aha.data.readable import Readable, readable
 from aha.data.scenes import Scenes

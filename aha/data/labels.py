@@ -9,10 +9,11 @@ import math
 import re
 import unicodedata
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 
 Data = TypeVar("Data")
@@ -83,13 +84,13 @@ def _numbered_classes(folder: Any, clf: Any) -> dict[int, int] | None:
     Their order need not be that of the numbers: who sorted the names as text has 0, 1, 10, 2, …
     """
     names = [str(name) for name in clf.class_names or ()]
-    if folder.labels_file is not None or not names or not all(map(is_number, names)):
+    if not folder.by_folder or not names or not all(map(is_number, names)):
         return None
     try:
         places = {as_number(name): place for place, name in enumerate(names)}
     except ValueError:
         return None
-    used = {label for _, label in folder.samples if label >= 0}
+    used = {*_used(folder)}
     return {label: places[label] for label in used} if used <= places.keys() and len(places) == len(names) else None
 
 
@@ -113,27 +114,31 @@ def _holding(wrapper: Any, name: str, inner: Any) -> Any:
 
 
 def _check_numbers(folder: Any, clf: Any) -> None:
-    wrong: dict[int, Path] = {}
-    for path, label in folder.samples:
-        if not -1 <= label < clf.num_classes:
-            wrong.setdefault(label, path)
+    used = _used(folder)
+    wrong = [label for label in used if label >= clf.num_classes]
     if not wrong:
         return
-    known = {label for _, label in folder.samples}
-    hint = " (they seem to count from 1)" if max(known) == clf.num_classes and 0 not in known else ""
-    first = min(wrong)
-    which = f"label {first} is" if len(wrong) == 1 else f"labels {some(sorted(wrong))} are"
+    hint = " (they seem to count from 1)" if max(used) == clf.num_classes and 0 not in used else ""
+    first = wrong[0]
+    which = f"label {first} is" if len(wrong) == 1 else f"labels {some(wrong)} are"
+    path, _ = folder.samples[int((folder.samples.labels == first).argmax())]
     raise ValueError(
-        f"{which} not among the classes of {clf.name}, 0 … {clf.num_classes - 1}{hint}; {wrong[first]} has {first}: "
+        f"{which} not among the classes of {clf.name}, 0 … {clf.num_classes - 1}{hint}; {path} has {first}: "
         "correct them, or leave the labels out (labels=False)"
     )
+
+
+def _used(folder: Any) -> list[int]:
+    """The labels that images have, sorted, without −1."""
+    labels = np.unique(folder.samples.labels)
+    return labels[labels >= 0].tolist()
 
 
 def _numbers_of(folder: Any, clf: Any) -> tuple[dict[int, int], str]:
     """Label in the folder → label in the classifier, for the labels that its images have, and what to say of it."""
     names: list[str] = list(folder.class_names)
-    used = sorted({label for _, label in folder.samples if label >= 0})
-    kind = "class name" if folder.labels_file is not None or folder.names_given else "class folder"
+    used = _used(folder)
+    kind = "class folder" if folder.by_folder and not folder.names_given else "class name"
     classes = list(clf.class_names or ())
     found, how = _by_name([names[label] for label in used], classes), "name"
     if None in found and all(_PLACEHOLDER.fullmatch(str(name)) for name in classes):
@@ -168,7 +173,7 @@ def _numbers_of(folder: Any, clf: Any) -> tuple[dict[int, int], str]:
         note = f"{_count(len(used), kind)}, the classifier has {clf.num_classes} classes: labels are mapped by {how}"
     elif any(label != number for label, number in zip(used, found, strict=True)):
         note = f"{kind}s are in another order than the classes: labels are mapped by {how}"
-    return dict(zip(used, found, strict=True)), note
+    return dict(zip(used, found, strict=True)), note  # type: ignore[arg-type]
 
 
 def _imagenet(classes: int) -> dict[str, int]:
@@ -340,8 +345,3 @@ def read_labels(file: Path) -> list[tuple[int, str, str]]:
 def _columns(text: str, delimiter: str) -> list[str]:
     first = next(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter), [])
     return [name.strip().casefold() for name in first]
-
-
-def relabel(samples: Iterable[tuple[Path, int]], numbers: Mapping[int, int]) -> list[tuple[Path, int]]:
-    """Samples with other numbers; an unknown label, −1, stays."""
-    return [(path, label if label < 0 else numbers[label]) for path, label in samples]
