@@ -7,6 +7,7 @@ from aha.data.listing import find_images
 from aha.data.photograph import Photograph, View
 from aha.data.readable import Readable, readable
 from aha.data.scenes import Scenes
+from aha.data.shards import Shards, images_in
 from aha.data.split import Part, hold_out, identity
 
 __all__ = [
@@ -18,11 +19,13 @@ __all__ = [
     "Preprocessing",
     "Readable",
     "Scenes",
+    "Shards",
     "View",
     "find_images",
     "fit_labels",
     "hold_out",
     "identity",
+    "images_in",
     "label_note",
     "load_image",
     "output_names",

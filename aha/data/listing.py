@@ -156,7 +156,7 @@ def find_images(*paths: str | os.PathLike) -> list[Path]:
 
 def nothing_in(folder: Path) -> str:
     """The message for a folder without images."""
-    return f"no images in {shown(folder)}: files ending in {', '.join(SUFFIXES)} are read"
+    return f"no images in {shown(folder)}: files ending in {', '.join(SUFFIXES)}, or shards (.tar) alone, are read"
 
 
 def images_below(folder: Path) -> Found:
@@ -177,13 +177,13 @@ def _count(groups: Iterable[Group]) -> int:
     return sum(group.names.count("/") + 1 for group in groups)
 
 
-def warn_of_links(folder: Path, outside: Sequence[Group]) -> None:
-    """One warning of images that links out of the folder lead to."""
+def warn_of_links(folder: Path, outside: Sequence[Group], what: str = "images") -> None:
+    """One warning of images, or of ``what``, that links out of the folder lead to."""
     if outside:
         first = outside[0]
         path = os.path.join(first.at, first.names.split("/")[0])
         warnings.warn(
-            f"{shown(folder)}: links lead out of it to {_count(outside)} of its images; the first is {shown(path)}, "
+            f"{shown(folder)}: links lead out of it to {_count(outside)} of its {what}; the first is {shown(path)}, "
             f"in fact {shown(next(first.reals()))}",
             stacklevel=4,
         )
