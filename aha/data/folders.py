@@ -272,7 +272,7 @@ def _by_folder(folder: Path, given: list[str] | None):
     for path, first in again:
         here, there = (file.relative_to(folder).parts[0] for file in (path, first))
         if labels.get(here, labels[there]) != labels[there]:
-            warnings.warn(f"{path} is the same file as {first}: it counts once, as {there}", stacklevel=2)
+            warnings.warn(f"{shown(path)} is the same file as {shown(first)}: it counts once, as {there}", stacklevel=2)
     return _samples(groups, [labels[name] for name in classes]), names or given, "names" if names else "numbers"
 
 
@@ -345,7 +345,8 @@ def _masks(root: Path, folder: Path, images: list[Path]) -> list[Path | None]:
     found = [of(image) for image in images]
     if not any(found):
         raise ValueError(
-            f"{root} holds no mask for {images[0].name} nor for any other image: name it {images[0].stem}.png"
+            f"{shown(root)} holds no mask for {shown(images[0].name)} nor for any other image: name it "
+            f"{shown(images[0].stem)}.png"
         )
     return found
 
