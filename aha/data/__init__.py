@@ -9,6 +9,7 @@ from aha.data.readable import Readable, readable
 from aha.data.scenes import Scenes
 from aha.data.shards import Shards, images_in
 from aha.data.split import Part, hold_out, identity
+from aha.data.workers import workers_for
 
 __all__ = [
     "ImageFolder",
@@ -30,4 +31,5 @@ __all__ = [
     "load_image",
     "output_names",
     "readable",
+    "workers_for",
 ]

@@ -9,8 +9,9 @@ import tracemalloc
 from pathlib import Path
 
 import pytest
+import torch
 
-from aha.data import ImageFolder, find_images, identity
+from aha.data import ImageFolder, Part, Scenes, find_images, identity, readable, workers_for
 from aha.data import index as index_module
 from aha.data.listing import Samples
 
@@ -245,3 +246,17 @@ def test_samples_are_a_list_of_pairs_and_small(tmp_path):
     many = Samples([("/x", "/".join(f"n01440764_{i}.JPEG" for i in range(100_000)))], range(100_000))
     assert tracemalloc.get_traced_memory()[0] / len(many) < 64  # bytes; a pair in a list takes 500
     tracemalloc.stop()
+
+
+@pytest.mark.parametrize(
+    ("cores", "processes", "expected"),
+    [(1, 1, 0), (2, 1, 0), (3, 1, 2), (8, 1, 7), (64, 1, 8), (64, 8, 7), (16, 8, 0), (2, 8, 0)],
+)
+def test_workers_keep_decoding_off_the_training_process(tmp_path, monkeypatch, cores, processes, expected):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    data = ImageFolder(tree(tmp_path / "in", "a/1.png"))
+    assert workers_for(data) == workers_for(readable(Part(data, [0]))) == expected
+    assert workers_for(torch.utils.data.Subset(data, [0])) == expected
+    assert workers_for(data, 0) == 0
+    assert workers_for(Scenes("val", size=3)) == workers_for([1]) == 0
