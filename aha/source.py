@@ -21,7 +21,7 @@ class Source:
     weights: Path | None = None
     """Local weights file (.safetensors, .pth) instead of the hub."""
     data: str = "scenes"
-    """A folder of images (ImageFolder, ImageNet or flat with labels.csv), or scenes."""
+    """A folder of images (ImageFolder, ImageNet, flat with labels.csv, or WebDataset's .tar shards), or scenes."""
     split: str | None = None
     """Sub-folder of the data, e.g. train or val."""
     holdout: int = 0
@@ -51,7 +51,7 @@ class Source:
 
         ``preprocessing``: of a folder's images, as a protocol asks for it; None is the data's own default.
         """
-        from .data import ImageFolder, Part, Scenes, hold_out
+        from .data import Part, Scenes, hold_out, images_in
         from .data.images import DEFAULT
 
         if self.limit is not None and self.limit < 1:
@@ -63,10 +63,10 @@ class Source:
             count = self.limit or (4096 if training else 128)
             return Scenes("train" if training else "test", size=count, seed=seed, image_size=side)
         augment, masks = training and augment, None if training else self.masks
-        data = ImageFolder(
+        data = images_in(
             self.data,
             image_size=side,
-            labels=None if self.labels else False,
+            labels=self.labels,
             split=self.split,
             augment=augment,
             seed=seed,

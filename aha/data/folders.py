@@ -2,40 +2,53 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import itertools
 import os
-import random
+import stat
 import unicodedata
 import warnings
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 
 from aha.data.images import (
     DEFAULT,
     ImageReadError,
     Preprocessing,
-    augmented,
+    check_file,
     fitted,
     open_image,
     open_mask,
+    shown,
     to_tensor,
 )
-from aha.data.images import Image as _Image
-from aha.data.labels import is_number, number_names, read_labels, relabel, spelled
+from aha.data.labelled import LabelledImages
+from aha.data.labels import is_number, number_names, read_labels, spelled
+from aha.data.listing import (
+    Group,
+    Samples,
+    entries_of,
+    images_below,
+    is_folder,
+    nothing_in,
+    size_of,
+    sizes_of,
+    warn_of_links,
+)
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 LABELS = "labels.csv"
 MASK = "_mask"  # end of a mask's name where it lies beside its image
 CHUNK = 1 << 20  # bytes read at a time for a digest
+SPLITS = frozenset({"train", "val", "valid", "validation", "test"})
 
 
-class ImageFolder(torch.utils.data.Dataset):
+class ImageFolder(LabelledImages):
     """Images below `root`, resized, centre-cropped and labelled.
 
     Layouts, found by looking:
@@ -46,7 +59,8 @@ class ImageFolder(torch.utils.data.Dataset):
     - a flat folder: label -1.
 
     These labels are the folder's own: `fit_labels` brings them into a classifier's numbering. What is reached twice
-    through links counts once. Files that cannot be read are listed, and raise on access.
+    through links counts once; one warning tells of links that lead out of the folder. Files that cannot be read are
+    listed, and raise on access. Of ten thousand images and more the listing is kept (docs/data.md).
 
     image_size: side of the square output, pixels.
     preprocessing: how images are resized and cropped, such as `aha.metrics.Protocol.preprocessing`.
@@ -64,8 +78,8 @@ class ImageFolder(torch.utils.data.Dataset):
         They are resized and cropped like their images. An image without one has an empty mask. Where masks lie
         beside their images, files ending in _mask are not taken for images.
 
-    Attributes: samples, [(path, label)]; labelled_by, "names", "numbers" or None without labels; class_names, in label
-    order, or None.
+    Attributes: samples, a sequence of (path, label); labelled_by, "names", "numbers" or None without labels;
+    class_names, in label order, or None.
 
     Items are dicts: "image" (3, H, W) float32 RGB in [0, 1], "label" int, "path" str, and with `masks` "mask"
     (1, H, W) bool.
@@ -87,124 +101,54 @@ class ImageFolder(torch.utils.data.Dataset):
     ):
         if augment and masks is not None:
             raise ValueError("masks are of whole images: leave augment off")
-        if isinstance(class_names, str):
-            raise ValueError(f"class_names is the text {class_names!r}: give a list of names in label order")
-        self.image_size = image_size
-        self.preprocessing = preprocessing
-        self.resize, self.resample = preprocessing.resize(image_size), preprocessing.resample
-        self.augment, self.seed = augment, seed
-        self.folder = folder = _folder(Path(root), split)
+        super().__init__(image_size, preprocessing, augment, class_names, seed)
+        self.folder = folder = split_folder(Path(root), split)
         names = None if class_names is None else [str(name) for name in class_names]
-        self.names_given = names is not None
         self.labelled_by: str | None = None
-        self.labels_file: Path | None = None
         if labels is None or labels is True:
             labels = folder / LABELS if (folder / LABELS).is_file() else None
-        self.samples: list[tuple[Path, int]]
+        self.by_folder = labels is None
         if labels is False:
-            self.samples = [(path, -1) for path in find_images(folder)]
+            found = images_below(folder)
+            if not found.groups:
+                raise FileNotFoundError(nothing_in(folder))
+            self.samples = _samples(found.groups, itertools.repeat(-1))
         elif labels is not None:
-            self.labels_file = Path(labels)
-            self.samples, names, self.labelled_by = _listed(folder, self.labels_file, names)
+            self.samples, names, self.labelled_by = _listed(folder, Path(labels), names)
         else:
             self.samples, names, self.labelled_by = _by_folder(folder, names)
         self.class_names = names
         self.masks: list[Path | None] | None = None
         if masks is not None:
-            self.samples = [sample for sample in self.samples if not sample[0].stem.endswith(MASK)]
+            self.samples = Samples.of(sample for sample in self.samples if not sample[0].stem.endswith(MASK))
             self.masks = _masks(Path(masks), folder, [path for path, _ in self.samples])
 
-    @property
-    def virtual_epochs(self) -> bool:
-        """Whether an index beyond the size is another crop of an image."""
-        return self.augment
+    def _open(self, place: int, path: Path) -> Image.Image:
+        return open_image(path, self.resize)
 
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def __iter__(self):
-        return (self[index] for index in range(len(self)))
-
-    def __getitem__(self, index: int) -> dict:
-        if index < 0 or (index >= len(self) and not self.augment):
-            raise IndexError(f"no image {index} among {len(self)}")
-        path, label = self.samples[index % len(self)]
-        image = open_image(path, self.resize)
-        shape = image.size
-        if self.augment:
-            # a string seed is hashed by its content, the same in every process
-            image = augmented(image, self.image_size, self.resample, random.Random(f"{self.seed},{index}"))
-        else:
-            image = fitted(image, self.image_size, self.resize, self.resample)
-        item = {"image": to_tensor(image), "label": label, "path": str(path)}
-        return item if self.masks is None else {**item, "mask": self._mask(self.masks[index], shape)}
+    def _beside(self, place: int, shape: tuple[int, int]) -> dict[str, Any]:
+        return {} if self.masks is None else {"mask": self._mask(self.masks[place], shape)}
 
     def _mask(self, path: Path | None, shape: tuple[int, int]) -> torch.Tensor:
         """(1, H, W) bool."""
         if path is None:
             return torch.zeros(1, self.image_size, self.image_size, dtype=torch.bool)
         mask = open_mask(path, self.resize, shape)
-        return to_tensor(fitted(mask, self.image_size, self.resize, _Image.Resampling.NEAREST)) > 0
-
-    def relabelled(self, numbers: Mapping[int, int], class_names: Sequence[str] | None) -> ImageFolder:
-        """The same images with label ``numbers[label]``; shares everything else."""
-        other = copy.copy(self)
-        other.samples = relabel(self.samples, numbers)
-        other.class_names = None if class_names is None else list(class_names)
-        other.labelled_by = "numbers"
-        return other
+        return to_tensor(fitted(mask, self.image_size, self.resize, Image.Resampling.NEAREST)) > 0
 
     def identity(self, content: bool = True, indices: Sequence[int] | None = None) -> dict[str, Any]:
-        """What these images are, as JSON types: equal where items are equal, wherever the folder lies.
+        """See `LabelledImages.identity`."""
+        return {**super().identity(content, indices), "masks": self.masks is not None}
 
-        Args:
-            content: a digest over the bytes, label and mask of every image; else over paths, sizes and labels, for
-                folders of which all bytes are too many.
-            indices: of the images that count; None is all.
-        """
-        digest = hashlib.sha256()
-        places = range(len(self)) if indices is None else [index % len(self) for index in indices]
+    def _marks(self, places: Sequence[int], content: bool) -> Iterable[bytes]:
+        sizes = None if content else sizes_of(self.samples, self.folder)
         for place in places:
-            path, label = self.samples[place]
-            mask = self.masks[place] if self.masks is not None else None
-            digest.update(f"{_relative(path, self.folder)}\0{label}\0".encode("utf-8", "surrogateescape"))
-            for file in (path, mask):
-                digest.update(b"-" if file is None else _bytes_of(file) if content else _size_of(file))
-        return {
-            "type": "ImageFolder",
-            "images": len(places),
-            "digest": digest.hexdigest(),
-            "by": "content" if content else "listing",
-            "image_size": self.image_size,
-            "resize": self.resize,
-            "interpolation": self.resample.name.lower(),
-            "augment": self.augment,
-            "seed": self.seed if self.augment else None,
-            "masks": self.masks is not None,
-        }
-
-
-def find_images(*paths: str | os.PathLike) -> list[Path]:
-    """The image files below folders at any depth, sorted, hidden ones left out; a file is itself.
-
-    A file or folder that is reached again through links counts once, where it comes first. Links to nothing are
-    listed, so that whoever reads them can say so; a folder within that cannot be listed is left out with a warning.
-
-    Raises:
-        FileNotFoundError: if nothing is at one of ``paths``, or no image is in it.
-        ImageReadError: for a folder among them that cannot be listed.
-    """
-    found: dict[str, Path] = {}
-    for given in paths:
-        path = Path(given)
-        if not os.path.lexists(path):
-            raise FileNotFoundError(f"no such file or folder: {path}")
-        inside = {os.path.realpath(path): path} if not path.is_dir() else _images(path)[0]
-        if not inside:
-            raise FileNotFoundError(_nothing_in(path))
-        for real, file in inside.items():
-            found.setdefault(real, file)
-    return list(found.values())
+            mark = _bytes_of(self.samples[place][0]) if sizes is None else _size(int(sizes[place]))
+            mask = None if self.masks is None else self.masks[place]
+            if mask is None:
+                yield mark + b"-"
+            else:
+                yield mark + (_bytes_of(mask) if content else _size(size_of(str(mask))))
 
 
 def output_names(files: Sequence[str | os.PathLike]) -> list[str]:
@@ -260,95 +204,66 @@ def _folded(name: str) -> str:
     return unicodedata.normalize("NFC", name).casefold()
 
 
-def _nothing_in(folder: Path) -> str:
-    return f"no images in {folder}: files ending in {', '.join(SUFFIXES)} are read"
+def split_folder(root: Path, split: str | None) -> Path:
+    """The folder to read: ``root``, or of its splits the one asked for.
 
-
-def _images(folder: Path) -> tuple[dict[str, Path], list[tuple[Path, Path]]]:
-    """Real path → path of the images below a folder; and (path, path where it came first) of those reached again."""
-    found: dict[str, Path] = {}
-    again: list[tuple[Path, Path]] = []
-    seen: set[str] = set()
-
-    def walk(at: Path, real: str) -> None:
-        seen.add(real)
-        for entry in _entries(at, warn=at != folder):
-            inside = os.path.realpath(entry.path) if entry.is_symlink() else os.path.join(real, entry.name)
-            if _is_folder(entry):
-                if inside not in seen:
-                    walk(Path(entry.path), inside)
-            elif entry.name.lower().endswith(SUFFIXES):
-                path = Path(entry.path)
-                first = found.setdefault(inside, path)
-                if first is not path:
-                    again.append((path, first))
-
-    walk(folder, os.path.realpath(folder))
-    return found, again
-
-
-def _entries(folder: Path, warn: bool = False) -> list[os.DirEntry]:
-    """What is in a folder and not hidden, sorted by name."""
-    try:
-        with os.scandir(folder) as entries:
-            return sorted((entry for entry in entries if not entry.name.startswith(".")), key=lambda entry: entry.name)
-    except OSError as error:
-        reason = error.strerror or error
-        if not warn:
-            raise ImageReadError(f"cannot list folder {folder}: {reason}") from error
-        warnings.warn(f"cannot list folder {folder} ({reason}): its images are left out", stacklevel=2)
-        return []
-
-
-def _is_folder(entry: os.DirEntry) -> bool:
-    try:
-        return entry.is_dir()
-    except OSError:  # links that lead round in a circle
-        return False
-
-
-def _folder(root: Path, split: str | None) -> Path:
+    Raises:
+        FileNotFoundError: if it is not there.
+        ValueError: if there are several to choose from, or ``split`` leads out of ``root``.
+    """
     if not root.is_dir():
         what = "is a file: give the folder it is in" if root.is_file() else None
-        raise FileNotFoundError(f"{root} {what}" if what else f"no such folder: {root}")
+        raise FileNotFoundError(f"{shown(root)} {what}" if what else f"no such folder: {shown(root)}")
     if split is not None:
+        if os.path.isabs(split) or os.pardir in Path(split).parts:
+            raise ValueError(f"split {shown(split)!r} leads out of {shown(root)}: give the name of a folder in it")
         if not (root / split).is_dir():
-            raise FileNotFoundError(f"no split {split!r} in {root}: there is no folder {root / split}")
+            raise FileNotFoundError(f"no split {split!r} in {root}: there is no folder {shown(root / split)}")
         return root / split
-    inside = {entry.name for entry in _entries(root) if _is_folder(entry)}
-    splits = sorted(inside & {"train", "val", "valid", "validation", "test"})
+    inside = {entry.name for entry in entries_of(root) if is_folder(entry)}
+    splits = sorted(inside & SPLITS)
     if len(splits) == 1 and inside == set(splits):
         return root / splits[0]
     if "train" in splits and len(splits) > 1:
-        raise ValueError(f"{root} holds {' and '.join(splits)}: pass split={splits[0]!r} or another")
+        raise ValueError(f"{shown(root)} holds {' and '.join(splits)}: pass split={splits[0]!r} or another")
     return root
+
+
+def _samples(groups: Sequence[Group], labels: Iterable[int]) -> Samples:
+    """Samples of which ``labels`` has one label per group."""
+    counts = [group.names.count("/") + 1 for group in groups]
+    per_group = np.array([label for label, _ in zip(labels, groups, strict=False)], np.int64)
+    return Samples([(group.at, group.names) for group in groups], np.repeat(per_group, counts))
 
 
 def _by_folder(folder: Path, given: list[str] | None):
     """Samples, class names and what labels were read from, of a folder of class folders, or of a flat folder."""
-    found_at, again = _images(folder)
-    images = list(found_at.values())
-    if not images:
-        raise FileNotFoundError(_nothing_in(folder))
-    classes = [path.relative_to(folder).parts[0] for path in images if path.parent != folder]
-    loose = next((path for path in images if path.parent == folder), None)
-    if not classes:
-        return [(path, -1) for path in images], given, None
-    if loose is not None:
-        raise ValueError(f"{folder} holds both class folders and loose images such as {loose.name}: move one kind")
+    groups, again = images_below(folder)
+    if not groups:
+        raise FileNotFoundError(nothing_in(folder))
+    above = len(folder.parts)
+    # of every group; "" of loose images
+    classes = [next(iter(Path(group.at).parts[above:]), "") for group in groups]
+    if not any(classes):
+        return _samples(groups, itertools.repeat(-1)), given, None
+    if "" in classes:
+        loose = groups[classes.index("")].names.split("/")[0]
+        raise ValueError(
+            f"{shown(folder)} holds both class folders and loose images such as {shown(loose)}: move one kind"
+        )
     found = set(classes)
     if given is None and not all(map(is_number, found)):
         # a class without images keeps its place in the order
         real = {os.path.realpath(folder / name): name for name in found}
-        for entry in _entries(folder):
-            if _is_folder(entry):
+        for entry in entries_of(folder):
+            if is_folder(entry):
                 real.setdefault(os.path.realpath(entry.path), entry.name)
         real.pop(os.path.realpath(folder), None)
         found = set(real.values())
     try:
         labels, names = number_names(found, given, "class folder")
     except ValueError as error:
-        raise ValueError(f"{folder}: {error}") from error
+        raise ValueError(f"{shown(folder)}: {error}") from error
     merged: dict[int, str] = {}
     for name in sorted(set(classes)):
         other = merged.setdefault(labels[name], name)
@@ -357,9 +272,8 @@ def _by_folder(folder: Path, given: list[str] | None):
     for path, first in again:
         here, there = (file.relative_to(folder).parts[0] for file in (path, first))
         if labels.get(here, labels[there]) != labels[there]:
-            warnings.warn(f"{path} is the same file as {first}: it counts once, as {there}", stacklevel=2)
-    samples = [(path, labels[name]) for path, name in zip(images, classes, strict=True)]
-    return samples, names or given, "names" if names else "numbers"
+            warnings.warn(f"{shown(path)} is the same file as {shown(first)}: it counts once, as {there}", stacklevel=2)
+    return _samples(groups, [labels[name] for name in classes]), names or given, "names" if names else "numbers"
 
 
 def _listed(folder: Path, file: Path, given: list[str] | None):
@@ -370,37 +284,56 @@ def _listed(folder: Path, file: Path, given: list[str] | None):
     except ValueError as error:
         bad = str(error).partition("'")[2].partition("'")[0]
         line = next((line for line, _, label in rows if label == bad), None)
-        raise ValueError(f"{file}{f', line {line}' if line else ''}: {error}") from error
+        raise ValueError(f"{shown(file)}{f', line {line}' if line else ''}: {error}") from error
     samples: dict[str, tuple[int, Path, int]] = {}
-    missing = []
+    missing, outside = [], []
+    top = os.path.join(os.path.realpath(folder), "")
+    real_parents: dict[str, str] = {}
     for line, name, text in rows:
-        path = _place(folder, name, f"{file}, line {line}")
-        if not os.path.lexists(path):
-            missing.append(f"{file}, line {line}: no such image: {path}")
-        first, _, label = samples.setdefault(os.path.realpath(path), (line, path, labels[text]))
+        where = f"{shown(file)}, line {line}"
+        path, about = _place(folder, name, where)
+        if about is None:
+            missing.append(f"{where}: no such image: {shown(path)}")
+        parent, last = os.path.split(path)
+        if parent not in real_parents:
+            real_parents[parent] = os.path.realpath(parent)
+        linked = about is not None and stat.S_ISLNK(about.st_mode)
+        real = os.path.realpath(path) if linked else os.path.join(real_parents[parent], last)
+        if about is not None and not os.path.isabs(name) and not real.startswith(top):
+            outside.append(Group(parent, last, real, link=True))
+        first, _, label = samples.setdefault(real, (line, path, labels[text]))
         if label != labels[text]:
-            raise ValueError(f"{file}, line {line}: {name} has another label in line {first}: leave one")
+            raise ValueError(f"{where}: {shown(name)} has another label in line {first}: leave one")
     if len(missing) == len(rows):
         # not files that went away, but the wrong folder
         raise ValueError(missing[0])
-    return [(path, label) for _, path, label in samples.values()], names or given, "names" if names else "numbers"
+    warn_of_links(folder, outside)
+    listed = Samples.of((path, label) for _, path, label in samples.values())
+    return listed, names or given, "names" if names else "numbers"
 
 
-def _place(folder: Path, name: str, where: str) -> Path:
-    """Where a file of a labels file is; it may not leave the folder unless its path is absolute."""
-    if not os.path.isabs(name) and os.path.normpath(name).split(os.sep)[0] == os.pardir:
-        raise ValueError(f"{where}: {name} leads out of {folder}: move the image there, or give its absolute path")
-    spellings = dict.fromkeys((name, spelled(name), unicodedata.normalize("NFD", name), name.replace("\\", "/")))
-    path = next((folder / other for other in spellings if os.path.lexists(folder / other)), folder / name)
-    if path.is_dir():
-        raise ValueError(f"{where}: {path} is a folder: give an image")
-    return path
+def _place(folder: Path, name: str, where: str) -> tuple[Path, os.stat_result | None]:
+    """Where a file of a labels file is, and what is there; it may not leave the folder unless its path is absolute."""
+    for other in dict.fromkeys((name, spelled(name), unicodedata.normalize("NFD", name), name.replace("\\", "/"))):
+        if not os.path.isabs(other) and os.path.normpath(other).split(os.sep)[0] == os.pardir:
+            raise ValueError(
+                f"{where}: {shown(name)} leads out of {shown(folder)}: move the image there, or give its absolute path"
+            )
+        path = folder / other
+        try:
+            about = os.lstat(path)
+        except OSError:
+            continue
+        if stat.S_ISDIR(about.st_mode) or (stat.S_ISLNK(about.st_mode) and os.path.isdir(path)):
+            raise ValueError(f"{where}: {shown(path)} is a folder: give an image")
+        return path, about
+    return folder / name, None
 
 
 def _masks(root: Path, folder: Path, images: list[Path]) -> list[Path | None]:
     """The mask of every image, None where there is none."""
     if not root.is_dir():
-        raise FileNotFoundError(f"no folder of masks: {root}")
+        raise FileNotFoundError(f"no folder of masks: {shown(root)}")
 
     def of(image: Path) -> Path | None:
         beside = image.relative_to(folder).parent if image.is_relative_to(folder) else Path()
@@ -412,31 +345,24 @@ def _masks(root: Path, folder: Path, images: list[Path]) -> list[Path | None]:
     found = [of(image) for image in images]
     if not any(found):
         raise ValueError(
-            f"{root} holds no mask for {images[0].name} nor for any other image: name it {images[0].stem}.png"
+            f"{shown(root)} holds no mask for {shown(images[0].name)} nor for any other image: name it "
+            f"{shown(images[0].stem)}.png"
         )
     return found
-
-
-def _relative(path: Path, folder: Path) -> str:
-    return path.relative_to(folder).as_posix() if path.is_relative_to(folder) else str(path)
 
 
 def _bytes_of(path: Path) -> bytes:
     """A digest of a file, read piece by piece; of nothing where it cannot be read."""
     digest = hashlib.sha256()
     try:
-        if not path.is_file():
-            return b"unreadable"
+        check_file(path)
         with open(path, "rb") as file:
             while part := file.read(CHUNK):
                 digest.update(part)
-    except OSError:
+    except (ImageReadError, OSError):
         return b"unreadable"
     return digest.digest()
 
 
-def _size_of(path: Path) -> bytes:
-    try:
-        return f"{path.stat().st_size};".encode()
-    except OSError:
-        return b"unreadable"
+def _size(size: int) -> bytes:
+    return b"unreadable" if size < 0 else f"{size};".encode()

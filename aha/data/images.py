@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import os
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 INTERPOLATIONS = {
     "nearest": Image.Resampling.NEAREST,
@@ -21,6 +23,19 @@ INTERPOLATIONS = {
 CROP_PCT = 0.875
 RANGES = (1.0, 255.0, 65535.0)  # tops of the ranges that wide grey values may have
 SLACK = 1e-3  # share of the range by which resampled values may lie outside
+
+
+# what is read, whatever the suffix: decoders in this process alone, for that of EPS is another program. HEIF by plugin
+FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "AVIF", "HEIF", "BMP", "DIB", "GIF", "TIFF", "PPM", "JPEG2000", "TGA")
+LARGEST = 1 << 30  # bytes of a file: more than the most pixels read take without compression
+LONGEST = 300  # characters of a path in a message
+
+
+def shown(path: Any) -> str:
+    """A path or another text of unknown content as part of a line: printable, and not too long for one."""
+    text = os.fspath(path) if isinstance(path, os.PathLike) else str(path)
+    text = "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)
+    return text if len(text) <= LONGEST else f"{text[: LONGEST // 2]}…{text[-LONGEST // 2 :]}"
 
 
 class ImageReadError(ValueError):
@@ -83,9 +98,15 @@ def load_image(path: str | os.PathLike, image_size: int = 224, preprocessing: Pr
     return to_tensor(fitted(open_image(Path(path), resize), image_size, resize, preprocessing.resample))
 
 
-def open_image(path: Path, resize: int) -> Image.Image:
-    """The whole image, upright, RGB, 8 bits. ``resize``: what its shorter side will be."""
-    return _opened(path, resize, _to_rgb)
+def open_image(path: Path, resize: int, content: bytes | None = None) -> Image.Image:
+    """The whole image, upright, RGB, 8 bits.
+
+    Args:
+        path: the file, or what to call ``content``.
+        resize: what its shorter side will be.
+        content: the bytes of a file within another.
+    """
+    return _opened(path, resize, _to_rgb, content)
 
 
 def open_mask(path: Path, resize: int, beside: tuple[int, int]) -> Image.Image:
@@ -93,30 +114,57 @@ def open_mask(path: Path, resize: int, beside: tuple[int, int]) -> Image.Image:
     mask = _opened(path, resize, _marks)
     if abs(round(beside[0] * mask.height / beside[1]) - mask.width) > 1:
         raise ImageReadError(
-            f"cannot read mask {path}: it is {mask.width}×{mask.height}, its image {beside[0]}×{beside[1]}: give both "
-            "the same shape"
+            f"cannot read mask {shown(path)}: it is {mask.width}×{mask.height}, its image {beside[0]}×{beside[1]}: "
+            "give both the same shape"
         )
     return mask
 
 
-def _opened(path: Path, resize: int, convert: Callable[[Image.Image, str | None], Image.Image]) -> Image.Image:
+def _opened(
+    path: Path,
+    resize: int,
+    convert: Callable[[Image.Image, str | None], Image.Image],
+    content: bytes | None = None,
+) -> Image.Image:
     """What ``convert`` makes of the upright image and its file format; ImageReadError in one line if it cannot."""
     try:
-        if not path.is_file():
-            what = "a link to nothing" if path.is_symlink() else "no such image"
-            what = "not a file" if path.exists() else what
-            raise ImageMissingError(f"cannot read image {path}: {what}")
-        with Image.open(path) as file:
+        if content is None:
+            check_file(path)
+        with Image.open(path if content is None else io.BytesIO(content), formats=_formats()) as file:
             check_shape(file.size, resize)  # before a pixel is decoded
             file.load()
-            return convert(ImageOps.exif_transpose(file), file.format)
+            check_shape(file.size, resize)  # frames of a GIF may be larger than the file says
+            kind = file.format
+            ImageOps.exif_transpose(file, in_place=True)  # the largest images take 0.7 GB: no copy more than needed
+            return convert(file, kind)
     except ImageReadError:
         raise
+    except UnidentifiedImageError as error:
+        empty = not (path.stat().st_size if content is None else len(content))
+        what = "it is empty" if empty else f"it is none of {', '.join(FORMATS)}, or damaged"
+        raise ImageReadError(f"cannot read image {shown(path)}: {what}") from error
     # damaged files raise nearly anything from inside PIL's parsers
     except Exception as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
-        reason = " ".join(str(reason).split()) or type(error).__name__
-        raise ImageReadError(f"cannot read image {path}: {reason}") from error
+        reason = shown(" ".join(str(reason).split())) or type(error).__name__
+        raise ImageReadError(f"cannot read image {shown(path)}: {reason}") from error
+
+
+def _formats() -> list[str]:
+    """Those of `FORMATS` that this Pillow and its plugins know."""
+    Image.init()
+    return [name for name in FORMATS if name in Image.OPEN]
+
+
+def check_file(path: Path) -> None:
+    """ImageReadError for what is no regular file, which might never end, or larger than any image that is read."""
+    if not path.is_file():
+        what = "a link to nothing" if path.is_symlink() else "no such image"
+        what = "not a file" if path.exists() else what
+        raise ImageMissingError(f"cannot read image {shown(path)}: {what}")
+    size = path.stat().st_size
+    if size > LARGEST:
+        raise ImageReadError(f"cannot read image {shown(path)}: it has {size} bytes; at most {LARGEST} are read")
 
 
 def check_shape(size: tuple[int, int], resize: int) -> None:
@@ -142,12 +190,18 @@ def _to_rgb(image: Image.Image, kind: str | None) -> Image.Image:
         image = _scaled(np.asarray(image).astype(np.float32), 65535.0)
     elif image.mode in ("I", "F"):
         values = np.asarray(image)
-        image = _scaled(values.astype(np.float32), _top(values, image.mode == "F", kind))
-    return image.convert("RGB")
+        top = _top(values, image.mode == "F", kind)
+        image = _scaled(values.astype(np.float32), top)
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _scaled(values: np.ndarray, top: float) -> Image.Image:
-    return Image.fromarray((np.clip(values / np.float32(top), 0, 1) * 255 + 0.5).astype(np.uint8))
+    """Grey of 8 bits; overwrites ``values``, float32."""
+    values /= np.float32(top)
+    np.clip(values, 0, 1, out=values)
+    values *= 255
+    values += 0.5
+    return Image.fromarray(values.astype(np.uint8))
 
 
 def _top(values: np.ndarray, floating: bool, kind: str | None) -> float:

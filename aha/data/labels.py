@@ -9,11 +9,14 @@ import math
 import re
 import unicodedata
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
+
+from aha.data.images import shown
 
 Data = TypeVar("Data")
 
@@ -21,6 +24,7 @@ _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?|[+-]?(nan|inf|infinity
 _WNID = re.compile(r"n\d{8}")
 _PLACEHOLDER = re.compile(r"LABEL_\d+")  # transformers' names for classes that were given none
 _DELIMITERS = ",;\t"
+LARGEST = 1 << 30  # bytes of a labels file
 
 
 def fit_labels(data: Data, clf: Any) -> Data:
@@ -83,13 +87,13 @@ def _numbered_classes(folder: Any, clf: Any) -> dict[int, int] | None:
     Their order need not be that of the numbers: who sorted the names as text has 0, 1, 10, 2, …
     """
     names = [str(name) for name in clf.class_names or ()]
-    if folder.labels_file is not None or not names or not all(map(is_number, names)):
+    if not folder.by_folder or not names or not all(map(is_number, names)):
         return None
     try:
         places = {as_number(name): place for place, name in enumerate(names)}
     except ValueError:
         return None
-    used = {label for _, label in folder.samples if label >= 0}
+    used = {*_used(folder)}
     return {label: places[label] for label in used} if used <= places.keys() and len(places) == len(names) else None
 
 
@@ -113,27 +117,31 @@ def _holding(wrapper: Any, name: str, inner: Any) -> Any:
 
 
 def _check_numbers(folder: Any, clf: Any) -> None:
-    wrong: dict[int, Path] = {}
-    for path, label in folder.samples:
-        if not -1 <= label < clf.num_classes:
-            wrong.setdefault(label, path)
+    used = _used(folder)
+    wrong = [label for label in used if label >= clf.num_classes]
     if not wrong:
         return
-    known = {label for _, label in folder.samples}
-    hint = " (they seem to count from 1)" if max(known) == clf.num_classes and 0 not in known else ""
-    first = min(wrong)
-    which = f"label {first} is" if len(wrong) == 1 else f"labels {some(sorted(wrong))} are"
+    hint = " (they seem to count from 1)" if max(used) == clf.num_classes and 0 not in used else ""
+    first = wrong[0]
+    which = f"label {first} is" if len(wrong) == 1 else f"labels {some(wrong)} are"
+    path, _ = folder.samples[int((folder.samples.labels == first).argmax())]
     raise ValueError(
-        f"{which} not among the classes of {clf.name}, 0 … {clf.num_classes - 1}{hint}; {wrong[first]} has {first}: "
+        f"{which} not among the classes of {clf.name}, 0 … {clf.num_classes - 1}{hint}; {shown(path)} has {first}: "
         "correct them, or leave the labels out (labels=False)"
     )
+
+
+def _used(folder: Any) -> list[int]:
+    """The labels that images have, sorted, without −1."""
+    labels = np.unique(folder.samples.labels)
+    return labels[labels >= 0].tolist()
 
 
 def _numbers_of(folder: Any, clf: Any) -> tuple[dict[int, int], str]:
     """Label in the folder → label in the classifier, for the labels that its images have, and what to say of it."""
     names: list[str] = list(folder.class_names)
-    used = sorted({label for _, label in folder.samples if label >= 0})
-    kind = "class name" if folder.labels_file is not None or folder.names_given else "class folder"
+    used = _used(folder)
+    kind = "class folder" if folder.by_folder and not folder.names_given else "class name"
     classes = list(clf.class_names or ())
     found, how = _by_name([names[label] for label in used], classes), "name"
     if None in found and all(_PLACEHOLDER.fullmatch(str(name)) for name in classes):
@@ -168,7 +176,7 @@ def _numbers_of(folder: Any, clf: Any) -> tuple[dict[int, int], str]:
         note = f"{_count(len(used), kind)}, the classifier has {clf.num_classes} classes: labels are mapped by {how}"
     elif any(label != number for label, number in zip(used, found, strict=True)):
         note = f"{kind}s are in another order than the classes: labels are mapped by {how}"
-    return dict(zip(used, found, strict=True)), note
+    return dict(zip(used, found, strict=True)), note  # type: ignore[arg-type]
 
 
 def _imagenet(classes: int) -> dict[str, int]:
@@ -213,7 +221,7 @@ def _loosely(name: str) -> str:
 
 def some(things: Sequence[Any], count: int = 3) -> str:
     """The first of several things, and a sign of more."""
-    return ", ".join(map(str, things[:count])) + (", …" if len(things) > count else "")
+    return ", ".join(map(shown, things[:count])) + (", …" if len(things) > count else "")
 
 
 def _count(number: int, what: str) -> str:
@@ -226,18 +234,13 @@ def is_number(text: str) -> bool:
 
 
 def as_number(text: str) -> int:
-    """The integer ≥ −1 that a label spells: 7, 07, 7.0, 7e0; ValueError for another number."""
+    """The integer from −1 to 2³¹ − 1 that a label spells: 7, 07, 7.0, 7e0; ValueError for another number."""
     text = text.strip()
-    if re.fullmatch(r"[+-]?\d+", text):
-        value = int(text)
-    else:
-        number = float(text)
-        if not math.isfinite(number) or number != int(number):
-            raise ValueError(f"label {text!r} is not an integer from -1")
-        value = int(number)
-    if value < -1:
-        raise ValueError(f"label {text!r} is not an integer from -1")
-    return value
+    number = float(text)
+    # below 2³¹ a float is exact: a class is written in whichever way
+    if not math.isfinite(number) or number != int(number) or not -1 <= number < 2**31:
+        raise ValueError(f"label {shown(text)!r} is not an integer from -1 to {2**31 - 1}")
+    return int(number)
 
 
 def number_names(
@@ -261,21 +264,25 @@ def number_names(
             return dict(zip(names, found, strict=True)), list(given)  # type: ignore[arg-type]
         twice = next((name for name in lost if list(given).count(name) > 1), None)
         if twice is not None:
-            raise ValueError(f"{kind} {twice!r} is {list(given).count(twice)} of the class names given: give each once")
+            raise ValueError(
+                f"{kind} {shown(twice)!r} is {list(given).count(twice)} of the class names given: give each once"
+            )
         if not all(is_number(name) for name in names):
-            raise ValueError(f"{kind} {lost[0]!r} is not one of the {len(given)} class names given")
+            raise ValueError(f"{kind} {shown(lost[0])!r} is not one of the {len(given)} class names given")
     numeric = [name for name in names if is_number(name)]
     if numeric and len(numeric) < len(names):
         other = next(name for name in names if not is_number(name))
         raise ValueError(
-            f"{kind}s are both numbers and names ({numeric[0]!r}, {other!r}): use one kind, or give class_names, the "
-            "names of all classes in label order"
+            f"{kind}s are both numbers and names ({shown(numeric[0])!r}, {shown(other)!r}): use one kind, or give "
+            "class_names, the names of all classes in label order"
         )
     if numeric:
         labels = {name: as_number(name) for name in names}
         if given is not None and max(labels.values()) >= len(given):
             worst = max(labels, key=lambda name: labels[name])
-            raise ValueError(f"{kind} {worst!r} is not one of the {len(given)} class names given or their numbers")
+            raise ValueError(
+                f"{kind} {shown(worst)!r} is not one of the {len(given)} class names given or their numbers"
+            )
         return labels, None
     classes = sorted({spelled(name) for name in names})
     place = {name: label for label, name in enumerate(classes)}
@@ -292,56 +299,59 @@ def read_labels(file: Path) -> list[tuple[int, str, str]]:
         ValueError: in one line, for anything else that is wrong with it.
     """
     if not file.is_file():
-        raise FileNotFoundError(f"no such labels file: {file}")
+        raise FileNotFoundError(f"no such labels file: {shown(file)}")
+    name = shown(file)
     try:
+        size = file.stat().st_size
+        if size > LARGEST:
+            raise ValueError(f"{name} has {size} bytes; at most {LARGEST} are read as labels")
         text = file.read_bytes().decode("utf-8-sig")
     except (UnicodeDecodeError, OSError) as error:
         reason = "it is not in UTF-8" if isinstance(error, UnicodeDecodeError) else error.strerror
-        raise ValueError(f"{file} cannot be read ({reason}): save it as UTF-8") from error
+        raise ValueError(f"{name} cannot be read ({reason}): save it as UTF-8") from error
     if "\0" in text:
-        raise ValueError(f"{file} cannot be read (it is not in UTF-8): save it as UTF-8")
-    delimiter = next((mark for mark in _DELIMITERS if {"file", "label"} <= set(_columns(text, mark))), ",")
-    columns = _columns(text, delimiter)
-    missing = [name for name in ("file", "label") if name not in columns]
+        raise ValueError(f"{name} cannot be read (it is not in UTF-8): save it as UTF-8")
+    try:
+        delimiter = next((mark for mark in _DELIMITERS if {"file", "label"} <= set(_columns(text, mark))), ",")
+        columns = _columns(text, delimiter)
+    except csv.Error as error:
+        raise ValueError(f"{name}, line 1: {error}") from error
+    missing = [column for column in ("file", "label") if column not in columns]
     if missing:
-        raise ValueError(f"{file} has no column {' or '.join(missing)}; its first line must name both")
-    twice = [name for name in ("file", "label") if columns.count(name) > 1]
+        raise ValueError(f"{name} has no column {' or '.join(missing)}; its first line must name both")
+    twice = [column for column in ("file", "label") if columns.count(column) > 1]
     if twice:
-        raise ValueError(f"{file} has two columns {twice[0]}: leave one")
+        raise ValueError(f"{name} has two columns {twice[0]}: leave one")
     name_at, label_at = columns.index("file"), columns.index("label")
     rows = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-    next(rows)
     listed = []
     try:
+        next(rows)
         for row in rows:
             cells = [cell.strip() for cell in row]
             if not any(cells):
                 continue
-            where = f"{file}, line {rows.line_num}"
+            where = f"{name}, line {rows.line_num}"
             if any(cells[len(columns) :]):
                 raise ValueError(
                     f"{where}: has {len(cells)} cells, the first line names {len(columns)} columns: put what contains "
                     f"{delimiter!r} in quotes"
                 )
-            cells += [""] * (len(columns) - len(cells))
-            name, label = cells[name_at], cells[label_at]
-            if not name or not label:
-                raise ValueError(f"{where}: needs a file and a label (-1 for unknown), got {name!r} and {label!r}")
+            image, label = (cells[at] if at < len(cells) else "" for at in (name_at, label_at))
+            if not image or not label:
+                raise ValueError(
+                    f"{where}: needs a file and a label (-1 for unknown), got {shown(image)!r} and {shown(label)!r}"
+                )
             # where semicolons separate, commas are decimal points
             decimal = label.replace(",", ".") if delimiter != "," else label
-            listed.append((rows.line_num, name, decimal if is_number(decimal) else label))
+            listed.append((rows.line_num, image, decimal if is_number(decimal) else label))
     except csv.Error as error:
-        raise ValueError(f"{file}, line {rows.line_num}: {error}") from error
+        raise ValueError(f"{name}, line {rows.line_num}: {error}") from error
     if not listed:
-        raise FileNotFoundError(f"no images in {file}: it has no rows")
+        raise FileNotFoundError(f"no images in {name}: it has no rows")
     return listed
 
 
 def _columns(text: str, delimiter: str) -> list[str]:
     first = next(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter), [])
     return [name.strip().casefold() for name in first]
-
-
-def relabel(samples: Iterable[tuple[Path, int]], numbers: Mapping[int, int]) -> list[tuple[Path, int]]:
-    """Samples with other numbers; an unknown label, −1, stays."""
-    return [(path, label if label < 0 else numbers[label]) for path, label in samples]

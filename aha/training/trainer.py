@@ -24,7 +24,7 @@ from .._version import __version__
 from ..calibration import MeanCurves
 from ..checks import check_images, check_integer, check_label, check_number, check_seed
 from ..classifier import Classifier, check_classifier
-from ..data import fit_labels, identity, readable
+from ..data import fit_labels, identity, readable, workers_for
 from ..evidence import ROLES
 from ..explainer import Explainer
 from ..identity import fingerprint
@@ -75,6 +75,8 @@ class TrainConfig:
         dropped_roles: how often the decoder has to do without a role of the evidence, in [0, 1).
         chunk: perturbed images in memory at a time.
         precision: of encoder and classifier, "auto" | "bf16" | "fp32".
+        workers: processes that read images; None: for images on disk one per core but one, at most 8
+            (`aha.data.workers_for`), else none.
         log_every, save_every: in steps; 0 never saves before the end.
     """
 
@@ -110,15 +112,16 @@ class TrainConfig:
     chunk: int = 128
     precision: str = "auto"
     seed: int = 42
-    workers: int = 0
+    workers: int | None = None
     log_every: int = 20
     save_every: int = 500
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "accumulate", "log_every"):
             check_integer(name, getattr(self, name), 1)
-        for name in ("workers", "save_every"):
-            check_integer(name, getattr(self, name), 0)
+        check_integer("save_every", self.save_every, 0)
+        if self.workers is not None:
+            check_integer("workers", self.workers, 0)
         if self.steps is not None:
             check_integer("steps", self.steps, 1)
         if self.cells is not None:
@@ -353,7 +356,7 @@ class Trainer:
         loader = DataLoader(
             subject.data,
             batch_sampler=sampler,
-            num_workers=config.workers,
+            num_workers=workers_for(subject.data, config.workers),
             pin_memory=device.type == "cuda",
             collate_fn=_collated,
         )

@@ -1,0 +1,28 @@
+"""How many processes read the images of a training."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from aha.data.labelled import LabelledImages
+
+MOST = 8
+
+
+def workers_for(data: Any, asked: int | None = None) -> int:
+    """Processes that read ``data`` for a DataLoader: ``asked``, or what keeps decoding off the training process.
+
+    That is, for images on disk and where there are more than two cores for this process, a process for each core but
+    one, and at most 8; cores are shared with the other processes that torchrun started on this machine. Else 0.
+    """
+    if asked is not None:
+        return asked
+    while not isinstance(data, LabelledImages):
+        inner = next((vars(data)[name] for name in ("data", "dataset") if name in getattr(data, "__dict__", {})), None)
+        if inner is None:
+            return 0
+        data = inner
+    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = available // max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    return min(MOST, cores - 1) if cores > 2 else 0
