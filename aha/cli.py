@@ -1,4 +1,4 @@
-"""The command line: ``aha demo | train | explain | refine | evaluate | compare | reproduce | list | info``."""
+"""The command line: ``aha demo | train | plan | explain | refine | evaluate | compare | reproduce | list | info``."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ STEP = 640  # of the overlays of a refinement, which stand side by side
 COMMANDS = {
     "demo": "train an explainer for the demo classifier, evaluate it against the baselines, write a report",
     "train": "train an explainer for a classifier on a folder of images",
+    "plan": "what training and evaluation would take: passes, memory, hours and cost",
     "explain": "attribution maps and overlays of images",
     "refine": "refine the maps of images step by step",
     "evaluate": "faithfulness of an explainer on a folder of images",
@@ -567,6 +568,10 @@ def _run(name: str, arguments: list[str]) -> None:
         from .training.command import train
 
         commands["train"] = train
+    if name == "plan":  # likewise
+        from .plan import command
+
+        commands["plan"] = command
     tyro.cli(commands[name], prog=f"aha {name}", args=arguments, config=(tyro.conf.OmitArgPrefixes,))
 
 

@@ -1,4 +1,4 @@
-"""What a classifier says of its own decision: maps by role, all of one forward and one backward pass.
+"""What a classifier says of its own decision: maps by role, all of one forward pass and one backward pass per class.
 
 Every architecture has the roles, each in its own way:
 
@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .checks import check_answers
+from .checks import check_answers, check_target
 from .classifier import Classifier
 from .full_gradient import TokenTerms
 from .geometry import as_maps
@@ -40,10 +40,11 @@ class Evidence(NamedTuple):
     """What `evidence` found.
 
     Attributes:
-        maps: (B, roles, H, W), each of mean 0 and standard deviation 1 over the image; 0 where absent or flat.
+        maps: (N, roles, H, W), each of mean 0 and standard deviation 1 over the image; 0 where absent or flat. N is
+            B, or B·M of M targets per image, image-major.
         present: (roles,) whether the architecture has the role.
         logits: (B, classes), of the same pass.
-        target: (B,) the classes that the maps are of.
+        target: (N,) the classes that the maps are of.
     """
 
     maps: Tensor
@@ -53,7 +54,7 @@ class Evidence(NamedTuple):
 
     @property
     def best(self) -> Tensor:
-        """(B, 1, H, W): the single map that is known to be the best, the full gradient."""
+        """(N, 1, H, W): the single map that is known to be the best, the full gradient."""
         return self.maps[:, :1]
 
 
@@ -73,22 +74,30 @@ class Evident:
         self._libra = self._has_rules()
 
     def __call__(self, images: Tensor, target: Tensor | Sequence[int] | int | None = None) -> Evidence:
-        """One forward and one backward pass.
+        """One forward pass, and one backward pass per target of an image.
 
         Args:
             images: (B, C, H, W) in [0, 1].
-            target: (B,) classes, one for all, or None: the predicted ones.
+            target: (B,) classes, one for all, (B, M) of M classes per image, or None: the predicted ones.
         """
         images = self.clf.check(images).detach()
-        if target is not None:
-            target = self.clf.resolve_target(images, target)
+        if isinstance(target, Tensor) and target.ndim == 2:
+            if len(target) != len(images) or not target.shape[1]:
+                raise ValueError(f"target has shape {tuple(target.shape)}: give ({len(images)}, M) classes, M ≥ 1")
+            flat = check_target(target.flatten(), target.numel(), self.clf.num_classes, images.device)
+            target = flat.view(target.shape)
+        elif target is not None:
+            target = self.clf.resolve_target(images, target)[:, None]
         with protected(self.clf), self._rules():
             maps, logits, target = self._read(images, target)
             check_answers(logits.detach().softmax(dim=1), self.clf.name)
-        present = torch.tensor([m is not None for m in maps], device=images.device)
+        present = torch.tensor([m is not None for m in maps[0]], device=images.device)
         blank = torch.zeros_like(images[:, :1])
-        stacked = torch.cat([blank if m is None else _standardized(m.detach().float()) for m in maps], dim=1)
-        return Evidence(stacked, present, logits.detach(), target)
+        each = [
+            torch.cat([blank if m is None else _standardized(m.detach().float()) for m in of], dim=1) for of in maps
+        ]
+        stacked = each[0] if len(each) == 1 else torch.stack(each, dim=1).flatten(0, 1)
+        return Evidence(stacked, present, logits.detach(), target.flatten())
 
     def _rules(self) -> AbstractContextManager:
         return libra(self.clf.module) if self._libra else nullcontext()
@@ -103,7 +112,8 @@ class Evident:
         return True
 
 
-Read = Callable[[Tensor, Tensor | None], tuple[list[Tensor | None], Tensor, Tensor]]
+# images and targets (B, M), or None → for each of the M the roles' maps (B, 1, H, W), and logits and targets
+Read = Callable[[Tensor, Tensor | None], tuple[list[list[Tensor | None]], Tensor, Tensor]]
 
 
 def _standardized(maps: Tensor) -> Tensor:
@@ -112,10 +122,10 @@ def _standardized(maps: Tensor) -> Tensor:
     return (standardize(maps / torch.where(most > 0, most, 1)) - 0.5) / 0.29
 
 
-def _chosen(logits: Tensor, target: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The sum of the targets' logits, and the targets."""
-    target = logits.argmax(dim=1) if target is None else target
-    return logits.gather(1, target[:, None]).sum(), target
+def _chosen(logits: Tensor, target: Tensor | None) -> tuple[list[Tensor], Tensor]:
+    """The sums over the images of their first, second … target's logit, and the targets (B, M)."""
+    target = logits.argmax(dim=1, keepdim=True) if target is None else target
+    return list(logits.gather(1, target).sum(dim=0)), target
 
 
 def _of_tokens(clf: Classifier) -> Read | None:
@@ -125,7 +135,7 @@ def _of_tokens(clf: Classifier) -> Read | None:
     blocks, prefix, readout, softmaxes = found.blocks, found.prefix, found.readout, found.softmaxes
     patches = slice(prefix, None)
 
-    def read(images: Tensor, target: Tensor | None) -> tuple[list[Tensor | None], Tensor, Tensor]:
+    def read(images: Tensor, target: Tensor | None) -> tuple[list[list[Tensor | None]], Tensor, Tensor]:
         size = (int(images.shape[-2]), int(images.shape[-1]))
         rows, cols = found.grid(*size)
         tokens = prefix + rows * cols
@@ -142,16 +152,19 @@ def _of_tokens(clf: Classifier) -> Read | None:
         hooks = [(module, watch) for module in softmaxes or ()]
         with undisturbed(clf, hooks, unfused=True), terms.recorded():
             logits = clf(images)
-        score, target = _chosen(logits, target)
-        terms.trace(score)
-        maps: list[Tensor | None] = [terms.total[:, patches], None, None]
-        if len(weights) == len(blocks):
-            maps[2] = read_out[0]
-            if len(blocks) > 1:
-                # the mean over all queries of a block's attention, with the tokens that leave it
-                pairs = zip(terms.inputs[1:], weights, strict=False)
-                maps[1] = torch.stack([inputs[:, patches] * weight for inputs, weight in pairs]).sum(dim=0)
-        return [None if m is None else _enlarged(m.reshape(-1, 1, rows, cols), size) for m in maps], logits, target
+        scores, target = _chosen(logits, target)
+        by_target: list[list[Tensor | None]] = []
+        for number, score in enumerate(scores, 1):
+            terms.trace(score, again=number < len(scores))
+            maps: list[Tensor | None] = [terms.total[:, patches], None, None]
+            if len(weights) == len(blocks):
+                maps[2] = read_out[0]
+                if len(blocks) > 1:
+                    # the mean over all queries of a block's attention, with the tokens that leave it
+                    pairs = zip(terms.inputs[1:], weights, strict=False)
+                    maps[1] = torch.stack([inputs[:, patches] * weight for inputs, weight in pairs]).sum(dim=0)
+            by_target.append([None if m is None else _enlarged(m.reshape(-1, 1, rows, cols), size) for m in maps])
+        return by_target, logits, target
 
     return read
 
@@ -168,8 +181,9 @@ def _of_maps(clf: Classifier) -> Read:
     except ValueError:
         cuts = []
 
-    def read(images: Tensor, target: Tensor | None) -> tuple[list[Tensor | None], Tensor, Tensor]:
+    def read(images: Tensor, target: Tensor | None) -> tuple[list[list[Tensor | None]], Tensor, Tensor]:
         size = (int(images.shape[-2]), int(images.shape[-1]))
+        # of the backward pass that is going on
         total = torch.zeros_like(images[:, :1])
         last: list[Tensor | None] = [None, None]
 
@@ -194,8 +208,12 @@ def _of_maps(clf: Classifier) -> Read:
             for module in cuts:
                 stack.callback(module.register_forward_hook(cut).remove)
             logits = clf.forward_normalized(pixels)
-        score, target = _chosen(logits, target)
-        (gradient,) = torch.autograd.grad(score, pixels)
-        return [total + (pixels.detach() * gradient).sum(dim=1, keepdim=True), *last], logits, target
+        scores, target = _chosen(logits, target)
+        by_target: list[list[Tensor | None]] = []
+        for number, score in enumerate(scores, 1):
+            total.zero_()
+            (gradient,) = torch.autograd.grad(score, pixels, retain_graph=number < len(scores))
+            by_target.append([total + (pixels.detach() * gradient).sum(dim=1, keepdim=True), *last])
+        return by_target, logits, target
 
     return read

@@ -203,7 +203,7 @@ _TOKEN_MIXING = ("mlp_tokens", "linear_tokens", "mlp_channels.gate.proj")
 
 
 class TokenTerms:
-    """The terms of `FullGradPlus` by token, of one forward and one backward pass.
+    """The terms of `FullGradPlus` by token, of one forward pass and a backward pass per score.
 
     >>> with terms.recorded():
     ...     logits = clf(images)
@@ -251,9 +251,10 @@ class TokenTerms:
             with Constants(self._found):
                 yield
 
-    def trace(self, score: Tensor) -> None:
-        """The backward pass from ``score``, the sum of the targets' logits."""
-        torch.autograd.grad(score, self._start[0])
+    def trace(self, score: Tensor, again: bool = False) -> None:
+        """The backward pass from ``score``, the sum of the targets' logits; ``again``: another score will follow."""
+        self.biases = 0.0
+        torch.autograd.grad(score, self._start[0], retain_graph=again)
 
     def _enter(self, _module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         hidden = args[0]

@@ -93,6 +93,23 @@ def test_one_pass_serves_all(kind):
     assert torch.allclose(clf(images), logits)
 
 
+@pytest.mark.parametrize("kind", ["vit", "mixer", "resnet", "swin", "cait"])
+def test_targets_of_an_image_share_the_forward_pass(kind):
+    clf = make(kind)
+    images, evident = pictures(clf, 2), Evident(clf)
+    target = torch.tensor([[3, 1, 0], [2, 2, 3]])
+    with count_passes(clf) as seen:
+        found = evident(images, target)
+    assert (seen.forward, seen.backward) == (2, 6)
+    assert found.target.tolist() == [3, 1, 0, 2, 2, 3] and len(found.logits) == 2
+    for n in range(3):
+        alone = evident(images, target[:, n])
+        assert torch.allclose(found.maps[n::3], alone.maps, atol=1e-5)
+        assert torch.equal(found.present, alone.present)
+    with pytest.raises(ValueError, match=r"target has shape \(1, 2\): give \(2, M\) classes"):
+        evident(images, target[:1, :2])
+
+
 def test_maps_have_one_scale_and_flat_ones_are_0():
     clf = make("vit")
     blocks = clf.module.blocks

@@ -149,8 +149,8 @@ class Explainer(nn.Module):
         seen = base = None
         if self.sees_evidence:
             repeats = target.shape[1] if target.ndim == 2 else 1
-            each = images.repeat_interleave(repeats, dim=0)
-            found = self.evidence(each, target.flatten())
+            each = images if repeats == 1 else images.repeat_interleave(repeats, dim=0)
+            found = self.evidence(images, target)
             present = found.present if roles is None else found.present & roles.to(found.present.device)
             seen, base = (each, found.maps, present.expand(len(each), -1)), found.best
         height, width = images.shape[-2:]

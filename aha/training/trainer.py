@@ -292,7 +292,7 @@ class Trainer:
         log = Log(self.folder if self.accelerator.is_main_process else None, self.step, self.total, progress)
         self.model.train()
         try:
-            for batch in self._loader():
+            for batch in log.waiting(self._loader()):
                 record = self._train_step(batch)
                 self.step += 1
                 if self.step % self.config.log_every == 0 or self.step == self.total:
@@ -625,7 +625,17 @@ class Log:
             folder.mkdir(parents=True, exist_ok=True)
             self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else None)
             self.file = open(folder / "log.jsonl", "a", buffering=1)  # noqa: SIM115 - closed in close()
-        self.images, self.since = 0, time.perf_counter()
+        self.images, self.waited, self.since = 0, 0.0, time.perf_counter()
+
+    def waiting(self, batches: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        """The batches; what each is waited for counts as ``data_wait``, a share of the time since the line before."""
+        while True:
+            asked = time.perf_counter()
+            batch = next(batches, None)
+            self.waited += time.perf_counter() - asked
+            if batch is None:
+                return
+            yield batch
 
     def advance(self, images: int) -> None:
         self.images += images
@@ -633,8 +643,9 @@ class Log:
 
     def write(self, step: int, values: dict[str, float]) -> None:
         now = time.perf_counter()
-        values = {**values, "images_per_second": self.images / max(1e-9, now - self.since)}
-        self.images, self.since = 0, now
+        passed = max(1e-9, now - self.since)
+        values = {**values, "images_per_second": self.images / passed, "data_wait": self.waited / passed}
+        self.images, self.waited, self.since = 0, 0.0, now
         if self.writer is not None:
             for name, value in values.items():
                 self.writer.add_scalar(name, value, step)
@@ -643,7 +654,8 @@ class Log:
         note = f"loss {values['loss']:.3g}"
         if {"insertion", "deletion"} <= values.keys():
             note = f"ins−del {values['insertion'] - values['deletion']:+.3f}"
-        self.bar.update(self.task, note=f"{note}  {values['images_per_second']:.1f} images/s")
+        speed = f"{values['images_per_second']:.1f} images/s, {values['data_wait']:.0%} waiting for data"
+        self.bar.update(self.task, note=f"{note}  {speed}")
 
     def close(self) -> None:
         self.bar.stop()

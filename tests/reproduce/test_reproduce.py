@@ -54,8 +54,8 @@ def scenes():
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_every_experiment_can_be_estimated(name, tmp_path, monkeypatch):
-    monkeypatch.setattr(estimate, "throughput", lambda clf: 100.0)
-    monkeypatch.setattr(estimate, "_with_random_weights", lambda _: from_name("random:test_vit"))
+    monkeypatch.setattr(estimate, "time_of_a_pass", lambda clf: (0.01, 2.0))
+    monkeypatch.setattr(estimate, "untrained", lambda _: from_name("random:test_vit"))
     monkeypatch.setattr(catalog, "ENCODER", None)  # a ViT-L takes seconds to make
     paper = run.Setting("paper", "imagenet", tmp_path, masks=tmp_path)
     work = estimate.estimate(name, paper)
@@ -104,7 +104,7 @@ def passes_of_all_classifiers(monkeypatch):
 @pytest.mark.parametrize("name", ["table1", "table7", "mda-table1", "fig3"])
 def test_the_estimate_is_what_is_counted(name, tmp_path, monkeypatch):
     """A whole experiment at small scale, from training to the last metric, against --dry-run's sum."""
-    monkeypatch.setattr(estimate, "throughput", lambda clf: 100.0)
+    monkeypatch.setattr(estimate, "time_of_a_pass", lambda clf: (0.01, 2.0))
     small = setting(tmp_path, images=3)
     work = estimate.estimate(name, small)
     with passes_of_all_classifiers(monkeypatch) as counted:
@@ -116,7 +116,7 @@ def test_the_estimate_is_what_is_counted(name, tmp_path, monkeypatch):
 
 def test_the_estimate_counts_every_crop_of_a_folder(tmp_path, monkeypatch):
     """Protocols that crop differently have the methods explain twice; scenes, of one size, do not show it."""
-    monkeypatch.setattr(estimate, "throughput", lambda clf: 100.0)
+    monkeypatch.setattr(estimate, "time_of_a_pass", lambda clf: (0.01, 2.0))
     short = Protocol("wide", points=4, references=("black",), metrics=("deletion",))
     tight = dataclasses.replace(short, name="tight", preprocessing=Preprocessing(1.0))
     for protocol in (short, tight):

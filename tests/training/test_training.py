@@ -6,6 +6,7 @@ import math
 import os
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -39,6 +40,14 @@ class Images(torch.utils.data.Dataset):
         if index == self.bad:
             image[0, 0, 0] = float("nan")
         return {"image": image, "label": index % 5}
+
+
+class SlowImages(Images):
+    """Images that take 30 ms each to read."""
+
+    def __getitem__(self, index):
+        time.sleep(0.03)
+        return super().__getitem__(index)
 
 
 def fresh():
@@ -296,3 +305,13 @@ def test_two_processes_train_as_one(tmp_path):
     for name, value in first.items():
         if name not in SHIFTS:
             torch.testing.assert_close(second[name], value, rtol=1e-3, atol=1e-5, msg=name)
+
+
+def test_the_log_says_how_long_a_step_waits_for_data(tmp_path):
+    config = dataclasses.replace(CONFIG, output=str(tmp_path))
+    fit(config, SlowImages())
+    for line in (tmp_path / "log.jsonl").read_text().splitlines():
+        record = json.loads(line)
+        seconds = config.log_every * config.batch_size / record["images_per_second"]
+        waited = record["data_wait"] * seconds
+        assert 0.03 * config.log_every * config.batch_size <= waited < seconds
