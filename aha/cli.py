@@ -199,7 +199,7 @@ def compare(
     Args:
         classifier: timm names, hf: and a transformers name or folder, random: and a timm name, or scenes.
         weights: local weights files (.safetensors, .pth) instead of the hub, one per classifier.
-        data: a folder of images (ImageFolder, ImageNet or flat with labels.csv), or scenes.
+        data: a folder of images (ImageFolder, ImageNet, flat with labels.csv, or .tar shards), or scenes.
         split: sub-folder of the data, e.g. val.
         holdout: evaluate only the images that train --holdout kept aside.
         masks: folder of masks of the object, <image name>.png, for the localisation metrics.

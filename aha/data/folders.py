@@ -141,7 +141,7 @@ class ImageFolder(LabelledImages):
         return {**super().identity(content, indices), "masks": self.masks is not None}
 
     def _marks(self, places: Sequence[int], content: bool) -> Iterable[bytes]:
-        sizes = None if content else sizes_of(self.samples, self.folder)
+        sizes = None if content else sizes_of(self.samples, self.folder, places)
         for place in places:
             mark = _bytes_of(self.samples[place][0]) if sizes is None else _size(int(sizes[place]))
             mask = None if self.masks is None else self.masks[place]

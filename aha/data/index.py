@@ -67,22 +67,24 @@ class Index:
             self._changed = True
         return record
 
-    def extend(self, real: str, key: str, make: Callable[[], Any]) -> Any:
-        """What ``make`` returns, kept as ``key`` of the record at ``real``, where there is one."""
-        kept = self._used.get(real)
-        if kept is not None and key in kept[1]:
-            return kept[1][key]
-        value = make()
-        if kept is not None and _state(real) == kept[0]:
-            kept[1][key] = value
-            self._changed = True
-        return value
+    def kept(self, real: str, key: str) -> Any:
+        """What `extend` kept as ``key`` of the record at ``real``, or None."""
+        return self._used[real][1].get(key) if real in self._used else None
 
-    def save(self, images: int) -> None:
-        """Keep the records used since; of ``images`` below `WORTH` none."""
-        if self._file is None or images < WORTH or not (self._changed or len(self._used) < len(self._known)):
+    def extend(self, real: str, key: str, value: Any) -> None:
+        """Keep ``value`` as ``key`` of the record at ``real``, where there is one that still stands."""
+        used = self._used.get(real)
+        if used is not None and _state(real) == used[0]:
+            used[1][key] = value
+            self._changed = True
+
+    def save(self, images: int, whole: bool = True) -> None:
+        """Write the records where there are enough ``images``; ``whole``: those used are all that there are now."""
+        stale = whole and len(self._used) < len(self._known)
+        if self._file is None or images < WORTH or not (self._changed or stale):
             return
-        content = json.dumps(self._used, separators=(",", ":")).encode("ascii")
+        records = self._used if whole else {**self._known, **self._used}
+        content = json.dumps(records, separators=(",", ":")).encode("ascii")
         try:
             write_atomically(self._file, f"{FORMAT} {hashlib.sha256(content).hexdigest()}\n".encode() + content)
         except OSError:

@@ -283,32 +283,43 @@ def _once(groups: Sequence[Group]) -> Found:
     return Found(kept, again)
 
 
-def sizes_of(samples: Samples, folder: Path) -> np.ndarray:
-    """(N,) int64, bytes of every file as its folder was first listed; −1 where there is none.
+def sizes_of(samples: Samples, folder: Path, places: Sequence[int]) -> np.ndarray:
+    """(N,) int64, bytes of the files at ``places`` as their folders were first listed; −1 where there is none.
 
     A file that is written over in place keeps the size it had until something in its folder comes, goes or is renamed.
     """
     index = Index("folders", folder)
     sizes = np.full(len(samples), -1, np.int64)
+    wanted = np.zeros(len(samples), bool)
+    wanted[places] = True
     bounds = np.flatnonzero(np.diff(samples.place, prepend=-1, append=-1))
     for start, stop in itertools.pairwise(bounds.tolist()):
+        asked = np.flatnonzero(wanted[start:stop]) + start
+        if not len(asked):
+            continue
         at = samples.folders[samples.place[start]]
-        known = _sizes_in(index, at) if stop - start > 1 else {}
-        for place in range(start, stop):
+        # for a few of many files, as of a part that is held out, not all of them
+        known = _sizes_in(index, at, make=2 * len(asked) >= stop - start) if stop - start > 1 else {}
+        for place in asked.tolist():
             name = samples.name(place)
             sizes[place] = known[name] if name in known else size_of(os.path.join(at, name))
-    index.save(len(samples))
+    index.save(len(samples), whole=False)
     return sizes
 
 
-def _sizes_in(index: Index, folder: str) -> dict[str, int]:
-    """Bytes of the images of a folder that are no links."""
+def _sizes_in(index: Index, folder: str, make: bool) -> dict[str, int]:
+    """Bytes of the images of a folder that are no links; none of them unless they are kept, or to ``make``."""
     real = os.path.realpath(folder)
     try:
-        names = [name for name in index.record(real, lambda: _listed(folder))["files"].split("/") if name]
+        names = [name for name in index.record(real, functools.partial(_listed, folder))["files"].split("/") if name]
     except ImageReadError:
         return {}
-    sizes = index.extend(real, "sizes", lambda: [size_of(os.path.join(real, name)) for name in names])
+    sizes = index.kept(real, "sizes")
+    if sizes is None:
+        if not make:
+            return {}
+        sizes = [size_of(os.path.join(real, name)) for name in names]
+        index.extend(real, "sizes", sizes)
     return dict(zip(names, sizes, strict=True))
 
 

@@ -128,7 +128,7 @@ def test_links_are_followed_anew(tmp_path, listed):
     assert "a" not in {Path(folder).name for folder in listed}
 
 
-def test_sizes_are_kept_with_the_folder(tmp_path, monkeypatch):
+def test_sizes_are_kept_with_the_folder(tmp_path, cache, monkeypatch):
     root = tree(tmp_path / "in", "a/1.png", "a/3.png", "b/2.png", "b/4.png")
     before = identity(ImageFolder(root, 8), content=False)
     stat = os.stat
@@ -137,6 +137,9 @@ def test_sizes_are_kept_with_the_folder(tmp_path, monkeypatch):
         patch.setattr(os, "stat", lambda path, *args, **more: asked.append(str(path)) or stat(path, *args, **more))
         assert identity(ImageFolder(root, 8), content=False) == before
     assert not [path for path in asked if path.endswith(".png")]
+    kept = [file.read_bytes() for file in cache.iterdir()]
+    find_images(root)  # finds all it needs, and neither forgets what the other keeps
+    assert [file.read_bytes() for file in cache.iterdir()] == kept
     time.sleep(TICK)
     (root / "a" / "1.png").write_bytes(b"longer")  # in place: nothing about the folder tells, only the content does
     assert identity(ImageFolder(root, 8), content=False) == before
