@@ -36,7 +36,7 @@ class Store(Protocol):
 
 
 class Memory:
-    """Pieces of this process only; maps are measured and forgotten."""
+    """Pieces of this process, until `gather`; maps are measured and forgotten."""
 
     keeps_maps = False
 
@@ -51,6 +51,13 @@ class Memory:
 
     def put(self, key: Key, arrays: Arrays) -> None:
         self._pieces[key] = arrays
+
+    def gather(self) -> None:
+        """Take in the pieces of the other processes of a run, which call this too."""
+        from accelerate.utils import gather_object
+
+        for pieces in gather_object([self._pieces]):
+            self._pieces.update(pieces)
 
 
 class Folder:

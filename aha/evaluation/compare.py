@@ -10,10 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from accelerate import PartialState
-
-from .. import identity
+from .. import identity, processes
 from .._version import __version__
 from ..attributors import MethodSpec
 from ..classifier import Classifier
@@ -93,8 +90,8 @@ def compare(
     Every method's maps (half precision) and every protocol's scores are kept batch by batch under
     ``output``/cells, in folders named after all settings that decide them. Running again computes what is
     missing, so an interrupted run, another protocol, another method or more processes cost only the difference.
-    Processes (``accelerate launch``) share the batches through that folder; the numbers do not depend on how
-    many there are.
+    Processes (``torchrun``, ``accelerate launch``) share the batches through that folder; the numbers do not depend on
+    how many there are.
 
     Args:
         sources: one per classifier, all with the same images.
@@ -123,8 +120,7 @@ def compare(
     presets = list({(preset := get_protocol(protocol)).name: preset for protocol in protocols}.values())
     localisation = get_protocol("localisation")
     per_source: Any = methods if methods and not isinstance(methods[0], MethodSpec) else [methods] * len(sources)
-    # asked for a device that is not there, accelerate takes every process for the only one
-    state = PartialState(cpu=not torch.cuda.is_available())
+    state = processes.join()
     done = Comparison()
     engines: dict[tuple[str, str], list[Engine]] = {}
     for source, specs in zip(sources, per_source, strict=True):
@@ -166,7 +162,7 @@ def compare(
         announce = announcing(progress if state.is_main_process else None, *made)
         for engine in made:
             engine.run(announce)
-    state.wait_for_everyone()
+    processes.wait()
     if not state.is_main_process:
         return None
     for key, (first, *others) in engines.items():
