@@ -58,7 +58,7 @@ class TrainConfig:
         objective: "ranking" (AHA), "fastshap" or "vit_shapley" (Shapley values, see `aha.shapley`).
         output: folder for checkpoints, logs and the final explainer; None keeps nothing on disk.
         epochs: passes over the data; ``steps`` overrides it.
-        batch_size: images per optimizer step, which all processes share.
+        batch_size: images per optimizer step, which all processes share (published: 32 per GPU).
         accumulate: the batch is processed in this many parts, their gradients added; batch norms see a part.
         lr, weight_decay, clip, warmup: AdamW, gradient norm, share of the steps.
         fractions: S, points on the curves.

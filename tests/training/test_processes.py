@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -9,8 +10,10 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from aha import processes
 from aha.evaluation import Records
@@ -29,13 +32,12 @@ def environment(**more):
     return {**kept, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", **more}
 
 
-def launched(count, *command, expected=0):
-    """Output of ``python -m command`` in ``count`` processes, as torchrun starts them."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
-    command = [*launcher, "-m", *map(str, command)]
+def torchrun(*arguments):
+    """What torchrun prints, of which the launcher's own lines are left out."""
+    command = [sys.executable, "-m", "torch.distributed.run", *map(str, arguments)]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=170, cwd=ROOT)
-    assert done.returncode == expected, done.stderr[-3000:]
-    return done
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +62,7 @@ def three(tmp_path_factory, two):
 
 def together(tmp_path_factory, count, before):
     folder = tmp_path_factory.mktemp(str(count))
-    launched(count, "tests.training.together", folder, before)
+    torchrun("--standalone", "--nproc-per-node", count, "-m", "tests.training.together", folder, before)
     return folder
 
 
@@ -76,8 +78,7 @@ def differences(first, second):
     return {name: max(abs(a[name] - b[name]) for a, b in pairs) for name in names}
 
 
-@pytest.mark.parametrize("count", ["two", "three"])
-@pytest.mark.parametrize("name", TRAININGS)
+@pytest.mark.parametrize(("count", "name"), [*(("two", name) for name in TRAININGS), ("three", "ranking")])
 def test_several_processes_train_as_one(request, one, count, name):
     several = request.getfixturevalue(count)
     first, second = log(one / name), log(several / name)
@@ -145,6 +146,44 @@ def test_a_process_that_sees_no_others_does_not_do_their_work(tmp_path):
     assert "ValueError: WORLD_SIZE=2 but accelerate sees 1 process" in done.stderr
 
 
+def test_the_commands_of_the_documentation(tmp_path):
+    section = (ROOT / "docs" / "clusters.md").read_text().split("## Many processes")[1]
+    train_, evaluate_ = (
+        re.search(r"```sh\n(.*?)```", section, re.DOTALL)[1].replace("runs/", f"{tmp_path}/").splitlines()
+    )
+    fast = ["--fractions", 4, "--log-every", 1]  # in seconds
+    said = torchrun(*train_.split()[1:], *fast)
+    assert said.count("explainer written to") == 1
+    assert [record["step"] for record in log(tmp_path / "two")] == [1, 2, 3, 4]
+    said = torchrun(*evaluate_.split()[1:])
+    assert said.count("results written to") == 1
+    summary = json.loads((tmp_path / "two" / "evaluation" / "summary.json").read_text())
+    assert (summary["classifier"]["images"], list(summary["methods"])) == (8, ["aha T=0"])
+
+
+def test_explained_images_are_shared(tmp_path):
+    for i in range(3):
+        Image.fromarray(np.full((40, 40, 3), 60 * i, np.uint8)).save(tmp_path / f"{i}.png")
+    (tmp_path / "9.png").write_text("no image")
+    command = [
+        sys.executable,
+        "-m",
+        "aha.cli",
+        "explain",
+        tmp_path,
+        "--classifier",
+        "scenes",
+        "--output",
+        tmp_path / "maps",
+    ]
+    assert [process.wait(timeout=100) for process in by_hand(2, command, tmp_path)] == [1, 0]
+    said = [(tmp_path / f"{rank}.txt").read_text() for rank in range(2)]
+    assert [[f"{i}.png: " in text for i in range(3)] for text in said] == [[True, False, True], [False, True, False]]
+    assert ["3 maps written" in text for text in said] == [True, False]
+    assert ["1 of 4 images failed" in text for text in said] == [True, False]
+    assert sorted(path.name for path in (tmp_path / "maps").glob("*.npy")) == ["0.npy", "1.npy", "2.npy"]
+
+
 def by_hand(count, command, folder, **more):
     """Processes started as srun does, each by itself: no launcher ends them."""
     with socket.socket() as free:
@@ -166,6 +205,15 @@ def waits(true, seconds=100):
     while not true():
         assert time.monotonic() < end
         time.sleep(0.1)
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch):
+    monkeypatch.setattr(processes.PartialState, "_shared_state", {})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    with pytest.raises(ValueError, match="3 processes for 2 GPUs"):
+        processes.join()
 
 
 def test_where_a_process_is_killed_the_others_end_with_one_line(tmp_path):
@@ -199,7 +247,7 @@ def slow(images, target):
     time.sleep(0.2)
     return images.mean(dim=1, keepdim=True)
 
-processes.SILENCE = 5
+processes.BEAT, processes.SILENCE, processes.GRACE = 0.5, 5, 1
 evaluation.evaluate(tiny_classifier(), {"slow": slow}, Images(10_000), batch_size=1)
 """
 

@@ -74,11 +74,12 @@ def measure(folder):
 
 
 def main(folder, before):
-    for name in TRAININGS:
+    two = processes.join().num_processes == 2
+    for name in TRAININGS if two else ["ranking"]:
         explainer = train(name, folder)
         buffers = {key: value.tolist() for key, value in explainer.decoder.state_dict().items()}
         assert all(other == buffers for other in processes.gathered([buffers])), "processes have other weights"
-    if processes.join().num_processes == 2:
+    if two:
         train("ranking", folder, own_norms=True, output="own_norms")
     train("ranking", folder, resume=before / "ranking" / "checkpoints" / "step_00000010", output="resumed")
     rest = measure(folder)
