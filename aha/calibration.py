@@ -162,6 +162,12 @@ class MeanCurves:
         self.total = found if self.total is None else self.total + found
         self.images += len(curves)
 
+    def extend(self, other: MeanCurves) -> None:
+        """Take in all that ``other`` has seen."""
+        if other.total is not None:
+            self.total = other.total if self.total is None else self.total + other.total
+            self.images += other.images
+
     def response(self) -> Response | None:
         """Of the mean curves; None if there were no images."""
         if self.total is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -135,6 +136,8 @@ def evaluate(
 ) -> None:
     """Faithfulness of an explainer, and of other methods beside it.
 
+    Several processes (torchrun --nproc-per-node N -m aha.cli evaluate …) share the work.
+
     Args:
         explainer: folder written by train; default: the universal explainer, which serves any --classifier.
         classifier: what is explained; default: the classifier that the explainer was trained for.
@@ -193,8 +196,9 @@ def compare(
     """Classifiers × methods × metrics × references × targets over a set of images, resumable.
 
     Maps and scores are kept under OUTPUT/cells; running again computes only what is missing. Several processes
-    (accelerate launch -m aha.cli compare …) share the work. Writes scores and images (.parquet, or .csv without
-    pyarrow), and for every classifier and target summary.json, tables in Markdown and LaTeX, figures and report.html.
+    (torchrun --nproc-per-node N -m aha.cli compare …) share the work. Writes scores and images (.parquet, or .csv
+    without pyarrow), and for every classifier and target summary.json, tables in Markdown and LaTeX, figures and
+    report.html.
 
     Args:
         classifier: timm names, hf: and a transformers name or folder, random: and a timm name, or scenes.
@@ -295,6 +299,7 @@ def reproduce(
         workers: processes that read training images.
         seed: of everything random.
     """
+    from . import processes
     from .reproduce import estimate, run
 
     small = scale == "small"
@@ -305,7 +310,9 @@ def reproduce(
     if dry_run:
         estimate.main(experiment, setting)
         return
-    print(f"results written to {run.reproduce(experiment, setting)}")
+    page = run.reproduce(experiment, setting)
+    if processes.join().is_main_process:
+        print(f"results written to {page}")
 
 
 def report(folder: Path) -> None:
@@ -390,13 +397,16 @@ def _evaluate(
     seed: int,
     skipped: list[str],
 ) -> None:
-    from . import terminal
+    from . import processes, terminal
     from .evaluation import evaluate
     from .report import figures, html, tables
 
     output.mkdir(parents=True, exist_ok=True)  # before hours of measuring
-    with terminal.progress() as bar:
+    main = processes.join().is_main_process
+    with terminal.progress(disable=not main) as bar:
         result = evaluate(classifier, methods, data, target=target, batch_size=batch_size, seed=seed, progress=bar)
+    if not main:  # another process writes
+        return
     result.write(output)
     console = terminal.console()
     console.print(tables.of(result).to_rich())
@@ -488,7 +498,7 @@ def _explain(
     import numpy as np
     from rich.progress import track
 
-    from . import overlays, photograph
+    from . import overlays, photograph, processes
     from .checks import check_integer, check_number, check_target
     from .data import find_images, output_names
 
@@ -502,7 +512,9 @@ def _explain(
         check_target(target, 1, classifier.num_classes, classifier.device)
     bad: list[str] = []
     output.mkdir(parents=True, exist_ok=True)
-    for file, name in track(list(zip(files, output_names(files), strict=True)), "explaining", disable=len(files) < 2):
+    state = processes.join()
+    own = list(zip(files, output_names(files), strict=True))[state.process_index :: state.num_processes]
+    for file, name in track(own, "explaining", disable=len(files) < 2 or not state.is_main_process):
         try:
             found = photograph.explain(file, classifier, make_maps, target, fit)
             maps = found.maps if every_step else found.maps[-1:]
@@ -513,6 +525,9 @@ def _explain(
             bad.append(str(error) if str(file) in str(error) else f"{file}: {error}")
             continue
         print(f"{file.name}: {'; '.join(caption)}")
+    bad = processes.gathered(bad)
+    if not state.is_main_process:
+        return
     print(f"{len(files) - len(bad)} maps written to {output}")
     if bad:
         raise failed(bad, len(files), "images")
@@ -572,6 +587,10 @@ def _run(name: str, arguments: list[str]) -> None:
         from .plan import command
 
         commands["plan"] = command
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        from . import processes
+
+        processes.join()  # which gives each its GPU
     tyro.cli(commands[name], prog=f"aha {name}", args=arguments, config=(tyro.conf.OmitArgPrefixes,))
 
 

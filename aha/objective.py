@@ -121,7 +121,7 @@ class Objective:
         regions: Regions,
         tau: float | Tensor,
         noise: float = 0.0,
-        seed: int | None = None,
+        seed: int | Tensor | None = None,
         fractions: Tensor | None = None,
         weights: Tensor | None = None,
     ) -> Losses:
@@ -132,7 +132,8 @@ class Objective:
             references: reference images (B,C,H,W); their losses are averaged.
             regions: the grid on which the maps are ranked, as fine as one pixel per cell where there is no noise, whose
                 ranking keeps K² numbers.
-            tau, noise, seed: of the soft permutation, see `aha.kernels.soft_topk_masks`.
+            tau, noise, seed: of the soft permutation, see `aha.kernels.soft_topk_masks`. Seeds (B,) int64 give every
+                map noise of its own, whatever else is in the batch.
             fractions: (S,) ascending shares of [0,1] in place of the evenly spaced ones, as of `strata`. The areas are
                 then Σ weight · f over these alone: no pass is spent on the two ends.
             weights: (S,), or (B,S) for weights of an image's own; default: 1/S each.
@@ -179,7 +180,7 @@ class Objective:
             )
         maps = full_precision(maps)
         scores = self.region_scores(maps, regions)
-        masks = kernels.soft_topk_masks(scores, fractions, tau, self.n_iters, noise, seed, backend=self.backend)
+        masks = self._masks(scores, fractions, tau, noise, seed)
         target = target if target.ndim == 2 else target[:, None]
         upsampler = regions.upsampler(self.smooth, device=images.device)
         weights = None if weights is None else weights.to(masks)
@@ -187,6 +188,19 @@ class Objective:
         penalty = sharpness(standardize(maps) if self.scores == "standardized" else maps)
         check_answers(torch.stack([deletion, insertion], dim=1), self.classifier.name)
         return Losses(curve + self.weight_regularizer * penalty, deletion, insertion, penalty.detach(), curves)
+
+    def _masks(self, scores, fractions, tau, noise, seed) -> Tensor:
+        """(B,S,K); one by one where every map has a seed of its own and the noise depends on it."""
+        if not isinstance(seed, Tensor) or seed.ndim == 0:
+            return kernels.soft_topk_masks(scores, fractions, tau, self.n_iters, noise, seed, backend=self.backend)
+        seeds = check_seeds(seed, len(scores)).to(scores.device)
+        if not noise:
+            return kernels.soft_topk_masks(scores, fractions, tau, self.n_iters, backend=self.backend)
+        each = [
+            kernels.soft_topk_masks(part, fractions, tau, self.n_iters, noise, own, backend=self.backend)
+            for part, own in zip(scores.split(1), seeds, strict=True)
+        ]
+        return torch.cat(each)
 
     def _curves(
         self, images, masks, target, references, upsampler, weights
@@ -289,6 +303,15 @@ def check_game(
             raise ValueError(f"a reference is {came}: give that of the images, {size}")
         blanks.append(reference.to(images))
     return images, maps, target, blanks
+
+
+def check_seeds(seeds: Tensor, maps: int) -> Tensor:
+    """Return ``seeds`` if there is one (B,) int64 for every one of the ``maps``, else ValueError."""
+    if tuple(seeds.shape) != (maps,) or seeds.dtype != torch.int64:
+        raise ValueError(
+            f"seed is {tuple(seeds.shape)} {seeds.dtype}: give an integer, or ({maps},) int64, one per map"
+        )
+    return seeds
 
 
 def _areas(pair: Tensor, weights: Tensor | None) -> Tensor:

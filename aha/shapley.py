@@ -19,7 +19,7 @@ from . import kernels
 from .checks import check_answers, check_integer
 from .classifier import Classifier
 from .identity import fingerprint
-from .objective import check_game
+from .objective import check_game, check_seeds
 from .precision import autocast, confidence, full_precision
 from .protection import protected
 from .regions import Regions, grid
@@ -131,7 +131,7 @@ class ShapleyObjective:
         regions: Regions,
         tau: float | Tensor = 0.0,
         noise: float = 0.0,
-        seed: int = 0,
+        seed: int | Tensor = 0,
     ) -> ShapleyLosses:
         """Loss of attribution ``maps`` (B,1,H,W) for ``images`` (B,C,H,W) in [0,1]; called as `Objective` is.
 
@@ -140,7 +140,7 @@ class ShapleyObjective:
             references: reference images (B,C,H,W); v is their mean. Unused with absent tokens.
             regions: the players.
             tau, noise: of a ranking; unused.
-            seed: of the coalitions; every seed gives an unbiased estimate.
+            seed: of the coalitions, or (B,) int64, one for each map; every seed gives an unbiased estimate.
 
         Raises:
             ValueError: in one line, for arguments that do not fit, and where the classifier is not finite.
@@ -152,8 +152,11 @@ class ShapleyObjective:
 
     def _losses(self, images, maps, target, references, regions, seed) -> ShapleyLosses:
         images, maps, target, references = check_game(self.classifier, images, maps, target, references)
-        generator = torch.Generator().manual_seed(seed)
-        sets = coalitions(len(images), self.coalitions // 2, regions.count, generator).to(images.device)
+        seeds = check_seeds(seed, len(images)).tolist() if isinstance(seed, Tensor) and seed.ndim else [int(seed)]
+        at_once, pairs = len(images) // len(seeds), self.coalitions // 2
+        generators = [torch.Generator().manual_seed(one) for one in seeds]
+        drawn = [coalitions(at_once, pairs, regions.count, generator) for generator in generators]
+        sets = torch.cat(drawn).to(images.device)
         values, change, empty = self._play(images, references, sets, target, regions)
         share = self.shares(maps, regions)
         gap = change - share.sum(dim=1)

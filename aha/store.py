@@ -50,7 +50,7 @@ class Store(Protocol):
 
 
 class Memory:
-    """Pieces of this process only; maps are measured and forgotten."""
+    """Pieces of this process, until `gather`; maps are measured and forgotten."""
 
     keeps_maps = False
 
@@ -65,6 +65,13 @@ class Memory:
 
     def refresh(self) -> None:
         """Nobody else writes here."""
+
+    def gather(self) -> None:
+        """Take in the pieces of the other processes of a run, which call this too."""
+        from accelerate.utils import gather_object
+
+        for pieces in gather_object([self._pieces]):
+            self._pieces.update(pieces)
 
 
 class Place(NamedTuple):

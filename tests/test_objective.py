@@ -279,6 +279,24 @@ def test_images_are_independent(setting):
     torch.testing.assert_close(torch.cat(alone), whole, rtol=1e-5, atol=1e-6)
 
 
+def test_noise_of_a_seed_per_map_does_not_depend_on_the_batch(setting):
+    clf, images, maps, target, blank, grid = setting
+    objective, seeds = Objective(clf, fractions=6), torch.tensor([3, 2**62 - 1, 3])
+
+    def losses(rows, seed):
+        some = [images[rows], maps[rows], target[rows], [part[rows] for part in blank]]
+        return objective(*some, grid, 0.3, 1.0, seed).loss
+
+    whole = losses(slice(None), seeds)
+    for i in range(3):
+        torch.testing.assert_close(losses(slice(i, i + 1), seeds[i : i + 1]), whole[i : i + 1])
+        torch.testing.assert_close(losses(slice(i, i + 1), int(seeds[i])), whole[i : i + 1])
+    assert (losses(slice(None), torch.tensor([4, 5, 6])) - whole).abs().min() > 1e-6
+    for bad in (seeds[:2], seeds.float()):
+        with pytest.raises(ValueError, match=r"give an integer, or \(3,\) int64"):
+            losses(slice(None), bad)
+
+
 def test_targets_that_share_a_map_are_averaged(setting):
     clf, images, maps, _, blank, grid = setting
     objective = Objective(clf, fractions=6, weight_regularizer=0.0)

@@ -63,6 +63,18 @@ def tangled():
     return objective, images, torch.tensor([0, 2, 1]), references.mean(images, clf.mean_colour), grid(2, 4, (2, 4))
 
 
+def test_coalitions_of_a_seed_per_map_do_not_depend_on_the_batch(tangled):
+    objective, images, target, reference, players = tangled
+    maps, seeds = torch.zeros(3, 1, 2, 4, dtype=torch.float64), torch.tensor([3, 4, 5])
+    whole = objective(images, maps, target, [reference], players, seed=seeds).loss
+    for i in range(3):
+        of = slice(i, i + 1)
+        alone = objective(images[of], maps[of], target[of], [reference[of]], players, seed=int(seeds[i])).loss
+        torch.testing.assert_close(alone, whole[of])
+    with pytest.raises(ValueError, match=r"give an integer, or \(3,\) int64"):
+        objective(images, maps, target, [reference], players, seed=seeds[:2])
+
+
 def enumerate_sets(players):
     codes = torch.arange(2**players)
     return ((codes[:, None] >> torch.arange(players)) & 1).bool()

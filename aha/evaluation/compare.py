@@ -8,12 +8,9 @@ from collections.abc import Collection, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from accelerate import PartialState
-
-from .. import identity
+from .. import identity, processes
 from .._version import __version__
 from ..attributors import MethodSpec
 from ..classifier import Classifier
@@ -30,6 +27,9 @@ from .evaluate import choose, described
 from .pieces import Pieces
 from .records import Records
 from .result import Evaluation, protocol_settings
+
+if TYPE_CHECKING:
+    from accelerate import PartialState
 
 CELLS = "cells"
 # of what methods and metrics compute: raised where maps or scores of the same settings change
@@ -95,8 +95,8 @@ def compare(
     Every method's maps (half precision) and every protocol's scores are kept batch by batch under
     ``output``/cells, in folders named after all settings that decide them. Running again computes what is
     missing, so an interrupted run, another protocol, another method or more processes cost only the difference.
-    Processes (``accelerate launch``) share the batches through that folder; the numbers do not depend on how
-    many there are.
+    Processes (``torchrun``, ``accelerate launch``) share the batches through that folder; the numbers do not depend on
+    how many there are.
 
     Args:
         sources: one per classifier, all with the same images.
@@ -124,11 +124,9 @@ def compare(
             raise ValueError(f"limit={source.limit}: give 1 or more images")
     presets = list({(preset := get_protocol(protocol)).name: preset for protocol in protocols}.values())
     per_source: Any = methods if methods and not isinstance(methods[0], MethodSpec) else [methods] * len(sources)
-    # asked for a device that is not there, accelerate takes every process for the only one
-    state = PartialState(cpu=not torch.cuda.is_available())
-    setting = _Setting(output, presets, targets, strict, batch_size, seed, internal_batch_size, progress, state)
-    with held(output) if state.is_main_process else nullcontext():
+    with processes.together() as state, held(output) if state.is_main_process else nullcontext():
         state.wait_for_everyone()
+        setting = _Setting(output, presets, targets, strict, batch_size, seed, internal_batch_size, progress, state)
         return _compared(sources, per_source, setting)
 
 

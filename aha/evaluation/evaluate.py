@@ -7,10 +7,12 @@ from typing import Any
 
 import torch
 
+from .. import processes
 from ..checks import check_integer, check_seed
 from ..classifier import Classifier
 from ..data import fit_labels
 from ..metrics import INTERNAL_BATCH_SIZE, Protocol, Suite
+from ..store import Memory
 from .engine import Engine, Method, Progress, Row, announcing
 from .result import Evaluation
 
@@ -33,6 +35,9 @@ def evaluate(
     maps that are not finite or of the wrong shape, is recorded as failed for that batch; so is an image that
     cannot be read or does not keep the pixel contract. All else goes on.
 
+    Under ``torchrun`` or ``accelerate launch`` the processes share the batches: call it in each of them. Every one gets
+    the whole result, the same numbers as of one process.
+
     Args:
         clf: the classifier; images are moved to its device.
         methods: name → an `Attributor` or any callable (images (B,C,H,W), target (B,)) → maps (B,1,H,W).
@@ -45,12 +50,13 @@ def evaluate(
         batch_size: images given to a method at once.
         limit: number of images, drawn at random with ``seed``; None is all.
         seed: of that draw and of the bootstrap. Methods have seeds of their own.
-        progress: told of what is done, e.g. a bar of `aha.terminal.progress`.
+        progress: told of what is done by the main process, e.g. a bar of `aha.terminal.progress`.
         internal_batch_size: perturbed images in one forward pass of the metrics.
 
     Raises:
         ValueError: for bad arguments, in one line, or if no image could be measured by any method, also because none
             takes part in the protocol.
+        ConnectionError: in one line, if another process has ended.
     """
     if not isinstance(methods, Mapping):
         raise ValueError(f"methods is a {type(methods).__name__}: give a dict of names and methods")
@@ -62,9 +68,16 @@ def evaluate(
     keyed = {suite.protocol.name: suite for suite in suites}
     rows = [Row(name, name, method) for name, method in methods.items()]
     indices = choose(len(data), limit, seed)  # type: ignore[arg-type]
-    engine = Engine(clf, rows, data, indices, target, keyed, batch_size)
-    engine.run(announcing(progress, engine))
+    store = Memory()
+    with processes.together() as state:
+        rank, world = state.process_index, state.num_processes
+        engine = Engine(clf, rows, data, indices, target, keyed, batch_size, store, rank, world)
+        engine.run(announcing(progress if state.is_main_process else None, engine))
+        if world > 1:
+            store.gather()
     result = engine.result(seed, described(data))
+    # in an order that does not depend on who found them
+    result.failures.sort(key=lambda failure: (failure.images, failure.method or "", failure.reason))
     if len(result.unmeasured) == len(result.protocols):
         raise ValueError(f"nothing could be measured: no image takes part in protocol {suites[0].protocol.name!r}")
     return result

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -153,12 +155,45 @@ class Head(nn.Sequential):
             nn.Conv2d(width, width, 3, padding=1, groups=width),
             nn.Conv2d(width, width, 1),
             nn.GELU(),
-            nn.BatchNorm2d(width),
+            BatchNorm(width),
             nn.Conv2d(width, width, 3, padding=1),
             nn.GELU(),
-            nn.BatchNorm2d(width),
+            BatchNorm(width),
             last,
         )
+
+
+class BatchNorm(nn.BatchNorm2d):
+    """Batch norm over the images of all processes, which may have different numbers of them.
+
+    Norms of their own would train another explainer than one process with the same batch does. `nn.SyncBatchNorm`,
+    which has the same state, refuses CPUs.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not (self.training and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+            return super().forward(input)
+        from torch.distributed.nn.functional import all_reduce  # differentiable; slow to import
+
+        variance, mean = (part.double() for part in torch.var_mean(input, dim=(0, 2, 3), correction=0))
+        count = mean.new_full((1,), input.numel() / len(mean))
+        # in double precision the mean square less the squared mean is as good as any other way
+        sums = torch.cat([count, count * mean, count * (variance + mean.square())])
+        moments = all_reduce(sums, group=dist.group.WORLD)
+        count, mean, square = moments.split([1, len(mean), len(mean)])
+        mean = mean / count
+        variance = square / count - mean.square()
+        with torch.no_grad():
+            assert self.running_mean is not None and self.running_var is not None and self.momentum is not None
+            self.num_batches_tracked += 1  # type: ignore[assignment, operator]
+            self.running_mean.lerp_(mean.to(self.running_mean), self.momentum)
+            self.running_var.lerp_((variance * count / (count - 1)).to(self.running_var), self.momentum)
+        scale = self.weight * torch.rsqrt(variance + self.eps).to(self.weight)
+        return (input - _channels(mean.to(input))) * _channels(scale) + _channels(self.bias)
+
+
+def _channels(values: Tensor) -> Tensor:
+    return values[:, None, None]
 
 
 def _normalized(rows: Tensor) -> Tensor:

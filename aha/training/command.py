@@ -9,6 +9,7 @@ from typing import Annotated
 
 import tyro
 
+from .. import processes
 from ..explainer import Explainer
 from ..explainer.decoder import DecoderConfig
 from ..explainer.explainer import COLOURS
@@ -46,7 +47,8 @@ def train(
     """Train an explainer; writes OUTPUT/explainer, checkpoints, log.jsonl and TensorBoard files.
 
     OUTPUT is runs/train unless given. Without an encoder the explainer sees what the classifier says of its target and
-    starts from the universal weights: thirty steps on fifty images pay.
+    starts from the universal weights: thirty steps on fifty images pay. Several processes (torchrun --nproc-per-node N
+    -m aha.cli train …) share every batch.
 
     Args:
         encoder: a timm name, hf: and a transformers name or folder, or classifier: the classifier's own features.
@@ -64,7 +66,8 @@ def train(
     if remake.universal:
         run = dataclasses.replace(universal.TRAINING, steps=config.steps or universal.TRAINING.steps)
         universal.train(Path(output), remake.photographs, remake.universal_weights, config=run, resume=resume)
-        print(f"explainer written to {output}/explainer")
+        if processes.join().is_main_process:
+            print(f"explainer written to {output}/explainer")
         return
     classifier = source.load_classifier()
     data = source.images(classifier.input_size, training=True, augment=augment, seed=config.seed)
@@ -85,6 +88,8 @@ def train(
         config = dataclasses.replace(config, tau=CONTINUED)
     trainer = Trainer(explainer, classifier, data, dataclasses.replace(config, output=output))
     trainer.fit(resume=resume)
+    if not trainer.accelerator.is_main_process:
+        return
     print(f"explainer written to {output}/explainer")
     if trainer.failures:
         raise failed(trainer.failures, len(data), "images")

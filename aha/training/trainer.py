@@ -9,17 +9,18 @@ import time
 import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, gather_object
+from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
-from .. import references, shapley
+from .. import processes, references, shapley
 from .._version import __version__
 from ..calibration import MeanCurves
 from ..checks import check_images, check_integer, check_label, check_number, check_seed
@@ -42,6 +43,9 @@ TEMPERATURES = {"standardized": (0.05, 0.005, "geometric", 0.0), "free": (1.0, 0
 # of standardized scores, to train a trained explainer further: its order is there already, and soft ranks would blur it
 CONTINUED = (0.015, 0.005)
 
+# images of a batch whose maps are looked at for the log
+DIAGNOSED = 4
+
 # what an explainer can be trained for → how a player of the Shapley game is absent
 OBJECTIVES = {"ranking": None, **{name: absence for absence, name in shapley.METHODS.items()}}
 
@@ -54,8 +58,8 @@ class TrainConfig:
         objective: "ranking" (AHA), "fastshap" or "vit_shapley" (Shapley values, see `aha.shapley`).
         output: folder for checkpoints, logs and the final explainer; None keeps nothing on disk.
         epochs: passes over the data; ``steps`` overrides it.
-        batch_size: images per process and optimizer step.
-        accumulate: the batch is processed in this many parts, their gradients added.
+        batch_size: images per optimizer step, which all processes share (published: 32 per GPU).
+        accumulate: the batch is processed in this many parts, their gradients added; batch norms see a part.
         lr, weight_decay, clip, warmup: AdamW, gradient norm, share of the steps.
         fractions: S, points on the curves.
         cells: range of the grid, cells along the shorter side; None scales 7…28 at 224 px with the image.
@@ -168,11 +172,12 @@ class TrainingObjective(Protocol):
         regions: Regions,
         tau: float,
         noise: float,
-        seed: int,
+        seed: Tensor,
     ) -> Any:
         """A NamedTuple of values per image (B,) that are logged by name; only ``loss`` carries a gradient.
 
-        ``curves``, where there are any, are deletion and insertion (B, 2, S): of them the response is learnt.
+        ``seed`` is (B,) int64, one per map, so that an image is treated alike whichever process has it. ``curves``,
+        where there are any, are deletion and insertion (B, 2, S): of them the response is learnt.
         """
 
     def regions(self, height: int, width: int) -> Regions | None:
@@ -218,7 +223,8 @@ class Trainer:
     >>> aha.Trainer(explainer, clf, data, aha.TrainConfig(output="runs/vit_b16")).fit()
 
     Every random draw (order of the data, grids, references, noise) is a function of the seed and the step, so a
-    resumed run continues bit for bit on the same machine.
+    resumed run continues bit for bit on the same machine. Processes (``torchrun``, ``accelerate launch``) share every
+    batch by index and train as one does, but for rounding; so a run goes on with more of them, or fewer.
 
     Args:
         data: a Dataset of dicts with "image" (C,H,W) in [0,1] and, where known, "label".
@@ -249,9 +255,13 @@ class Trainer:
             raise ValueError("several classifiers need an explainer with evidence and no encoder: evidence=True")
         self.failures: list[str] = []
         ranks = config.objective == "ranking" if objective is None else objective.settings()["objective"] == "ranking"
-        # every process steps with its own precision contexts, accelerate only distributes
-        self.accelerator = Accelerator(kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=True)])
+        state = processes.join()
+        # every process steps with its own precision contexts, accelerate only distributes; norms count all processes'
+        # images, so their statistics need not be sent
+        sharing = DistributedDataParallelKwargs(broadcast_buffers=False)
+        self.accelerator = Accelerator(cpu=state.device.type == "cpu", kwargs_handlers=[sharing])
         device = self.accelerator.device
+        self.places = places(config.batch_size, config.accumulate, state.process_index, state.num_processes)
         self.subjects = [
             _subject(clf.to(device), images, config, objective, ranks)
             for clf, images in [(check_classifier(classifier), data), *beside]
@@ -260,10 +270,10 @@ class Trainer:
         explainer.to(device)
         parameters = list(explainer.decoder.parameters())
         optimizer = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay)
-        self.model, self.optimizer = self.accelerator.prepare(explainer, optimizer)
-        world = self.accelerator.num_processes
+        with processes.together():
+            self.model, self.optimizer = self.accelerator.prepare(explainer, optimizer)
         size = len(data)  # type: ignore[arg-type]
-        self.total = config.steps or max(1, round(config.epochs * size / (config.batch_size * world)))
+        self.total = config.steps or max(1, round(config.epochs * size / config.batch_size))
         start, end, schedule, noise = TEMPERATURES[config.scores]
         self.tau_schedule = config.tau_schedule or schedule
         self.tau = config.tau or (start, end)
@@ -283,13 +293,15 @@ class Trainer:
                 from that checkpoint.
             progress: show a progress bar.
         """
-        with recording(), autocast("fp32", self.accelerator.device):
+        with processes.together(), recording(), autocast("fp32", self.accelerator.device):
             return self._fit(resume, progress)
 
     def _fit(self, resume: bool | str | Path, progress: bool) -> Explainer:
         if resume:
             self._resume(None if resume is True else Path(resume))
-        log = Log(self.folder if self.accelerator.is_main_process else None, self.step, self.total, progress)
+        self._agree()
+        main = self.accelerator.is_main_process
+        log = Log(self.folder if main else None, self.step, self.total, progress and main)
         self.model.train()
         try:
             for batch in log.waiting(self._loader()):
@@ -297,18 +309,15 @@ class Trainer:
                 self.step += 1
                 if self.step % self.config.log_every == 0 or self.step == self.total:
                     log.write(self.step, {**self._averaged(record), **self._diagnose(batch)})
-                log.advance(len(batch["image"]) * self.accelerator.num_processes)
+                log.advance(self.config.batch_size)
                 if self.config.save_every and self.step % self.config.save_every == 0:
-                    self._share_curves()
                     self._save()
         finally:
             log.close()
-        if self.accelerator.num_processes > 1:
-            self.failures = list(dict.fromkeys(gather_object(self.failures)))
+        self.failures = list(dict.fromkeys(processes.gathered(self.failures)))
         self.explainer.eval()
         if self.explainer.encoder is None:
             self.explainer.turn_to(self.classifier)
-        self._share_curves()
         response = self.curves.response()
         self.explainer.settings.update(
             response=None if response is None else response.to_json(),
@@ -348,8 +357,7 @@ class Trainer:
             config.batch_size,
             steps,
             config.seed,
-            self.accelerator.process_index,
-            self.accelerator.num_processes,
+            self.places,
             getattr(subject.data, "virtual_epochs", False),
         )
         device = self.accelerator.device
@@ -388,7 +396,7 @@ class Trainer:
         if regions is None:
             regions = draw(height, width, self._cells((height, width)), generator, config.offset)
         choice = int(torch.randint(len(self.references), (), generator=generator))
-        seeds = torch.randint(2**62, (config.accumulate,), generator=generator) + self.accelerator.process_index
+        seeds = torch.randint(2**62, (config.accumulate,), generator=generator).tolist()
         reference = references.make(self.references[choice], images, classifier.mean_colour)
         tau = temperature(self.step, self.total, *self.tau, self.tau_schedule)
         lr = learning_rate(self.step, self.total, config.lr, config.warmup)
@@ -398,24 +406,33 @@ class Trainer:
         target = self._targets(classifier, images, batch.get("label"))
         per_image = 1 if config.shared_map else target.shape[1]
         totals: defaultdict[str, float] = defaultdict(float)
-        part_size = config.batch_size // config.accumulate
-        parts = zip(images.split(part_size), reference.split(part_size), target.split(part_size), strict=True)
-        for number, (image, blank, classes) in enumerate(parts):
-            maps = self.model(image, classes[:, :per_image], precision=config.precision, **extra)
-            if not config.shared_map:
-                image, blank = (x.repeat_interleave(per_image, dim=0) for x in (image, blank))
-                classes = classes.flatten()
-            out = objective(image, maps, classes, [blank], regions, tau, self.noise, int(seeds[number]))
-            share = len(out.loss) / (len(images) * per_image)
-            self.accelerator.backward(out.loss.mean() * share)
+        seen = MeanCurves()
+        # of the whole batch, part by part: those of this process's images are taken from it
+        part_size, own = config.batch_size // config.accumulate, len(images) // config.accumulate
+        first = self.places[0]
+        parts = zip(seeds, images.split(own), reference.split(own), target.split(own), strict=True)
+        for number, (seed, image, blank, classes) in enumerate(parts):
+            of_part = torch.Generator().manual_seed(seed)
+            each = torch.randint(2**62, (part_size, per_image), generator=of_part)[first : first + own].flatten()
+            last = number == config.accumulate - 1
+            with nullcontext() if last else self.accelerator.no_sync(self.model):
+                maps = self.model(image, classes[:, :per_image], precision=config.precision, **extra)
+                if not config.shared_map:
+                    image, blank = (x.repeat_interleave(per_image, dim=0) for x in (image, blank))
+                    classes = classes.flatten()
+                out = objective(image, maps, classes, [blank], regions, tau, self.noise, each)
+                # so that the mean over processes, which gradients and what is logged get, is that over the batch
+                share = len(out.loss) * self.accelerator.num_processes / (config.batch_size * per_image)
+                self.accelerator.backward(out.loss.mean() * share)
             logged = out._asdict()
             curves = logged.pop("curves", None)
             if curves is not None and self.step >= self.total // 2:
                 # of the prediction, which is what users explain; a map that serves all classes has their mean
-                self.curves.add(curves if config.shared_map else curves[::per_image])
+                seen.add(curves if config.shared_map else curves[::per_image])
             for name, values in logged.items():
                 totals[name] += values.detach().mean().item() * share
             totals["scores_std"] += maps.detach().std(dim=(1, 2, 3)).mean().item() * share
+        self.curves.extend(self._summed(seen))
         norm = self.accelerator.clip_grad_norm_(self.explainer.decoder.parameters(), config.clip)
         if not torch.isfinite(norm):
             raise FloatingPointError(f"the gradient is not finite at step {self.step}: lower the learning rate")
@@ -438,14 +455,25 @@ class Trainer:
     def _cells(self, size: tuple[int, int]) -> tuple[int, int]:
         return self.config.cells or default_cells(*size)
 
+    def _agree(self) -> None:
+        """ValueError where the processes do not go on from the same step: the folders of two machines differ."""
+        if len(steps := set(processes.gathered([self.step]))) > 1:
+            found = " and ".join(map(str, sorted(steps)))
+            raise ValueError(f"processes would go on from steps {found}: give all machines the same output folder")
+
     def _averaged(self, record: dict[str, float]) -> dict[str, float]:
         values = torch.tensor(list(record.values()), device=self.accelerator.device)
         return dict(zip(record, self.accelerator.reduce(values, "mean").tolist(), strict=True))
 
     @torch.no_grad()
     def _diagnose(self, batch: dict[str, Any]) -> dict[str, float]:
-        """What the objective finds in the maps of a few images, on its own or the middle grid."""
-        images = batch["image"][:4]
+        """What the objective finds in the maps of the first few images, on its own or the middle grid."""
+        images = batch["image"][: sum(place < DIAGNOSED for place in self.places)]
+        found = processes.gathered([(len(images), self._diagnosed(images))] if len(images) else [])
+        count = sum(size for size, _ in found)
+        return {name: sum(size * values[name] for size, values in found) / count for name in found[0][1]}
+
+    def _diagnosed(self, images: Tensor) -> dict[str, float]:
         classifier, _, objective = self.subjects[(self.step - 1) % len(self.subjects)]
         self.explainer.eval()
         maps = self.explainer(images, self._targets(classifier, images, None)[:, 0], precision=self.config.precision)
@@ -458,11 +486,13 @@ class Trainer:
         tau = temperature(self.step - 1, self.total, *self.tau, self.tau_schedule)
         return objective.diagnose(maps, regions, tau)
 
-    def _share_curves(self) -> None:
-        """Give every process the mean curves of all: a checkpoint is written by one and read by all."""
-        if self.accelerator.num_processes > 1 and self.curves.total is not None:
-            total = self.curves.total.to(self.accelerator.device)
-            self.curves.total = self.accelerator.reduce(total, "mean").cpu()
+    def _summed(self, seen: MeanCurves) -> MeanCurves:
+        """Of all processes, so that each knows the mean over all images."""
+        if self.accelerator.num_processes > 1 and seen.total is not None:
+            packed = torch.cat([seen.total.flatten(), torch.tensor([seen.images], dtype=torch.float64)])
+            *total, images = self.accelerator.reduce(packed.to(self.accelerator.device), "sum").tolist()
+            seen.total, seen.images = torch.tensor(total, dtype=torch.float64).view_as(seen.total), images
+        return seen
 
     def _save(self) -> None:
         if self.folder is None or not self.accelerator.is_main_process:
@@ -563,11 +593,25 @@ def _plainly(loader: DataLoader) -> Iterator[dict[str, Any]]:
         raise ValueError(lines[-1].split(": ", 1)[-1]) from error
 
 
-class StepSampler(Sampler[list[int]]):
-    """Batches of indices as a pure function of (seed, step, process): every epoch is a new permutation.
+def places(batch: int, parts: int, rank: int, world: int) -> list[int]:
+    """The places in a batch of the images that process ``rank`` of ``world`` takes: a share of each of its parts.
 
-    With ``virtual`` an index names its epoch too, index = epoch·size + position, so that augmentation differs between
-    epochs; the data set's attribute ``virtual_epochs`` says whether it understands that.
+    Shares are runs, and differ by one image at most. ValueError where there are more processes than images.
+    """
+    size = batch // parts
+    if size < world:
+        of_what = f"batch_size={batch}" if parts == 1 else f"batch_size={batch} in accumulate={parts} parts"
+        raise ValueError(f"{of_what} is less than one image for {world} processes each: give {parts * world} or more")
+    share = range(rank * size // world, (rank + 1) * size // world)
+    return [part * size + place for part in range(parts) for place in share]
+
+
+class StepSampler(Sampler[list[int]]):
+    """Batches of indices as a pure function of (seed, step): every epoch is a new permutation.
+
+    Of each batch a process takes those at its ``places``, by default all. With ``virtual`` an index names its epoch
+    too, index = epoch·size + position, so that augmentation differs between epochs; the data set's attribute
+    ``virtual_epochs`` says whether it understands that.
     """
 
     def __init__(
@@ -576,19 +620,11 @@ class StepSampler(Sampler[list[int]]):
         batch: int,
         steps: range,
         seed: int,
-        rank: int = 0,
-        world: int = 1,
+        places: Sequence[int] | None = None,
         virtual: bool = False,
     ):
-        self.size, self.batch, self.steps, self.seed, self.rank, self.world = (
-            size,
-            batch,
-            steps,
-            seed,
-            rank,
-            world,
-        )
-        self.virtual = virtual
+        self.size, self.batch, self.steps, self.seed, self.virtual = size, batch, steps, seed, virtual
+        self.places = range(batch) if places is None else places
 
     def __len__(self) -> int:
         return len(self.steps)
@@ -596,9 +632,8 @@ class StepSampler(Sampler[list[int]]):
     def __iter__(self) -> Iterator[list[int]]:
         epoch, order = -1, torch.empty(0, dtype=torch.int64)
         for step in self.steps:
-            first = (step * self.world + self.rank) * self.batch
             indices = []
-            for position in range(first, first + self.batch):
+            for position in (step * self.batch + place for place in self.places):
                 if position // self.size != epoch:
                     epoch = position // self.size
                     generator = torch.Generator().manual_seed(self.seed * 1_000_033 + epoch)

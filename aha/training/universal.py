@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from .. import processes
 from ..classifier import Classifier, from_name
 from ..data import Scenes
 from ..data.photographs import Photographs, fetch
@@ -36,7 +37,8 @@ def subjects(
         photographs: folder for `aha.data.photographs.fetch`.
         weights: folder of ``<name>.safetensors`` (or without the part after the point); None fetches from the hub.
     """
-    fetch(photographs)
+    with processes.main_first():
+        fetch(photographs)
     found: list[tuple[Classifier, Photographs | Scenes]] = []
     for name in names:
         clf = from_name(name, weights_file(weights, name)).to(device)
