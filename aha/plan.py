@@ -26,7 +26,8 @@ from, B·image without workers; its images per second are said where none is.
 
 Memory is weights, gradients and both of AdamW's moments of the decoder, and what two graphs keep for their backward
 passes, counted in one real pass: the decoder's for one part of a batch, and the classifier's for one chunk of perturbed
-images or the evidence of the part. What an operation needs for itself, and what allocators keep, comes on top.
+images or the evidence of the part. What operations need beside that is the peak of a measured step beyond this sum, and
+is taken to grow with it.
 """
 
 from __future__ import annotations
@@ -60,6 +61,7 @@ from .classifier import RANDOM, Classifier, from_name
 from .evaluation import evaluate
 from .explainer import Explainer
 from .explainer.decoder import DecoderConfig
+from .memory import peak_bytes
 from .metrics import PROTOCOLS, Protocol, Suite
 from .metrics.protocols import get as get_protocol
 from .objective import Objective
@@ -93,6 +95,7 @@ class StepTime:
         per_image: v, seconds of all else that an image takes in a step.
         per_step: w, seconds of the optimizer.
         seconds: of the timed steps, each.
+        excess: memory of such a step beyond `training_memory` as a share of it, ≥ 0; None where it cannot be told.
     """
 
     device: str
@@ -108,6 +111,7 @@ class StepTime:
     per_image: float
     per_step: float
     seconds: tuple[float, ...]
+    excess: float | None = None
 
     @property
     def spread(self) -> tuple[float, float]:
@@ -303,7 +307,16 @@ def measure_step(explainer: Explainer, clf: Classifier, config: TrainConfig, sec
         per_image=max(0.0, median(whole) - objective - optimizing) / small.batch_size,
         per_step=optimizing,
         seconds=tuple(whole),
+        excess=_excess(explainer, clf, small, images),
     )
+
+
+def _excess(explainer: Explainer, clf: Classifier, config: TrainConfig, images: Any) -> float | None:
+    one = dataclasses.replace(config, steps=1)
+    planned = training_memory(explainer, clf, one)
+    peak = peak_bytes(lambda: Trainer(explainer, clf, images, one).fit(progress=False), clf.device)
+    # the networks are there already
+    return None if math.isnan(peak) else max(0.0, peak / (planned["total"] - planned["weights"]) - 1)
 
 
 def training(
@@ -358,9 +371,11 @@ def training(
     low, high = (share * steps * compute / 3600 + hours - steps * compute / 3600 for share in measured.spread)
     flops = seen * _training_flops(config, clf, explainer)
     part = Part("training", seen, passes.forward, passes.backward, flops, hours, low, high)
-    plan = Plan(
-        [part], training_memory(explainer, clf, config), step, measured, _assumed(measured, config), gpus, price
-    )
+    memory = training_memory(explainer, clf, config)
+    if measured.excess:
+        memory["operations"] = measured.excess * (memory["total"] - memory["weights"])
+        memory["total"] += memory["operations"]
+    plan = Plan([part], memory, step, measured, _assumed(measured, config), gpus, price)
     if gpus > 1:
         size = f"{moved / 1e6:,.1f} MB a step and GPU"
         known = (
@@ -662,9 +677,10 @@ def _assumed(measured: StepTime, config: TrainConfig) -> list[str]:
     scaled = (
         "as planned" if asked == (measured.batch, measured.fractions) else f"scaled to batch {asked[0]}, S = {asked[1]}"
     )
+    peak = "" if measured.excess is None else f"; peak of a step {measured.excess:+.0%} beyond what was counted"
     return [
         f"measured on {measured.device} in {measured.precision}: {len(measured.seconds)} steps of {size}, {scaled}; "
-        f"fastest and slowest {low:.0%} and {high:.0%} of the median"
+        f"fastest and slowest {low:.0%} and {high:.0%} of the median{peak}"
     ]
 
 
@@ -752,6 +768,14 @@ def step_from_json(path: Path) -> StepTime:
     return step
 
 
+def _duration(hours: float) -> str:
+    """With its unit, in three digits."""
+    for unit, size in (("h", 1.0), ("min", 1 / 60)):
+        if hours >= size:
+            return f"{float(f'{hours / size:.3g}'):,g} {unit}"
+    return f"{3600 * hours:.3g} s"
+
+
 def _print(plan: Plan, clf: Classifier, as_json: bool) -> None:
     if as_json:
         print(json.dumps({**plan.to_json(), "not_counted": NOT_COUNTED}, indent=2))
@@ -760,7 +784,7 @@ def _print(plan: Plan, clf: Classifier, as_json: bool) -> None:
     assert plan.measured is not None
     table = Table(title=f"{name} on {plan.gpus} × {plan.measured.device}")
     table.add_column("what")
-    for heading in ("images", "F / image", "B / image", "PFLOP", "hours", "between", "cost", "disk GB"):
+    for heading in ("images", "F / image", "B / image", "PFLOP", "time", "between", "cost", "disk GB"):
         table.add_column(heading, justify="right")
     for part in plan.parts:
         table.add_row(
@@ -769,15 +793,15 @@ def _print(plan: Plan, clf: Classifier, as_json: bool) -> None:
             f"{part.forward:,.1f}",
             f"{part.backward:,.1f}",
             "" if math.isnan(part.flops) else f"{part.flops / 1e15:,.3g}",
-            f"{part.hours:,.3g}",
-            f"{part.low:,.3g} … {part.high:,.3g}",
+            _duration(part.hours),
+            f"{_duration(part.low)} … {_duration(part.high)}",
             "" if plan.price is None else f"{part.hours * plan.gpus * plan.price:,.2f}",
             f"{part.disk / 1e9:,.2f}" if part.disk else "",
         )
     table.add_section()
     total = "" if plan.cost is None else f"{plan.cost:,.2f}"
     table.add_row(
-        "all", "", "", "", "", f"{plan.hours:,.3g}", "", total, f"{sum(p.disk for p in plan.parts) / 1e9:,.2f}"
+        "all", "", "", "", "", _duration(plan.hours), "", total, f"{sum(p.disk for p in plan.parts) / 1e9:,.2f}"
     )
     console = terminal.console()
     console.print(table)

@@ -13,17 +13,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from aha import terminal
 from aha.attributors import AHA, Attributor, MethodSpec
 from aha.classifier import Classifier, from_name
 from aha.data import ImageFolder, Part, hold_out
-from aha.evaluation import evaluate
+from aha.evaluation import Evaluation, evaluate
 from aha.explainer import Explainer
 from aha.training import universal
 
+METRIC = "ins_minus_del"
 FAMILIES = {"ViT": "vit_", "DeiT": "deit_", "CNN": "tf_"}
 TRANSFORMER_METHODS = (
     *("gradcam_vit", "raw_attention", "rollout", "attcam", "legrad", "chefer", "transition_attention", "bi_attention"),
@@ -52,19 +52,17 @@ def methods(clf: Classifier, explainers: Mapping[str, Path]) -> dict[str, Attrib
     return rows
 
 
-def compared(values: Mapping[str, Sequence[float]], peers: Sequence[str]) -> dict[str, Any]:
-    """Means, and paired differences to the best of ``peers``, with normal 95 % intervals."""
-    means = {name: float(np.mean(v)) for name, v in values.items()}
+def compared(result: Evaluation, peers: Sequence[str]) -> dict[str, Any]:
+    """Means, and paired differences to the best of ``peers`` with their intervals, of `Evaluation.compare`."""
+    means = {name: row[METRIC] for name, row in result.summary()["methods"].items()}
     best = max(peers, key=means.__getitem__)
-    found: dict[str, Any] = {"images": len(values[best]), "best single pass": best, "methods": {}}
-    for name, v in values.items():
-        difference = np.asarray(v) - np.asarray(values[best])
-        half = 1.96 * float(difference.std(ddof=1)) / len(difference) ** 0.5
-        middle = float(difference.mean())
+    found: dict[str, Any] = {"images": len(result.values(best, METRIC)), "best single pass": best, "methods": {}}
+    for name, mean in means.items():
+        pair = result.compare(name, best, METRIC)
         found["methods"][name] = {
-            "ins_minus_del": round(means[name], 4),
-            "difference": round(middle, 4),
-            "ci95": [round(middle - half, 4), round(middle + half, 4)],
+            METRIC: round(mean, 4),
+            "difference": round(pair["difference"], 4),
+            "ci95": [round(value, 4) for value in pair["ci95"]],
         }
     return found
 
@@ -75,10 +73,10 @@ def table(results: Mapping[str, Any]) -> str:
     for name, found in results.items():
         lines += [f"\n**{name}**, {found['images']} photographs; difference to {found['best single pass']}, paired\n"]
         lines += ["| method | insertion − deletion | difference | 95 % |", "|---|---|---|---|"]
-        for method, row in sorted(found["methods"].items(), key=lambda item: -item[1]["ins_minus_del"]):
+        for method, row in sorted(found["methods"].items(), key=lambda item: -item[1][METRIC]):
             low, high = row["ci95"]
             difference = f"{row['difference']:+.4f} | {low:+.4f} … {high:+.4f}"
-            lines.append(f"| {method} | {row['ins_minus_del']:.4f} | {difference} |".replace("-0", "−0"))
+            lines.append(f"| {method} | {row[METRIC]:.4f} | {difference} |".replace("-0", "−0"))
     return "\n".join(lines).strip() + "\n"
 
 
@@ -112,8 +110,7 @@ def main() -> None:
         rows = {row: method for row, method in rows.items() if row in peers or row.startswith(("universal", "base"))}
         with terminal.progress() as bar:
             result = evaluate(clf, rows, data, protocol="aha", batch_size=20, progress=bar)
-        values = {row: list(result.values(row, "ins_minus_del").values()) for row in rows}
-        results[name] = compared(values, peers)
+        results[name] = compared(result, peers)
         a.output.parent.mkdir(parents=True, exist_ok=True)
         a.output.write_text(json.dumps(results, indent=1) + "\n")
         print(table({name: results[name]}))

@@ -50,6 +50,11 @@ def test_hours_follow_the_law():
     assert alone.hours == pytest.approx(40 * seconds / 3600) and alone.cost == pytest.approx(3 * alone.hours)
     (part,) = alone.parts
     assert (part.images, part.low, part.high) == (320, pytest.approx(0.9 * part.hours), pytest.approx(1.3 * part.hours))
+    wider = plan.training(explainer, clf, config, 160, measured=dataclasses.replace(STEP, excess=0.5)).memory
+    extra = 0.5 * (alone.memory["total"] - alone.memory["weights"])
+    assert wider["operations"] == pytest.approx(extra) and wider["total"] == pytest.approx(
+        alone.memory["total"] + extra
+    )
     # four times the processes take a quarter of the steps, and move 1.5 × the gradients, once for each part
     many = plan.training(explainer, clf, config, 160, gpus=4, price=3.0, link=1e-3, read_seconds=0.5, measured=STEP)
     gradients = sum(4 * value.numel() for value in explainer.decoder.parameters())
@@ -74,6 +79,7 @@ def test_a_step_is_measured_smaller_where_it_takes_long():
     assert 0 < whole.per_pass < whole.per_image and whole.encoder == "evidence"
     small = plan.measure_step(aha.Explainer.build(clf), clf, config, seconds=1e-6)
     assert (small.batch, small.fractions) == (1, 4)
+    assert whole.excess is None or whole.excess >= 0
     # and it adds up to what was taken
     made = plan.training(aha.Explainer.build(clf), clf, config, 6, measured=whole)
     assert made.step["compute"] == pytest.approx(sorted(whole.seconds)[1], rel=0.5)
