@@ -23,7 +23,7 @@ from .together import TRAININGS, measure, train
 
 ROOT = Path(__file__).parents[2]
 HALF = "checkpoints/step_00000010"
-TIMES = {"seconds_per_image", "images_per_second"}
+TIMES = {"seconds_per_image", "images_per_second", "data_wait"}
 
 
 def environment(**more):
