@@ -16,7 +16,6 @@ from aha.data import Scenes
 from aha.explainer.evidence_decoder import EvidenceConfig
 from aha.metrics import Protocol
 from aha.metrics.suite import Suite
-from aha.training import checkpoint
 
 from .toys import TINY_DECODER, SmallNet, pictures, tiny_classifier
 
@@ -264,21 +263,6 @@ def test_the_learnt_response_is_that_of_the_curves(monkeypatch):
     deletion, insertion = torch.cat(seen).double().mean(dim=0)
     expected = Response.from_curves(deletion, insertion, UNIFORM)
     torch.testing.assert_close(Response.from_json(explainer.settings["response"]).values, expected.values)
-
-
-def test_an_older_checkpoint_learns_of_what_is_left(tmp_path, monkeypatch):
-    config = dataclasses.replace(CONFIG, save_every=4, output=str(tmp_path))
-    whole = fit(config)
-    path = tmp_path / "checkpoints" / "step_00000004"
-    state = torch.load(path / "state.pt", weights_only=True)
-    assert state.pop("curves")["images"] == 4  # of the fourth step
-    torch.save(state, path / "state.pt")
-    assert checkpoint.load(path)[0] == 4
-    resumed = fit(dataclasses.replace(config, output=str(tmp_path / "again")), resume=path)
-    for name, value in whole.decoder.state_dict().items():
-        assert torch.equal(resumed.decoder.state_dict()[name], value)
-    assert resumed.settings["response"] != whole.settings["response"]
-    assert resumed.settings["response"]["shares"] == UNIFORM.tolist()
 
 
 @pytest.mark.parametrize("options", [{"ends": False}, {"objective": "fastshap", "precision": "fp32"}])

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .. import precision as mixed
 from .._version import __version__
 from ..calibration import Response, calibrated, check_scale
-from ..checks import check_integer, finite_maps
+from ..checks import check_integer, check_seed, finite_maps
 from ..classifier import Classifier, check_classifier, from_source
 from ..evidence import ROLES, Evident
 from ..files import write_atomically
@@ -83,6 +83,7 @@ class Explainer(nn.Module):
         decoder: DecoderConfig | EvidenceConfig | None = None,
         image_size: tuple[int, int] | None = None,
         evidence: bool = True,
+        seed: int = 0,
     ) -> Explainer:
         """An untrained explainer for ``classifier``.
 
@@ -96,15 +97,19 @@ class Explainer(nn.Module):
             evidence: see the image and what the classifier says of its target: few images are enough to train, and
                 untrained it equals the full gradient. Without an encoder the explainer serves any classifier. False,
                 with an encoder: as published.
+            seed: of the weights, which are equal for equal seeds; PyTorch's own generator is left as it is.
         """
         check_classifier(classifier)
+        check_seed(seed)
         settings = {"temperature": 0.005, "scores": "standardized", "cells": None}
         alone = evidence and encoder is None
         kind = EvidenceConfig if alone else DecoderConfig
         if decoder is not None and not isinstance(decoder, kind):
             way = "evidence without an encoder" if alone else "an encoder's features (evidence=False, or encoder=…)"
             raise ValueError(f"decoder is a {type(decoder).__name__}: {way} takes a {kind.__name__}")
-        with torch.inference_mode(False):  # parameters made in it could never be trained
+        # parameters made in inference mode could never be trained
+        with torch.inference_mode(False), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
             made = None
             if not alone:
                 name = None if encoder == "classifier" else encoder
