@@ -14,6 +14,7 @@ from aha.calibration import MeanCurves, Response, calibrated, measure
 from aha.classifier import from_name
 from aha.data import Scenes
 from aha.explainer.evidence_decoder import EvidenceConfig
+from aha.files import read_json
 from aha.metrics import Protocol
 from aha.metrics.suite import Suite
 
@@ -368,7 +369,7 @@ def test_bad_input_in_one_line(known, classifier, images, tmp_path):
     with pytest.raises(ValueError, match="only one that all share is kept"):
         Response(torch.tensor([0.0, 1]), torch.zeros(2, 2)).to_json()
     known.save_pretrained(tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
+    config = read_json(tmp_path / "config.json")
     for damaged in ({"shares": [0, 1]}, {"shares": [0, 1], "values": "ab"}, 3, {"shares": [0, 1], "values": [0, None]}):
         (tmp_path / "config.json").write_text(json.dumps({**config, "response": damaged}))
         with pytest.raises(ValueError, match="is not an explainer's configuration"):
