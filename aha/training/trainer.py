@@ -55,6 +55,31 @@ T = TypeVar("T")
 OBJECTIVES = {"ranking": None, **{name: absence for absence, name in shapley.METHODS.items()}}
 
 
+_INTEGERS = {
+    "steps": (1, 2**40),
+    "batch_size": (1, 2**20),
+    "accumulate": (1, 2**20),
+    "fractions": (3, 4096),
+    "n_iters": (1, 10_000),
+    "coalitions": (2, 2**20),
+    "chunk": (2, 2**20),
+    "workers": (0, 1024),
+    "log_every": (1, None),
+    "save_every": (0, None),
+}
+_POSITIVE = ("epochs", "lr", "clip")
+_NUMBERS = (
+    "weight_decay",
+    "warmup",
+    "noise",
+    "smooth",
+    "weight_deletion",
+    "weight_insertion",
+    "weight_regularizer",
+    "dropped_roles",
+)
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     """Settings of a run; the defaults are the paper's unless marked otherwise.
@@ -85,6 +110,9 @@ class TrainConfig:
         chunk: perturbed images in memory at a time.
         precision: of encoder and classifier, "auto" | "bf16" | "fp32".
         log_every, save_every: in steps; 0 never saves before the end.
+
+    Raises:
+        ValueError: in one line that names the setting, for a number that is none or out of range.
     """
 
     objective: str = "ranking"
@@ -124,25 +152,36 @@ class TrainConfig:
     save_every: int = 500
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "accumulate", "log_every"):
-            check_integer(name, getattr(self, name), 1)
-        for name in ("workers", "save_every"):
-            check_integer(name, getattr(self, name), 0)
-        if self.steps is not None:
-            check_integer("steps", self.steps, 1)
-        if self.cells is not None:
-            low, high = (check_integer("cells", cells, 1) for cells in self.cells)
-            if low > high:
-                raise ValueError(f"cells={self.cells}: give the coarsest and the finest grid, the smaller number first")
+        for name, (low, high) in _INTEGERS.items():
+            if (name, value := getattr(self, name)) != ("steps", None):
+                check_integer(name, value, low, high)
+        for name in _POSITIVE:
+            check_number(name, getattr(self, name), 0, above=True)
+        for name in _NUMBERS:
+            if (value := getattr(self, name)) is not None:
+                check_number(name, value, 0)
+        for name in ("offset", "ends", "shared_map"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name}={getattr(self, name)!r}: give True or False")
+        for name in ("cells", "tau", "players"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, Sequence) or len(value) != 2):
+                raise ValueError(f"{name}={value!r}: give two numbers")
+        for name in ("cells", "players"):
+            for value in getattr(self, name) or ():
+                check_integer(name, value, 1, 4096)
+        if self.cells is not None and self.cells[0] > self.cells[1]:
+            raise ValueError(f"cells={self.cells}: give the coarsest and the finest grid, the smaller number first")
         for tau in self.tau or ():
             check_number("tau", tau, 0, above=True)
         uses_bf16(self.precision, torch.device("cpu"))
-        check_number("epochs", self.epochs, 0, above=True)
-        check_number("lr", self.lr, 0, above=True)
-        check_number("dropped_roles", self.dropped_roles, 0)
         if self.dropped_roles >= 1:
             raise ValueError(f"dropped_roles={self.dropped_roles}: give a share below 1")
+        if self.warmup > 1:
+            raise ValueError(f"warmup={self.warmup}: give a share of the steps, at most 1")
         check_seed(self.seed)
+        if self.output is not None and not isinstance(self.output, (str, Path)):
+            raise ValueError(f"output={self.output!r}: give a folder")
         if self.batch_size % self.accumulate:
             raise ValueError(f"batch_size={self.batch_size} is not a multiple of accumulate={self.accumulate}")
         if self.targets not in (1, 2):
@@ -155,6 +194,8 @@ class TrainConfig:
             raise ValueError(f"objective={self.objective!r} is not known: choose one of {', '.join(OBJECTIVES)}")
         if self.references is None:
             return
+        if isinstance(self.references, str) or not isinstance(self.references, Sequence):
+            raise ValueError(f"references={self.references!r}: give a tuple of names")
         if self.objective == "vit_shapley":
             raise ValueError(f"references={self.references}: vit_shapley drops tokens, leave the references out")
         unknown = set(self.references) - set(references.REFERENCES)
