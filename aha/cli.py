@@ -534,7 +534,11 @@ def _explain(
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Entry point; returns the exit code: 0 done, 1 the command failed (one line says why), 2 wrong usage."""
+    """Entry point; returns the exit code.
+
+    0 done, 1 the command failed (one line says why), 2 wrong usage, 75 a training was asked to end by a signal and can
+    be resumed, 130 the same by Ctrl-C.
+    """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a file's name may hold bytes that no encoding knows
@@ -556,9 +560,14 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     try:
         _run(name, rest)
-    except KeyboardInterrupt:
-        print("aha: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        print(f"aha: interrupted{f' by {error}' if str(error) else ''}", file=sys.stderr)
         return 130
+    except SystemExit as error:
+        if not hasattr(error, "message"):  # of the command line's own parser
+            raise
+        print(f"aha {name}: ended by {error}", file=sys.stderr)
+        return int(error.code or 0)
     except (ValueError, OSError, ImportError, RuntimeError, FloatingPointError) as error:
         if isinstance(error, RuntimeError) and not isinstance(error, CommandError) and type(error) is RuntimeError:
             raise  # a fault of ours: show where

@@ -194,6 +194,20 @@ def read_checked(path: Path, checksum: str) -> bytes:
     return content
 
 
+def path_within(folder: Path, name: str) -> Path:
+    """The file that a configuration in ``folder`` names: inside the folder, or anywhere by its absolute path.
+
+    Raises:
+        ValueError: in one line, for a relative path that leaves the folder.
+    """
+    if os.path.isabs(name):
+        return Path(name)
+    inside = os.path.normpath(name)
+    if inside.split(os.sep)[0] == os.pardir or "\0" in name:
+        raise ValueError(f"path {name!r} leaves {folder}: give one inside it, or an absolute path")
+    return folder / inside
+
+
 def slug(name: str) -> str:
     """``name`` as a folder's name."""
     return re.sub(r"[^A-Za-z0-9._=+-]+", "_", name).strip("_") or "unnamed"

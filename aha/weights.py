@@ -111,6 +111,13 @@ def load_weights(module: nn.Module, state: Mapping[str, Tensor], path: str | Pat
     Raises:
         ValueError: in one line that names the first parameters that are missing, unexpected or of another shape.
     """
+    module.load_state_dict(fitting_weights(module, state, path, surplus))
+
+
+def fitting_weights(
+    module: nn.Module, state: Mapping[str, Tensor], path: str | Path, surplus: Sequence[str] = ()
+) -> dict[str, Tensor]:
+    """``state`` by the names that ``module`` has, which may be on the meta device; see `load_weights`."""
     own = module.state_dict()
 
     def needed(names: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -145,7 +152,7 @@ def load_weights(module: nn.Module, state: Mapping[str, Tensor], path: str | Pat
     ]
     if parts:
         raise ValueError(f"{path} does not fit {type(module).__name__}: parameters {'; '.join(parts)}")
-    module.load_state_dict(fitting)
+    return fitting
 
 
 def numbers(text: str | None, default: Sequence[float]) -> Sequence[float]:

@@ -14,9 +14,9 @@ from aha.calibration import MeanCurves, Response, calibrated, measure
 from aha.classifier import from_name
 from aha.data import Scenes
 from aha.explainer.evidence_decoder import EvidenceConfig
+from aha.files import read_json
 from aha.metrics import Protocol
 from aha.metrics.suite import Suite
-from aha.training import checkpoint
 
 from .toys import TINY_DECODER, SmallNet, pictures, tiny_classifier
 
@@ -266,21 +266,6 @@ def test_the_learnt_response_is_that_of_the_curves(monkeypatch):
     torch.testing.assert_close(Response.from_json(explainer.settings["response"]).values, expected.values)
 
 
-def test_an_older_checkpoint_learns_of_what_is_left(tmp_path, monkeypatch):
-    config = dataclasses.replace(CONFIG, save_every=4, output=str(tmp_path))
-    whole = fit(config)
-    path = tmp_path / "checkpoints" / "step_00000004"
-    state = torch.load(path / "state.pt", weights_only=True)
-    assert state.pop("curves")["images"] == 4  # of the fourth step
-    torch.save(state, path / "state.pt")
-    assert checkpoint.load(path)[0] == 4
-    resumed = fit(dataclasses.replace(config, output=str(tmp_path / "again")), resume=path)
-    for name, value in whole.decoder.state_dict().items():
-        assert torch.equal(resumed.decoder.state_dict()[name], value)
-    assert resumed.settings["response"] != whole.settings["response"]
-    assert resumed.settings["response"]["shares"] == UNIFORM.tolist()
-
-
 @pytest.mark.parametrize("options", [{"ends": False}, {"objective": "fastshap", "precision": "fp32"}])
 def test_without_curves_there_is_no_response(options):
     explainer = fit(dataclasses.replace(CONFIG, coalitions=4, players=(2, 2), **options))
@@ -384,7 +369,7 @@ def test_bad_input_in_one_line(known, classifier, images, tmp_path):
     with pytest.raises(ValueError, match="only one that all share is kept"):
         Response(torch.tensor([0.0, 1]), torch.zeros(2, 2)).to_json()
     known.save_pretrained(tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
+    config = read_json(tmp_path / "config.json")
     for damaged in ({"shares": [0, 1]}, {"shares": [0, 1], "values": "ab"}, 3, {"shares": [0, 1], "values": [0, None]}):
         (tmp_path / "config.json").write_text(json.dumps({**config, "response": damaged}))
         with pytest.raises(ValueError, match="is not an explainer's configuration"):

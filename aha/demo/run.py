@@ -99,7 +99,8 @@ def train(clf: Classifier, output: Path | None, steps: int | None, seed: int) ->
         config = dataclasses.replace(config, steps=steps)
     explainer = Explainer.universal(clf)
     # scenes are made on the fly: training never sees one twice
-    return Trainer(explainer, clf, Scenes("train", size=4096, seed=seed), config).fit()
+    # in a folder where this demo has run, what is trained is found again
+    return Trainer(explainer, clf, Scenes("train", size=4096, seed=seed), config).fit(resume=output is not None)
 
 
 def methods(clf: Classifier, explainer: Explainer, seed: int) -> dict[str, attributors.Attributor]:

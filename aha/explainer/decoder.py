@@ -10,6 +10,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..checks import check_integer
+
+WIDEST = 2**14  # channels of a layer
+
 
 @dataclass(frozen=True)
 class DecoderConfig:
@@ -20,12 +24,23 @@ class DecoderConfig:
         width: channels of the fusion blocks.
         head: channels of the finest map.
         strides: pixels per cell of the four levels, fine to coarse.
+
+    Raises:
+        ValueError: in one line, for what is no width, or beyond `WIDEST`.
     """
 
     embedding: int = 1024
     width: int = 256
     head: int = 128
     strides: tuple[int, int, int, int] = (4, 8, 16, 32)
+
+    def __post_init__(self) -> None:
+        for name in ("embedding", "width", "head"):
+            check_integer(name, getattr(self, name), 1, WIDEST)
+        if not isinstance(self.strides, tuple) or len(self.strides) != 4:
+            raise ValueError(f"strides={self.strides!r}: give four integers, pixels per cell")
+        for stride in self.strides:
+            check_integer("strides", stride, 1, 1024)
 
 
 class Decoder(nn.Module):

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .decoder import Head
+from ..checks import check_integer
+from .decoder import WIDEST, Head
 
 
 @dataclass(frozen=True)
@@ -18,10 +19,18 @@ class EvidenceConfig:
     Attributes:
         width: channels at the finest level; twice as many below.
         stride: pixels per cell of the finest level, 4 or 2.
+
+    Raises:
+        ValueError: in one line, for anything else.
     """
 
     width: int = 48
     stride: int = 4
+
+    def __post_init__(self) -> None:
+        check_integer("width", self.width, 1, WIDEST)
+        if self.stride not in (2, 4):
+            raise ValueError(f"stride={self.stride!r}: give 4 or 2 pixels per cell")
 
 
 class EvidenceDecoder(nn.Module):

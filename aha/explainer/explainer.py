@@ -6,6 +6,7 @@ import dataclasses
 import json
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,27 +15,23 @@ from torch import Tensor, nn
 
 from .. import precision as mixed
 from .._version import __version__
-from ..calibration import Response, calibrated, check_scale
-from ..checks import check_integer, finite_maps
+from ..calibration import calibrated, check_scale
+from ..checks import check_integer, check_seed, finite_maps
 from ..classifier import Classifier, check_classifier, from_source
 from ..evidence import ROLES, Evident
-from ..files import write_atomically
+from ..files import DamagedError, digest, read_checked, read_json, tensor_bytes, write_atomically, write_json
 from ..identity import fingerprint
 from ..protection import protected
-from ..weights import load_weights, read_weights
+from ..weights import fitting_weights, load_weights, read_weights
+from .config import EVIDENCE, FORMAT, WEIGHTS, ExplainerConfig, portable
 from .decoder import Decoder, DecoderConfig, upsample
 from .encoder import Encoder
 from .encoder import build as build_encoder
 from .evidence_decoder import EvidenceConfig, EvidenceDecoder, Sight
 
-FORMAT = 1
-CONFIG_FILE, WEIGHTS_FILE = "config.json", "decoder.safetensors"
-# settings in the configuration: what refinement continues with, and what training adds
-REFINED_WITH = ("temperature", "scores", "cells")
+CONFIG_FILE = "config.json"
 COLOURS = 3  # channels of the images that the universal explainer was trained on
 UNIVERSAL = Path(__file__).parent / "universal"  # the explainer that ships
-EVIDENCE = {"kind": "evidence"}  # where another explainer's encoder is described
-TRAINED_FOR = ("objective", "references", "players", "surrogate", "data", "response")
 
 
 class Explainer(nn.Module):
@@ -83,6 +80,7 @@ class Explainer(nn.Module):
         decoder: DecoderConfig | EvidenceConfig | None = None,
         image_size: tuple[int, int] | None = None,
         evidence: bool = True,
+        seed: int = 0,
     ) -> Explainer:
         """An untrained explainer for ``classifier``.
 
@@ -96,15 +94,19 @@ class Explainer(nn.Module):
             evidence: see the image and what the classifier says of its target: few images are enough to train, and
                 untrained it equals the full gradient. Without an encoder the explainer serves any classifier. False,
                 with an encoder: as published.
+            seed: of the weights, which are equal for equal seeds; PyTorch's own generator is left as it is.
         """
         check_classifier(classifier)
+        check_seed(seed)
         settings = {"temperature": 0.005, "scores": "standardized", "cells": None}
         alone = evidence and encoder is None
         kind = EvidenceConfig if alone else DecoderConfig
         if decoder is not None and not isinstance(decoder, kind):
             way = "evidence without an encoder" if alone else "an encoder's features (evidence=False, or encoder=…)"
             raise ValueError(f"decoder is a {type(decoder).__name__}: {way} takes a {kind.__name__}")
-        with torch.inference_mode(False):  # parameters made in it could never be trained
+        # parameters made in inference mode could never be trained
+        with torch.inference_mode(False), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
             made = None
             if not alone:
                 name = None if encoder == "classifier" else encoder
@@ -235,94 +237,112 @@ class Explainer(nn.Module):
             return calibrated(self.classifier, self, images, maps, target, scale, max(2, size))
 
     def save_pretrained(self, path: str | Path) -> Path:
-        """Write ``config.json`` and ``decoder.safetensors`` (the trained part only) into the folder ``path``."""
-        from safetensors.torch import save
+        """Write ``config.json`` and the weights (of the trained part only) into the folder ``path``.
 
+        Where an explainer is there already it is replaced as one: the weights go into another file, and
+        ``config.json``, written last, names them. Both carry checksums.
+
+        Raises:
+            WriteError: in one line, for a full disk or a folder that cannot be written to; what was there is whole.
+        """
+        path = Path(path)
+        content = tensor_bytes(self.decoder.state_dict())
+        old = _weights_of(path)
+        name = next(name for name in WEIGHTS if name != old)
         config = {
             "format": FORMAT,
             "aha": __version__,
             "classifier": {
-                **self.classifier.source,
+                **portable(self.classifier.source),
                 "num_classes": self.classifier.num_classes,
                 "input_size": list(self.classifier.input_size),
                 "class_names": self.classifier.class_names,
                 "fingerprint": fingerprint(self.classifier),
             },
-            "encoder": self.encoder.source if self.encoder else EVIDENCE,
+            "encoder": portable(self.encoder.source) if self.encoder else EVIDENCE,
             "decoder": dataclasses.asdict(self.decoder.config),
             "evidence": self.sees_evidence,
             **self.settings,
+            "weights": {"file": name, "sha256": digest(content)},
         }
-        text = json.dumps(config, indent=2, default=str) + "\n"  # before anything is written
-        path = Path(path)
-        path.mkdir(parents=True, exist_ok=True)
-        state = {key: value.detach().contiguous().cpu() for key, value in self.decoder.state_dict().items()}
-        write_atomically(path / WEIGHTS_FILE, save(state))
-        write_atomically(path / CONFIG_FILE, text.encode())
+        json.dumps(config, default=str)  # before anything is written
+        write_atomically(path / name, content)
+        write_json(path / CONFIG_FILE, config)
+        if old is not None:
+            with suppress(OSError):
+                (path / old).unlink()
         return path
 
     @classmethod
     def from_pretrained(cls, path_or_hub_id: str | Path, classifier: Classifier | None = None) -> Explainer:
-        """Load what `save_pretrained` wrote, from a folder or the Hugging Face hub.
+        """Load what `save_pretrained` wrote, from a folder or the Hugging Face hub. No code of a file is run.
 
         Args:
             classifier: the classifier to explain; default: made again from the saved description. One that differs from
                 that of the training warns; one with another number of classes raises.
+
+        Raises:
+            FileNotFoundError, ValueError: in one line, for a folder that holds no explainer, for files that were
+                changed or damaged since, and for a configuration with an entry that is none.
         """
         folder = _folder(path_or_hub_id)
         try:
-            config = json.loads((folder / CONFIG_FILE).read_text())
-            saved, layout = dict(config["classifier"]), dict(config["decoder"])
-            settings = {key: config[key] for key in REFINED_WITH}
-            settings.update({key: config[key] for key in TRAINED_FOR if key in config})
-            if settings.get("response") is not None:
-                Response.from_json(settings["response"])  # refuses what is none
-            mark, classes = saved.pop("fingerprint"), saved.pop("num_classes")
-            image_size, names = tuple(saved.pop("input_size")), saved.pop("class_names", None)
-            source = dict(config["encoder"])
-            _ = saved["kind"], source["kind"]
-            evidence = bool(config.get("evidence"))
-            widths = EvidenceConfig(**layout) if source == EVIDENCE else _widths(layout)
+            config = ExplainerConfig.from_json(read_json(folder / CONFIG_FILE), folder)
         except FileNotFoundError as error:
             raise FileNotFoundError(
                 f"{folder} holds no {CONFIG_FILE}: give a folder written by save_pretrained"
             ) from error
-        except (ValueError, KeyError, TypeError) as error:  # JSON's and Unicode's errors are ValueErrors
+        except DamagedError:
+            raise
+        except ValueError as error:
             raise ValueError(f"{folder / CONFIG_FILE} is not an explainer's configuration ({error})") from error
-        if config.get("format") != FORMAT:
-            raise ValueError(f"{folder} has format {config.get('format')}, this version reads {FORMAT}: update aha")
+        weights = folder / config.weights
+        if config.checksum is not None and weights.is_file():
+            read_checked(weights, config.checksum)
+        state, _ = read_weights(weights)
         given = classifier is not None
-        classifier = classifier if classifier is not None else from_source(saved)
-        if not given and classifier.class_names is None and names and len(names) == classifier.num_classes:
-            classifier.class_names = list(names)
-        general = isinstance(widths, EvidenceConfig)  # knows no class, and no classifier
-        if classifier.num_classes != classes and not general:
+        classifier = classifier if classifier is not None else from_source(config.classifier)
+        if not given and classifier.class_names is None and len(config.class_names or ()) == classifier.num_classes:
+            classifier.class_names = config.class_names
+        general = config.encoder is None  # knows no class, and no classifier
+        if classifier.num_classes != config.num_classes and not general:
             raise ValueError(
-                f"the explainer in {folder} was trained for {classes} classes, {classifier.name} has "
+                f"the explainer in {folder} was trained for {config.num_classes} classes, {classifier.name} has "
                 f"{classifier.num_classes}: give the classifier it was trained for"
             )
-        if fingerprint(classifier) != mark and not general:
+        if fingerprint(classifier) != config.fingerprint and not general:
             origin = "given" if given else "made again"
             warnings.warn(
                 f"the classifier {origin} ({classifier.name}) is not the one this explainer was trained for "
-                f"({saved.get('name')}): its maps may be unfaithful until refined",
+                f"({config.classifier['name']}): its maps may be unfaithful until refined",
                 stacklevel=2,
             )
         with torch.inference_mode(False):  # parameters made in it could never be refined
-            if isinstance(widths, EvidenceConfig):
-                encoder = None
-            elif source["kind"] == "classifier":
-                encoder = build_encoder(None, classifier, image_size=image_size)
-            elif source["kind"] == "hf":
-                encoder = build_encoder(f"hf:{source['name']}", classifier, image_size=image_size)
-            else:
-                encoder = build_encoder(
-                    source["name"], classifier, source.get("weights"), source.get("pretrained"), image_size
-                )
-            decoder = _decoder(classifier, encoder, widths, evidence)
-            state, _ = read_weights(folder / WEIGHTS_FILE)
-            load_weights(decoder, state, folder / WEIGHTS_FILE)
-            return cls(encoder, decoder, classifier, settings).to(classifier.device).eval()
+            encoder = _encoder(config, classifier)
+            with torch.device("meta"):  # widths that are not those of the weights ask for no memory
+                fitting_weights(_decoder(classifier, encoder, config.decoder, config.evidence), state, weights)
+            decoder = _decoder(classifier, encoder, config.decoder, config.evidence)
+            load_weights(decoder, state, weights)
+            return cls(encoder, decoder, classifier, config.settings).to(classifier.device).eval()
+
+
+def _encoder(config: ExplainerConfig, classifier: Classifier) -> Encoder | None:
+    source = config.encoder
+    if source is None:
+        return None
+    if source["kind"] == "classifier":
+        return build_encoder(None, classifier, image_size=config.input_size)
+    if source["kind"] == "hf":
+        return build_encoder(f"hf:{source['name']}", classifier, image_size=config.input_size)
+    return build_encoder(source["name"], classifier, source.get("weights"), source.get("pretrained"), config.input_size)
+
+
+def _weights_of(folder: Path) -> str | None:
+    """The file with the weights of the explainer in ``folder``, which must stay whole; None where there is none."""
+    try:
+        return ExplainerConfig.from_json(read_json(folder / CONFIG_FILE), folder).weights
+    except (OSError, ValueError):
+        return None
 
 
 def _decoder(
@@ -348,10 +368,6 @@ def head_rows(classifier: Classifier) -> Tensor | None:
     return layers[-1].weight.detach() if layers else None
 
 
-def _widths(layout: dict[str, Any]) -> DecoderConfig:
-    return DecoderConfig(**{**layout, "strides": tuple(layout["strides"])})
-
-
 def _folder(path_or_hub_id: str | Path) -> Path:
     if not isinstance(path_or_hub_id, (str, Path)):
         raise ValueError(f"{path_or_hub_id!r} is no path: give a folder written by save_pretrained, or a hub id")
@@ -364,7 +380,7 @@ def _folder(path_or_hub_id: str | Path) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, allow_patterns=[CONFIG_FILE, WEIGHTS_FILE]))
+        return Path(snapshot_download(name, allow_patterns=[CONFIG_FILE, *WEIGHTS]))
     except Exception as error:  # the hub's own errors span several hierarchies
         reason = str(error).splitlines()[0]
         raise FileNotFoundError(f"{name} is neither a local folder nor on the hub ({reason})") from error

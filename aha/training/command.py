@@ -60,7 +60,8 @@ def train(
         fresh: start untrained.
         decoder: widths, where there is an encoder.
         augment: random crops and flips.
-        resume: continue from the newest checkpoint in OUTPUT.
+        resume: continue from the newest checkpoint in OUTPUT that is whole. A folder that holds a run is refused
+            without it.
     """
     output = config.output or "runs/train"
     if remake.universal:
@@ -83,7 +84,9 @@ def train(
         explainer = Explainer.universal(classifier)
     else:
         widths = None if alone else decoder
-        explainer = Explainer.build(classifier, encoder, encoder_weights, decoder=widths, evidence=evidence)
+        explainer = Explainer.build(
+            classifier, encoder, encoder_weights, decoder=widths, evidence=evidence, seed=config.seed
+        )
     if further and config.tau is None and config.scores == "standardized":
         config = dataclasses.replace(config, tau=CONTINUED)
     trainer = Trainer(explainer, classifier, data, dataclasses.replace(config, output=output))

@@ -5,22 +5,24 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import math
 import time
+import uuid
 import warnings
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import ExitStack, closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs
+from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
-from .. import processes, references, shapley
+from .. import files, lock, processes, references, shapley
 from .._version import __version__
 from ..calibration import MeanCurves
 from ..checks import check_images, check_integer, check_label, check_number, check_seed
@@ -34,7 +36,8 @@ from ..precision import autocast, uses_bf16
 from ..protection import recording
 from ..regions import Regions, default_cells, draw, grid
 from ..shapley import ShapleyObjective
-from . import checkpoint
+from . import checkpoint, signals
+from .checkpoint import Checkpoint
 from .schedule import learning_rate, temperature
 
 # (start, end, schedule, noise): `free` as published, `standardized` as measured in bench/results
@@ -46,8 +49,38 @@ CONTINUED = (0.015, 0.005)
 # images of a batch whose maps are looked at for the log
 DIAGNOSED = 4
 
+# settings that may differ between the parts of a run
+FREE = ("output", "workers", "log_every", "save_every")
+
+T = TypeVar("T")
+
 # what an explainer can be trained for → how a player of the Shapley game is absent
 OBJECTIVES = {"ranking": None, **{name: absence for absence, name in shapley.METHODS.items()}}
+
+
+_INTEGERS = {
+    "steps": (1, 2**40),
+    "batch_size": (1, 2**20),
+    "accumulate": (1, 2**20),
+    "fractions": (3, 4096),
+    "n_iters": (1, 10_000),
+    "coalitions": (2, 2**20),
+    "chunk": (2, 2**20),
+    "workers": (0, 1024),
+    "log_every": (1, None),
+    "save_every": (0, None),
+}
+_POSITIVE = ("epochs", "lr", "clip")
+_NUMBERS = (
+    "weight_decay",
+    "warmup",
+    "noise",
+    "smooth",
+    "weight_deletion",
+    "weight_insertion",
+    "weight_regularizer",
+    "dropped_roles",
+)
 
 
 @dataclass(frozen=True)
@@ -68,8 +101,7 @@ class TrainConfig:
         tau: (start, end); tau_schedule: "linear" or "geometric"; noise: scale of the Gumbel noise.
         ends, smooth: see `aha.Objective`.
         targets: explained classes per image: 1 is the prediction; 2 adds the label where the prediction is wrong, else
-            the
-            runner-up.
+            the runner-up.
         shared_map: one map, made for the first target, serves all targets (published); default: a map per target
             (ours).
         references: one is drawn per batch; default: all of them for the ranking, the mean colour for fastshap.
@@ -82,6 +114,9 @@ class TrainConfig:
         workers: processes that read images; None: for images on disk one per core but one, at most 8
             (`aha.data.workers_for`), else none.
         log_every, save_every: in steps; 0 never saves before the end.
+
+    Raises:
+        ValueError: in one line that names the setting, for a number that is none or out of range.
     """
 
     objective: str = "ranking"
@@ -121,26 +156,37 @@ class TrainConfig:
     save_every: int = 500
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "accumulate", "log_every"):
-            check_integer(name, getattr(self, name), 1)
-        check_integer("save_every", self.save_every, 0)
-        if self.workers is not None:
-            check_integer("workers", self.workers, 0)
-        if self.steps is not None:
-            check_integer("steps", self.steps, 1)
-        if self.cells is not None:
-            low, high = (check_integer("cells", cells, 1) for cells in self.cells)
-            if low > high:
-                raise ValueError(f"cells={self.cells}: give the coarsest and the finest grid, the smaller number first")
+        for name, (low, high) in _INTEGERS.items():
+            value = getattr(self, name)
+            if value is not None or name not in ("steps", "workers"):
+                check_integer(name, value, low, high)
+        for name in _POSITIVE:
+            check_number(name, getattr(self, name), 0, above=True)
+        for name in _NUMBERS:
+            if (value := getattr(self, name)) is not None:
+                check_number(name, value, 0)
+        for name in ("offset", "ends", "shared_map"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name}={getattr(self, name)!r}: give True or False")
+        for name in ("cells", "tau", "players"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, Sequence) or len(value) != 2):
+                raise ValueError(f"{name}={value!r}: give two numbers")
+        for name in ("cells", "players"):
+            for value in getattr(self, name) or ():
+                check_integer(name, value, 1, 4096)
+        if self.cells is not None and self.cells[0] > self.cells[1]:
+            raise ValueError(f"cells={self.cells}: give the coarsest and the finest grid, the smaller number first")
         for tau in self.tau or ():
             check_number("tau", tau, 0, above=True)
         uses_bf16(self.precision, torch.device("cpu"))
-        check_number("epochs", self.epochs, 0, above=True)
-        check_number("lr", self.lr, 0, above=True)
-        check_number("dropped_roles", self.dropped_roles, 0)
         if self.dropped_roles >= 1:
             raise ValueError(f"dropped_roles={self.dropped_roles}: give a share below 1")
+        if self.warmup > 1:
+            raise ValueError(f"warmup={self.warmup}: give a share of the steps, at most 1")
         check_seed(self.seed)
+        if self.output is not None and not isinstance(self.output, (str, Path)):
+            raise ValueError(f"output={self.output!r}: give a folder")
         if self.batch_size % self.accumulate:
             raise ValueError(f"batch_size={self.batch_size} is not a multiple of accumulate={self.accumulate}")
         if self.targets not in (1, 2):
@@ -153,6 +199,8 @@ class TrainConfig:
             raise ValueError(f"objective={self.objective!r} is not known: choose one of {', '.join(OBJECTIVES)}")
         if self.references is None:
             return
+        if isinstance(self.references, str) or not isinstance(self.references, Sequence):
+            raise ValueError(f"references={self.references!r}: give a tuple of names")
         if self.objective == "vit_shapley":
             raise ValueError(f"references={self.references}: vit_shapley drops tokens, leave the references out")
         unknown = set(self.references) - set(references.REFERENCES)
@@ -284,34 +332,70 @@ class Trainer:
         self.step = 0
         self.curves = MeanCurves()  # of the second half, when the maps are worth it
         self.folder = Path(config.output) if config.output else None
+        self.run = ""  # what tells this run from others in its folder
+        self.kept: Path | None = None  # the newest checkpoint
 
     def fit(self, resume: bool | str | Path = False, progress: bool = True) -> Explainer:
         """Train to the last step and return the explainer, in evaluation mode.
 
-        Args:
-            resume: True continues from the newest checkpoint under ``output`` (from the start if there is none); a path
-                from that checkpoint.
-            progress: show a progress bar.
-        """
-        with processes.together(), recording(), autocast("fp32", self.accelerator.device):
-            return self._fit(resume, progress)
+        SIGTERM, SIGUSR1 and SIGINT end the run after the step at hand, which is kept as a checkpoint.
 
-    def _fit(self, resume: bool | str | Path, progress: bool) -> Explainer:
-        if resume:
-            self._resume(None if resume is True else Path(resume))
+        Args:
+            resume: True continues from the newest checkpoint under ``output`` that is whole (from the start if there is
+                none; a run that is finished returns its explainer); a path from that checkpoint.
+            progress: show a progress bar.
+
+        Raises:
+            ValueError: in one line, where ``output`` holds another run or one that was not asked for, and for a
+                checkpoint that is damaged or was made with other settings, images, classifier or decoder.
+            OSError: in one line, where another process works in ``output`` (`aha.lock.FolderInUseError`), where it
+                cannot be written to, and where a process that reads images was killed.
+            FloatingPointError: where the loss or its gradient is not finite; nothing of that step is kept.
+            aha.training.Interrupted: after SIGTERM or SIGUSR1; after SIGINT a KeyboardInterrupt.
+        """
+        with ExitStack() as stack:
+            stack.enter_context(processes.together())
+            stack.enter_context(recording())
+            stack.enter_context(autocast("fp32", self.accelerator.device))
+            if self.folder is not None:
+                folder = self.folder
+                self._by_main(lambda: stack.enter_context(lock.held(folder)))
+            asked = stack.enter_context(signals.noticed())
+            return self._fit(resume, progress, asked)
+
+    def _fit(self, resume: bool | str | Path, progress: bool, asked: signals.Asked) -> Explainer:
+        self._begin(resume)
         self._agree()
         main = self.accelerator.is_main_process
         log = Log(self.folder if main else None, self.step, self.total, progress and main)
         self.model.train()
         try:
-            for batch in log.waiting(self._loader()):
-                record = self._train_step(batch)
-                self.step += 1
-                if self.step % self.config.log_every == 0 or self.step == self.total:
-                    log.write(self.step, {**self._averaged(record), **self._diagnose(batch)})
-                log.advance(self.config.batch_size)
-                if self.config.save_every and self.step % self.config.save_every == 0:
-                    self._save()
+            with closing(self._loader()) as batches:
+                for batch in log.waiting(batches):
+                    record = self._train_step(batch)
+                    if not math.isfinite(record["loss"]):
+                        raise FloatingPointError(f"the loss is {record['loss']} at step {self.step}")
+                    self.step += 1
+                    if self.step % self.config.log_every == 0 or self.step == self.total:
+                        log.write(self.step, {**self._averaged(record), **self._diagnose(batch)})
+                    log.advance(self.config.batch_size)
+                    signal = self._agreed(asked)
+                    if signal or (self.config.save_every and self.step % self.config.save_every == 0):
+                        self._save()
+                    if signal:
+                        raise self._interrupted(signal)
+        except FloatingPointError as error:
+            raise FloatingPointError(f"{error}; {self._continued()}") from error
+        except files.WriteError as error:
+            raise files.WriteError(f"{error}; {self._continued()}") from error
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            reason = " ".join(str(error).split())
+            raise ChildProcessError(
+                f"a process that reads images was killed ({reason}), often for want of memory: give fewer workers; "
+                f"{self._continued()}"
+            ) from error
         finally:
             log.close()
         self.failures = list(dict.fromkeys(processes.gathered(self.failures)))
@@ -328,9 +412,9 @@ class Trainer:
             data=self._made_from["data"],
             **self.objective.settings(),
         )
+        if self.kept is None or self.kept.name != checkpoint.name(self.step):
+            self._save()
         if self.folder is not None and self.accelerator.is_main_process:
-            if self.step and not (self.config.save_every and self.step % self.config.save_every == 0):
-                self._save()
             self.explainer.save_pretrained(self.folder / "explainer")
         self.accelerator.wait_for_everyone()
         return self.explainer
@@ -339,7 +423,7 @@ class Trainer:
         """The one whose turn it is."""
         return self.subjects[self.step % len(self.subjects)]
 
-    def _loader(self) -> Iterator[dict[str, Any]]:
+    def _loader(self) -> Generator[dict[str, Any], None, None]:
         """The batches of the steps to come, of the subjects in turn."""
         count = len(self.subjects)
         # how many steps each has had
@@ -367,6 +451,7 @@ class Trainer:
             num_workers=workers_for(subject.data, config.workers),
             pin_memory=device.type == "cuda",
             collate_fn=_collated,
+            worker_init_fn=signals.ignored,
         )
         for batch in _plainly(loader):
             if "problem" in batch:
@@ -417,6 +502,8 @@ class Trainer:
             last = number == config.accumulate - 1
             with nullcontext() if last else self.accelerator.no_sync(self.model):
                 maps = self.model(image, classes[:, :per_image], precision=config.precision, **extra)
+                if not torch.isfinite(maps).all():  # else the classifier, which sees them as masks, would be blamed
+                    raise FloatingPointError(f"the maps are not finite at step {self.step}: lower the learning rate")
                 if not config.shared_map:
                     image, blank = (x.repeat_interleave(per_image, dim=0) for x in (image, blank))
                     classes = classes.flatten()
@@ -494,23 +581,73 @@ class Trainer:
             seen.total, seen.images = torch.tensor(total, dtype=torch.float64).view_as(seen.total), images
         return seen
 
+    def _by_main(self, work: Callable[[], T]) -> T | None:
+        """``work`` done by the main process; its error is that of all."""
+        found, problem = None, None
+        if self.accelerator.is_main_process:
+            try:
+                found = work()
+            except (ValueError, OSError) as error:
+                problem = error
+        if self.accelerator.num_processes > 1:
+            (problem,) = broadcast_object_list([problem])
+        if problem is not None:
+            raise problem
+        return found
+
+    def _agreed(self, asked: signals.Asked) -> int:
+        """The signal that asks the run to end, the same for all processes, or 0; of the last step there is no end."""
+        if self.step == self.total:
+            return 0
+        if self.accelerator.num_processes == 1:
+            return asked.signal
+        noticed = torch.tensor([asked.signal], device=self.accelerator.device)
+        return int(self.accelerator.gather(noticed).max())
+
+    def _interrupted(self, signal: int) -> BaseException:
+        name = signals.name(signal)
+        message = f"{name} at step {self.step} of {self.total}; {self._continued()}"
+        return KeyboardInterrupt(message) if name == "SIGINT" else signals.Interrupted(message)
+
+    def _continued(self) -> str:
+        """What is kept of this run, for a message."""
+        if self.folder is None:
+            return "nothing is kept, for there is no output folder"
+        if self.kept is None:
+            return f"no checkpoint has been kept yet (save_every={self.config.save_every})"
+        return f"resume continues from {self.kept}"
+
     def _save(self) -> None:
-        if self.folder is None or not self.accelerator.is_main_process:
+        failures = list(dict.fromkeys(processes.gathered(self.failures)))
+        if self.folder is None:
             return
-        state = {
-            "decoder": self.explainer.decoder.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "curves": self.curves.state_dict(),
-        }
-        checkpoint.save(self.folder / "checkpoints", self.step, state, self._identity(), __version__)
+        folder = self.folder / "checkpoints"
+        if self.accelerator.is_main_process:
+            found = Checkpoint(
+                run=self.run,
+                step=self.step,
+                made=self._identity(),
+                decoder=self.explainer.decoder.state_dict(),
+                optimizer=self.optimizer.state_dict(),
+                curves=self.curves.state_dict(),
+                failures=failures,
+                world=self.accelerator.num_processes,
+            )
+            checkpoint.save(folder, found)
+        self.kept = folder / checkpoint.name(self.step)
 
     def _identity(self) -> dict[str, Any]:
         """The settings that a resumed run must share, in JSON types."""
-        same = {k: v for k, v in dataclasses.asdict(self.config).items() if k not in ("output", "workers", "log_every")}
+        same = {k: v for k, v in dataclasses.asdict(self.config).items() if k not in FREE}
         bf16 = uses_bf16(self.config.precision, self.accelerator.device)
         made = {
             **self.objective.settings(),
             "references": self.references,
+            "decoder": {
+                "type": type(self.explainer.decoder).__name__,
+                **dataclasses.asdict(self.explainer.decoder.config),
+            },
+            "evidence": self.explainer.sees_evidence,
             **self._made_from,
         }
         return json.loads(json.dumps({**same, **made, "total": self.total, "bf16": bf16}))
@@ -527,31 +664,84 @@ class Trainer:
             return made
         return {**made, "encoder": fingerprint(encoder)}
 
-    def _resume(self, path: Path | None) -> None:
-        if path is None:
-            if self.folder is None:
+    def _begin(self, resume: bool | str | Path) -> None:
+        """Continue a run, or begin one in a folder that holds none."""
+        found = self._by_main(lambda: self._found(resume))
+        if self.accelerator.num_processes > 1:
+            (found,) = broadcast_object_list([found])
+        if found is None:
+            (self.run,) = broadcast_object_list([uuid.uuid4().hex])
+        else:
+            self._resume(found)
+
+    def _found(self, resume: bool | str | Path) -> Path | None:
+        """The checkpoint to continue from, if any; ValueError where the folder holds what would be mixed with it."""
+        if self.folder is None:
+            if resume is True:
                 raise ValueError("resume needs an output folder: set TrainConfig.output")
-            found = checkpoint.available(self.folder / "checkpoints")
-            if not found:
-                return
-            path = found[-1]
-        step, state, config, version = checkpoint.load(path)
-        if version != __version__:
-            warnings.warn(
-                f"checkpoint {path} was made by aha {version}, this is {__version__}: the run may continue differently",
-                stacklevel=4,
+            return Path(resume) if resume else None
+        folder, finished = self.folder / "checkpoints", self.folder / "explainer"
+        checkpoint.remove_partials(folder)
+        for place in (self.folder, finished):
+            files.remove_partials(place)
+        present = checkpoint.available(folder)
+        runs = {run for run in map(checkpoint.run_of, present) if run is not None}
+        if resume and resume is not True:
+            chosen = Path(resume)
+            other = runs - {checkpoint.load(chosen).run}
+            if other or (not present and finished.exists()):
+                raise ValueError(f"{self.folder} holds another run than {chosen}: give another output folder")
+            return chosen
+        if not resume and (present or finished.exists()):
+            raise ValueError(f"{self.folder} holds a run: resume it (--resume, resume=True), or give another folder")
+        if len(runs) > 1:
+            raise ValueError(
+                f"{folder} holds checkpoints of {len(runs)} runs: give the one to resume, or another folder"
             )
-        differs = [key for key, value in self._identity().items() if config.get(key) != value]
+        if not present:
+            if finished.exists():
+                raise ValueError(
+                    f"{self.folder} holds an explainer and no checkpoint to resume from: give another folder"
+                )
+            return None
+        return _whole(present)
+
+    def _resume(self, path: Path) -> None:
+        found = checkpoint.load(path)
+        if found.version != __version__:
+            warnings.warn(
+                f"checkpoint {path} was made by aha {found.version}, this is {__version__}: the run may continue "
+                "differently",
+                stacklevel=5,
+            )
+        now = self._identity()
+        differs = [key for key in {**found.made, **now} if key not in now or found.made.get(key) != now[key]]
         if differs:
             raise ValueError(
                 f"checkpoint {path} was made with other settings ({', '.join(differs)}): "
                 "resume with the same, or start in another folder"
             )
-        self.explainer.decoder.load_state_dict(state["decoder"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        # versions before the response kept no curves: it is then learnt of the steps that are left
-        self.curves.load_state_dict(state.get("curves", MeanCurves().state_dict()))
-        self.step = step
+        self.explainer.decoder.load_state_dict(found.decoder)
+        self.optimizer.load_state_dict(found.optimizer)
+        self.curves.load_state_dict(found.curves)
+        self.failures = list(dict.fromkeys([*found.failures, *self.failures]))
+        self.run, self.step, self.kept = found.run, found.step, path
+
+
+def _whole(paths: Sequence[Path]) -> Path:
+    """The newest checkpoint that can be used; one that cannot is said."""
+    problems = []
+    for path in reversed(paths):
+        try:
+            checkpoint.load(path)
+        except files.DamagedError as error:
+            problems.append(str(error))
+            continue
+        for problem in problems:
+            warnings.warn(f"{problem}: resuming from the one before, {path.name}", stacklevel=7)
+        return path
+    others = f", nor can the {len(paths) - 1} before it" if len(paths) > 1 else ""
+    raise files.DamagedError(f"{problems[0]}{others}: start again in another folder")
 
 
 class Subject(NamedTuple):
@@ -583,14 +773,19 @@ def _collated(items: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _plainly(loader: DataLoader) -> Iterator[dict[str, Any]]:
-    """The batches; an error of a worker comes without the worker's traceback."""
+    """The batches; an error of a worker comes without the worker's traceback, and ends them all."""
+    batches = iter(loader)
     try:
-        yield from loader
+        yield from batches
     except ValueError as error:
         lines = str(error).strip().splitlines()
         if len(lines) < 2:
             raise
         raise ValueError(lines[-1].split(": ", 1)[-1]) from error
+    finally:
+        # now, not when the last reference to an exception is gone
+        if hasattr(batches, "_shutdown_workers"):
+            batches._shutdown_workers()
 
 
 def places(batch: int, parts: int, rank: int, world: int) -> list[int]:
@@ -657,9 +852,12 @@ class Log:
         if folder is not None:
             from torch.utils.tensorboard import SummaryWriter
 
-            folder.mkdir(parents=True, exist_ok=True)
-            self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else None)
-            self.file = open(folder / "log.jsonl", "a", buffering=1)  # noqa: SIM115 - closed in close()
+            path = folder / "log.jsonl"
+            with files.writing(path):
+                folder.mkdir(parents=True, exist_ok=True)
+                _forget(path, step)
+                self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+                self.file = open(path, "a", buffering=1)  # noqa: SIM115 - closed in close()
         self.images, self.waited, self.since = 0, 0.0, time.perf_counter()
 
     def waiting(self, batches: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
@@ -681,11 +879,11 @@ class Log:
         passed = max(1e-9, now - self.since)
         values = {**values, "images_per_second": self.images / passed, "data_wait": self.waited / passed}
         self.images, self.waited, self.since = 0, 0.0, now
-        if self.writer is not None:
-            for name, value in values.items():
-                self.writer.add_scalar(name, value, step)
-        if self.file is not None:
-            self.file.write(json.dumps({"step": step, **values}) + "\n")
+        if self.writer is not None and self.file is not None:
+            with files.writing(self.file.name):
+                for name, value in values.items():
+                    self.writer.add_scalar(name, value, step)
+                self.file.write(json.dumps({"step": step, **values}) + "\n")
         note = f"loss {values['loss']:.3g}"
         if {"insertion", "deletion"} <= values.keys():
             note = f"ins−del {values['insertion'] - values['deletion']:+.3f}"
@@ -698,3 +896,20 @@ class Log:
             self.writer.close()
         if self.file is not None:
             self.file.close()
+
+
+def _forget(path: Path, step: int) -> None:
+    """Take out of a log what comes after ``step``, which is made again, and a line that a killed process left torn."""
+    if not path.is_file():
+        return
+    lines = path.read_bytes().splitlines(keepends=True)
+    kept = [line for line in lines if _step_of(line) <= step]
+    if kept != lines:
+        files.write_atomically(path, b"".join(kept))
+
+
+def _step_of(line: bytes) -> float:
+    try:
+        return float(json.loads(line)["step"]) if line.endswith(b"\n") else math.inf
+    except (ValueError, KeyError, TypeError):
+        return math.inf

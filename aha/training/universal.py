@@ -67,8 +67,7 @@ def train(
     names, config = names or CLASSIFIERS, config or TRAINING
     device = "cuda" if torch.cuda.is_available() else "cpu"
     first, *others = subjects(names, photographs, weights, device, config.seed)
-    torch.manual_seed(config.seed)
-    explainer = Explainer.build(first[0])
+    explainer = Explainer.build(first[0], seed=config.seed)
     run = dataclasses.replace(config, output=str(output))
     return Trainer(explainer, *first, run, beside=others).fit(resume=resume)
 

@@ -11,6 +11,7 @@ from PIL import Image
 
 import aha
 from aha.data import ImageFolder, Preprocessing
+from aha.files import read_json, write_json
 from aha.identity import fingerprint
 
 from ..toys import TINY_DECODER, tiny_classifier
@@ -63,9 +64,9 @@ def test_a_run_is_not_resumed_with_other_images(folder, tmp_path, change):
 def test_another_version_is_said(folder, tmp_path):
     fit(folder, tmp_path / "run")
     (record,) = (tmp_path / "run" / "checkpoints").glob("step_*/run.json")
-    kept = json.loads(record.read_text())
+    kept = read_json(record, required=True)
     assert kept["aha"] == aha.__version__
-    record.write_text(json.dumps({**kept, "aha": "0.0.1"}))
+    write_json(record, {**kept, "aha": "0.0.1"})
     with pytest.warns(UserWarning, match=f"was made by aha 0.0.1, this is {aha.__version__}"):
         fit(folder, tmp_path / "run", resume=True)
 
