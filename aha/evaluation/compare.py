@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import signal
 from collections.abc import Collection, Sequence
-from contextlib import nullcontext
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -133,11 +133,20 @@ def compare(
     # asked for a device that is not there, accelerate takes every process for the only one
     state = PartialState(cpu=not torch.cuda.is_available())
     setting = _Setting(output, presets, targets, strict, batch_size, seed, internal_batch_size, progress, state)
-    with held(output) if state.is_main_process else nullcontext():
-        if state.is_main_process:
-            remove_partials(output)
-        state.wait_for_everyone()
+    if not state.is_main_process:
+        state.wait_for_everyone()  # until the folder is held
         return _compared(sources, per_source, setting)
+    made = not output.exists()
+    try:
+        with held(output):
+            remove_partials(output)
+            state.wait_for_everyone()
+            return _compared(sources, per_source, setting)
+    except BaseException:
+        if made:
+            with suppress(OSError):  # bad settings leave no empty folder
+                output.rmdir()
+        raise
 
 
 def _compared(
