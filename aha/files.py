@@ -240,7 +240,8 @@ def write_parts(parts: Iterable[Mapping[str, Sequence[Any] | Any]], path: Path) 
     write_atomically(_sum_of(file), f"{stream.digest.hexdigest()}  {file.name}\n".encode())
     for other in TABLES:
         if other != ending:
-            path.with_name(path.name + other).unlink(missing_ok=True)
+            with writing(path):
+                path.with_name(path.name + other).unlink(missing_ok=True)
     return file
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import signal
 from collections.abc import Collection, Sequence
-from contextlib import nullcontext
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,12 +17,13 @@ from ..attributors import MethodSpec
 from ..classifier import Classifier
 from ..data import Part, Preprocessing, fit_labels
 from ..data import identity as identity_of
-from ..files import slug, write_json
+from ..files import remove_partials, slug, write_json
 from ..lock import held
 from ..metrics import INTERNAL_BATCH_SIZE, Protocol, Suite
 from ..metrics.protocols import get as get_protocol
 from ..source import Source
 from ..store import Packs
+from ..training import signals
 from .engine import TARGETS, Engine, Progress, Row, announcing
 from .evaluate import choose, described
 from .pieces import Pieces
@@ -93,8 +95,9 @@ def compare(
     """Measure ``methods`` on the classifiers and images of ``sources``, continuing what ``output`` holds.
 
     Every method's maps (half precision) and every protocol's scores are kept batch by batch under
-    ``output``/cells, in folders named after all settings that decide them. Running again computes what is
-    missing, so an interrupted run, another protocol, another method or more processes cost only the difference.
+    ``output``/cells, in folders named after all settings that decide them, with checksums (`aha.store.Packs`). Running
+    again computes what is missing or damaged, so an interrupted run, another protocol, another method or more
+    processes cost only the difference.
     Processes (``torchrun``, ``accelerate launch``) share the batches through that folder; the numbers do not depend on
     how many there are.
 
@@ -115,6 +118,9 @@ def compare(
 
     Raises:
         ValueError: for bad settings in one line, before anything is computed.
+        OSError: in one line, where another process works in ``output``, or it cannot be written to, or disappears.
+        aha.training.signals.Interrupted: after SIGTERM or SIGUSR1, which exits with 75; after SIGINT a
+            KeyboardInterrupt. What was being measured is finished and kept.
     """
     for target in targets:
         if target not in TARGETS:
@@ -124,10 +130,22 @@ def compare(
             raise ValueError(f"limit={source.limit}: give 1 or more images")
     presets = list({(preset := get_protocol(protocol)).name: preset for protocol in protocols}.values())
     per_source: Any = methods if methods and not isinstance(methods[0], MethodSpec) else [methods] * len(sources)
-    with processes.together() as state, held(output) if state.is_main_process else nullcontext():
-        state.wait_for_everyone()
+    with processes.together() as state:
         setting = _Setting(output, presets, targets, strict, batch_size, seed, internal_batch_size, progress, state)
-        return _compared(sources, per_source, setting)
+        if not state.is_main_process:
+            state.wait_for_everyone()  # until the folder is held
+            return _compared(sources, per_source, setting)
+        made = not output.exists()
+        try:
+            with held(output):
+                remove_partials(output)
+                state.wait_for_everyone()
+                return _compared(sources, per_source, setting)
+        except BaseException:
+            if made:
+                with suppress(OSError):  # bad settings leave no empty folder
+                    output.rmdir()
+            raise
 
 
 def _compared(
@@ -194,6 +212,7 @@ def _measured(
             folder = setting.output / CELLS / slug(clf.name) / f"{target}-{made_by}"
             store = Packs(folder, state.process_index)
             if state.is_main_process:
+                remove_partials(folder)
                 write_json(folder / "settings.json", where)
             named = {f"{preset.name}-{identity.of_settings(protocol_settings(preset))}": preset for preset in group}
             suites = {name: Suite(clf, preset, setting.internal_batch_size) for name, preset in named.items()}
@@ -214,8 +233,18 @@ def _measured(
                 )
             )
     announce = announcing(setting.progress if state.is_main_process else None, *engines)
-    for engine in engines:
-        engine.run(announce)
+    with signals.noticed() as asked:
+
+        def unless_asked(method: str, images: int) -> None:
+            # called between two records: the one at work is kept
+            announce(method, images)
+            if asked.signal:
+                message = f"{signals.name(asked.signal)}; what was finished is kept, run again to go on"
+                by_hand = asked.signal == signal.SIGINT
+                raise KeyboardInterrupt(message) if by_hand else signals.Interrupted(message)
+
+        for engine in engines:
+            engine.run(unless_asked)
     return [engine.pieces for engine in engines]
 
 
