@@ -50,7 +50,7 @@ def join() -> PartialState:
         )
     if state.num_processes > 1 and not _watch:
         dist.distributed_c10d._set_pg_timeout(PATIENCE)
-        _watch.append(_Watch())
+        _watch.append(_watching(state))
     return state
 
 
@@ -64,10 +64,12 @@ def together() -> Iterator[PartialState]:
         ValueError: see `join`.
     """
     state = join()
-    if not _watch:
+    if state.num_processes == 1:
         yield state
         return
-    _watch[0].enter()
+    watch = _watch[0]
+    if watch is not None:
+        watch.enter()
     failed = True
     try:
         yield state
@@ -77,7 +79,8 @@ def together() -> Iterator[PartialState]:
             raise
         raise ConnectionError(ENDED) from error
     finally:
-        _watch[0].leave(failed)
+        if watch is not None:
+            watch.leave(failed)
 
 
 @contextmanager
@@ -112,11 +115,10 @@ class _Watch:
     A group of its own, for the processes' other collectives may rightly take hours.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, group: dist.ProcessGroup):
         self.depth = 0
         self._over = self._told = self._lost = False
-        self._group = dist.new_group(backend="gloo")
-        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=SILENCE), self._group)
+        self._group = group
         self._stop = threading.Event()
         self._threads = [threading.Thread(target=work, daemon=True) for work in (self._beat, self._look)]
         for thread in self._threads:
@@ -161,8 +163,29 @@ class _Watch:
 
     def _finish(self) -> None:
         self._stop.set()
+        # a thread that comes back from gloo when the interpreter has gone aborts the process; a beat takes no longer
         for thread in self._threads:
-            thread.join(GRACE)
+            thread.join(SILENCE + GRACE)
 
 
-_watch: list[_Watch] = []
+def _watching(state: PartialState) -> _Watch | None:
+    """None where gloo, unlike nccl, does not get from every machine to every other."""
+    state.wait_for_everyone()
+    reason = ""
+    try:
+        group = dist.new_group(backend="gloo", timeout=timedelta(seconds=SILENCE))
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0] or "gloo failed"
+    reasons = [line for line in gather_object([reason]) if line]
+    if not reasons:
+        return _Watch(group)
+    if state.is_main_process:
+        warnings.warn(
+            f"gloo cannot connect the processes ({reasons[0]}): where one ends, the others will not notice by "
+            "themselves; GLOO_SOCKET_IFNAME names the network interface to use",
+            stacklevel=3,
+        )
+    return None
+
+
+_watch: list[_Watch | None] = []

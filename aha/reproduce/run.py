@@ -91,7 +91,7 @@ class Setting:
         return experiment.steps[:2] if self.small else experiment.steps
 
     def training(self, folder: Path, changes: Mapping[str, Any]) -> TrainConfig:
-        """The paper's settings, or a few steps of the demo's."""
+        """The paper's settings, its batch of 32 over however many processes; or a few steps of the demo's."""
         if self.small:
             base = dataclasses.replace(
                 demo.TRAINING, cells=(7, 16), tau=None, steps=3, batch_size=4, fractions=4, log_every=1
