@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from .checks import check_answers, check_colour, check_images, check_normalisation, check_size, check_target
+from .precision import in_fast_layout
 from .protection import protected, recording, steady
 from .recipes import RECIPES
 from .structure import made_for
@@ -95,6 +96,7 @@ class Classifier(nn.Module):
         if class_names is not None and len(class_names) != self.num_classes:
             raise ValueError(f"{len(class_names)} class names for {self.num_classes} classes: give one per class")
         self._class_names = list(class_names) if class_names is not None else None
+        self._any_layout = False  # whether its network takes pixels in any memory layout
         self._imagenet = False  # whether its classes are ImageNet's 1000, whose names are read when asked for
 
     @property
@@ -199,6 +201,7 @@ class Classifier(nn.Module):
         # the model's own size where it has one: model_options may have changed it
         size = made_for(module) or config["input_size"][1:]
         made = cls(module, mean, std, (size[0], size[1]), int(module.num_classes), class_names, source=source)
+        made._any_layout = True  # those of others may view what they compute as if its channels came first
         # random weights know no class
         made._imagenet = class_names is None and (pretrained or weights is not None) and _of_imagenet(module)
         return made
@@ -232,7 +235,8 @@ class Classifier(nn.Module):
     def forward_normalized(self, pixels: Tensor) -> Tensor:
         """Logits of pixels that are already normalised (the perturbation kernels do it while they blend)."""
         with steady(self.module):
-            return self.read(self.module(pixels.to(self.dtype)))
+            pixels = pixels.to(self.dtype)
+            return self.read(self.module(in_fast_layout(pixels) if self._any_layout else pixels))
 
     def read(self, out: Any) -> Tensor:
         """What the network, or its head alone, returned → logits (B, classes), float32 or float64."""

@@ -414,8 +414,8 @@ def evaluation(
     check_integer("images", images, 1)
     check_integer("gpus", gpus, 1)
     sample = torch.rand(min(batch_size, 4), len(clf.mean), *clf.input_size).to(clf.device)
-    taken, spread = _time_of_measuring(clf, sample, seconds)
-    _, backward = time_of_a_pass(clf, len(sample), min(1.0, seconds))
+    once, backward = time_of_a_pass(clf, len(sample), min(1.0, seconds))
+    taken, spread = _time_of_measuring(clf, sample, seconds, once)
     shared, per_map = of_protocols([get_protocol(protocol) for protocol in protocols], clf, {"image": sample})
     flops = flops_of_a_pass(clf)
     count = images * targets
@@ -597,9 +597,19 @@ class _Clock:
         return getattr(self.objective, name)
 
 
-def _time_of_measuring(clf: Classifier, sample: Tensor, seconds: float) -> tuple[float, tuple[float, float]]:
-    """Seconds of a forward pass in an evaluation of the real engine, and its fastest and slowest as shares of it."""
-    short = dataclasses.replace(PROTOCOLS["aha"], points=5)
+def _time_of_measuring(
+    clf: Classifier, sample: Tensor, seconds: float, once: float
+) -> tuple[float, tuple[float, float]]:
+    """Seconds of a forward pass in an evaluation of the real engine, and its fastest and slowest as shares of it.
+
+    Curves have as many of the protocol's points as the time allows, at least five: what is done once per map weighs
+    more where they are few.
+    """
+    whole = PROTOCOLS["aha"]
+    assert whole.points is not None
+    per_point = 2 * len(whole.references) * len(sample) * once
+    points = max(5, min(whole.points, 2 + int(seconds / (ROUNDS + 1) / per_point)))
+    short = dataclasses.replace(whole, points=points)
     data: Any = [{"image": image, "label": -1} for image in sample.cpu()]
     maps = torch.rand(len(sample), 1, *sample.shape[-2:], device=sample.device)
     cost = short.passes(clf.input_size)

@@ -1,8 +1,8 @@
 """`aha plan` against real trainings: `python -m bench.plan`.
 
-Two short trainings of different settings are timed, whole, in turn with the steps that the plan measures, which are
-made with fewer images and fractions: what is compared is the law as much as the clock. The peak of a step's memory,
-of a process of its own beyond what was there before, is compared with the plan's sum without the weights.
+Two short trainings of different settings, and an evaluation, are timed whole, in turn with what the plan measures,
+which is made with fewer images and fractions: the law is compared as much as the clock. The peak of a training step's
+memory, networks and all, is compared with the plan's sum.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ import tyro
 
 import aha
 from aha import plan
+from aha.attributors import MethodSpec
+from aha.evaluation import evaluate
 from aha.explainer.decoder import DecoderConfig
 from aha.files import write_atomically
 from aha.memory import peak_bytes
@@ -92,6 +94,35 @@ def measure(setting: Setting, rounds: int, seconds: float, clock: Callable[[], f
     }
 
 
+EVALUATED = ("chefer", "aha:steps=1", "rise:n_masks=200")
+
+
+def measure_evaluation(rounds: int, seconds: float, clock: Callable[[], float], images: int = 8) -> dict[str, Any]:
+    """Predicted and measured seconds of an evaluation; RISE is too slow to be timed by the plan, its passes are."""
+    clf = plan.untrained("test_vit")
+    specs = [MethodSpec.parse(text) for text in EVALUATED]
+    data: Any = [{"image": torch.rand(3, *clf.input_size), "label": -1} for _ in range(images)]
+    predicted, taken = [], []
+    for _ in range(rounds):
+        with unittest.mock.patch.object(plan, "now", side_effect=lambda device: clock()):
+            made = plan.evaluation(clf, specs, images, seconds=4 * seconds)
+        predicted.append(3600 * made.hours)
+        methods = {spec.label: spec.create(clf, 0) for spec in specs}
+        start = clock()
+        evaluate(clf, methods, data, batch_size=4)
+        taken.append(clock() - start)
+        print(f"evaluation: planned {predicted[-1]:.2f} s, taken {taken[-1]:.2f} s", file=sys.stderr)
+    return {
+        "classifier": "test_vit",
+        "evaluated": [f"{part.what}: {part.how}" for part in made.parts],
+        "images": images,
+        "predicted_s": [round(value, 2) for value in predicted],
+        "taken_s": [round(value, 2) for value in taken],
+        "ratio": round(median(predicted) / median(taken), 3),
+        "bar": BAR,
+    }
+
+
 def main(
     out: Path | None = None, rounds: int = 2, seconds: float = 0.5, clock: Literal["wall", "process"] = "wall"
 ) -> int:
@@ -105,6 +136,7 @@ def main(
     """
     count = time.perf_counter if clock == "wall" else time.process_time
     found = [measure(setting, rounds, seconds, count) for setting in SETTINGS]
+    found.append(measure_evaluation(rounds, seconds, count))
     kind = "cuda" if torch.cuda.is_available() else "cpu"
     whole = {"device": plan.device_name(torch.device(kind)), "torch": torch.__version__, "clock": clock, "runs": found}
     text = json.dumps(whole, indent=2) + "\n"

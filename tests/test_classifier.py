@@ -1,5 +1,6 @@
 """The pixel contract and the checks at the door."""
 
+import copy
 from types import SimpleNamespace
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 
 import aha
 from aha.classifier import _of_imagenet, from_name, from_source
+from aha.evidence import Evident
 from aha.precision import uses_bf16
 from aha.recipes import RECIPES, recipe
 
@@ -176,3 +178,21 @@ def test_precision():
     assert isinstance(uses_bf16("auto", torch.device("cpu")), bool)
     with pytest.raises(ValueError, match="auto, bf16, fp32"):
         uses_bf16("fp16", torch.device("cpu"))
+
+
+@pytest.mark.parametrize("name", ["test_resnet", "test_efficientnet", "test_convnext", "test_vit"])
+def test_the_layout_of_pixels_does_not_change_what_a_timm_model_says(name):
+    clf = from_name(f"random:{name}")
+    plain = copy.deepcopy(clf)
+    plain._any_layout = False
+    images = torch.rand(2, 3, *clf.input_size, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    seen = []
+    with clf.module.register_forward_pre_hook(lambda _, args: seen.append(args[0])):
+        logits = clf(images)
+    assert seen[0].is_contiguous(memory_format=torch.channels_last) and not seen[0].is_contiguous()
+    expected = plain(images)
+    assert torch.allclose(logits, expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item())
+    gradient, other = (torch.autograd.grad(out[:, 0].sum(), images)[0] for out in (logits, expected))
+    assert torch.allclose(gradient, other, rtol=1e-3, atol=1e-4 * float(other.abs().max()))
+    evidence, alone = (Evident(made)(images.detach(), 1).maps for made in (clf, plain))
+    assert torch.allclose(evidence, alone, atol=1e-3)
