@@ -14,15 +14,15 @@ inner points × (deleting + inserting references) F (`Protocol.passes`); all of 
 
 Time is passes × time per pass, with what a few real steps of the trainer on random weights and noise took:
 
-    seconds of a step = B·(u·Σ(F + ρ·B of the objective) + v) + w + all-reduce + data wait
+    seconds of a step = b·(u·Σ(F + ρ·B of the objective) + v) + w + all-reduce + data wait
 
 u seconds a forward pass in the objective, its operators included; ρ a backward pass in forward passes; v all else that
 grows with images: targets, explainer, decoder; w the optimizer. All are measured, at the settings asked for, or with
-fewer images and fractions where such a step takes long, which is said. Of n processes each takes 1/n of the steps of
-the same batch size; they are assumed to step as fast as one alone. The all-reduce moves 2(n − 1)/n × the decoder's
-gradients per part of a batch over a link whose bandwidth must be given: it is not measured here, and counts as 0, with
-its size said, where it is not given. Data wait is max(0, B·image / workers − step) where a folder is given to read
-from, B·image without workers; its images per second are said where none is.
+fewer images and fractions where such a step takes long, which is said. Of n processes each takes b = ⌈batch/n⌉ images
+of every step; they are assumed to be as fast as one alone. The all-reduce moves 2(n − 1)/n × the decoder's
+gradients once a step over a link whose bandwidth must be given: it is not measured here, and counts as 0, with
+its size said, where it is not given. Data wait is max(0, b·image / workers − step) where a folder is given to read
+from, b·image without workers; its images per second are said where none is.
 
 Memory is weights, gradients and both of AdamW's moments of the decoder, and what two graphs keep for their backward
 passes, counted in one real pass: the decoder's for one part of a batch, and the classifier's for one chunk of perturbed
@@ -58,6 +58,7 @@ from . import terminal
 from .attributors import Attributor, MethodSpec, Passes, count_passes
 from .checks import check_integer, check_number
 from .classifier import RANDOM, Classifier, from_name
+from .data import workers_for
 from .evaluation import evaluate
 from .explainer import Explainer
 from .explainer.decoder import DecoderConfig
@@ -354,24 +355,29 @@ def training(
             f"not measured: the step is of {_described(*found)}, the plan of {_described(*expected)}: run aha plan "
             "--json with these settings on that machine"
         )
+    if config.batch_size < gpus:
+        raise ValueError(f"batch_size={config.batch_size} is less than one image for {gpus} processes each")
+    own = dataclasses.replace(
+        config, batch_size=math.ceil(config.batch_size / config.accumulate / gpus) * config.accumulate
+    )
     forward_passes, backward_passes = objective.passes
     of_maps = maps * (forward_passes + measured.backward * backward_passes) * measured.per_pass
-    diagnosed = min(4, config.batch_size) * measured.per_image / config.log_every
-    compute = config.batch_size * (of_maps + measured.per_image) + measured.per_step + diagnosed
+    diagnosed = min(4, own.batch_size) * measured.per_image / config.log_every
+    compute = own.batch_size * (of_maps + measured.per_image) + measured.per_step + diagnosed
     trained = [value for value in explainer.decoder.parameters() if value.requires_grad]
-    moved = 2 * (gpus - 1) / gpus * config.accumulate * sum(map(_bytes, trained))
+    moved = 2 * (gpus - 1) / gpus * sum(map(_bytes, trained))
     step = {"compute": compute, "all_reduce": moved / (link * 1e9) if link else 0.0, "data_wait": 0.0}
     busy = sum(step.values())
     if read_seconds is not None:
-        reading = config.batch_size * read_seconds / max(1, config.workers)
+        reading = own.batch_size * read_seconds / max(1, config.workers or 0)
         step["data_wait"] = max(0.0, reading - busy) if config.workers else reading
-    steps = config.steps or max(1, round(config.epochs * images / (config.batch_size * gpus)))
-    seen, passes = steps * config.batch_size * gpus, of_training(config, clf, explainer)
+    steps = config.steps or max(1, round(config.epochs * images / config.batch_size))
+    seen, passes = steps * config.batch_size, of_training(config, clf, explainer)
     hours = steps * sum(step.values()) / 3600
     low, high = (share * steps * compute / 3600 + hours - steps * compute / 3600 for share in measured.spread)
     flops = seen * _training_flops(config, clf, explainer)
     part = Part("training", seen, passes.forward, passes.backward, flops, hours, low, high)
-    memory = training_memory(explainer, clf, config)
+    memory = training_memory(explainer, clf, own)
     if measured.excess:
         memory["operations"] = measured.excess * (memory["total"] - memory["weights"])
         memory["total"] += memory["operations"]
@@ -383,9 +389,7 @@ def training(
         )
         plan.notes += [f"all-reduce of {size}, {known}", "assumed: every GPU steps as fast as one alone"]
     if read_seconds is None:
-        plan.notes.append(
-            f"data wait not counted: images must come at {config.batch_size / busy:,.1f} a second and GPU"
-        )
+        plan.notes.append(f"data wait not counted: images must come at {own.batch_size / busy:,.1f} a second and GPU")
     return plan
 
 
@@ -751,6 +755,7 @@ def command(
     if images is None or source.data != "scenes":
         data = source.images(clf.input_size, training=True, augment=True, seed=config.seed)
         images, read = len(data) if images is None else images, read_time(data)
+        config = dataclasses.replace(config, workers=workers_for(data, config.workers))
     step = None if measured is None else step_from_json(measured)
     whole = training(explainer, clf, config, images, gpus, price, link, read, step)
     if methods:

@@ -55,12 +55,13 @@ def test_hours_follow_the_law():
     assert wider["operations"] == pytest.approx(extra) and wider["total"] == pytest.approx(
         alone.memory["total"] + extra
     )
-    # four times the processes take a quarter of the steps, and move 1.5 × the gradients, once for each part
+    # of four processes each takes an image of both parts of a step, and all move 1.5 × the gradients
     many = plan.training(explainer, clf, config, 160, gpus=4, price=3.0, link=1e-3, read_seconds=0.5, measured=STEP)
     gradients = sum(4 * value.numel() for value in explainer.decoder.parameters())
-    assert many.step["all_reduce"] == pytest.approx(1.5 * 2 * gradients / 1e6)
-    assert many.step["data_wait"] == pytest.approx(8 * 0.5)  # without workers
-    assert many.hours == pytest.approx(10 * sum(many.step.values()) / 3600)
+    assert many.step["all_reduce"] == pytest.approx(1.5 * gradients / 1e6)
+    assert many.step["data_wait"] == pytest.approx(2 * 0.5)  # without workers
+    assert many.step["compute"] == pytest.approx(2 * (2 * (18 + 2 * 16) * 0.001 + 0.05) + 0.2 + 0.2 * 0.05)
+    assert many.hours == pytest.approx(40 * sum(many.step.values()) / 3600)
     assert many.cost == pytest.approx(3 * 4 * many.hours)
     busy = dataclasses.replace(config, workers=4)
     waiting = plan.training(explainer, clf, busy, 160, read_seconds=1.0, measured=STEP).step["data_wait"]
@@ -69,6 +70,8 @@ def test_hours_follow_the_law():
     assert any(
         "not counted: give --link" in note for note in plan.training(explainer, clf, config, 9, 2, measured=STEP).notes
     )
+    with pytest.raises(ValueError, match="less than one image for 9 processes"):
+        plan.training(explainer, clf, config, 9, 9, measured=STEP)
 
 
 def test_a_step_is_measured_smaller_where_it_takes_long():

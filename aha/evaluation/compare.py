@@ -130,36 +130,48 @@ def compare(
             raise ValueError(f"limit={source.limit}: give 1 or more images")
     presets = list({(preset := get_protocol(protocol)).name: preset for protocol in protocols}.values())
     per_source: Any = methods if methods and not isinstance(methods[0], MethodSpec) else [methods] * len(sources)
-    with processes.together() as state:
-        setting = _Setting(output, presets, targets, strict, batch_size, seed, internal_batch_size, progress, state)
-        if not state.is_main_process:
+    state = processes.join()
+    setting = _Setting(output, presets, targets, strict, batch_size, seed, internal_batch_size, progress, state)
+    if not state.is_main_process:
+        with processes.together():
             state.wait_for_everyone()  # until the folder is held
-            return _compared(sources, per_source, setting)
-        made = not output.exists()
-        try:
-            with held(output):
-                remove_partials(output)
+            _measured_all(sources, per_source, setting)
+        return None
+    made = not output.exists()
+    try:
+        with held(output):
+            remove_partials(output)
+            with processes.together():
                 state.wait_for_everyone()
-                return _compared(sources, per_source, setting)
-        except BaseException:
-            if made:
-                with suppress(OSError):  # bad settings leave no empty folder
-                    output.rmdir()
-            raise
+                kept, skipped = _measured_all(sources, per_source, setting)
+            # the others may end now
+            return _results(kept, skipped, setting)
+    except BaseException:
+        if made:
+            with suppress(OSError):  # bad settings leave no empty folder
+                output.rmdir()
+        raise
 
 
-def _compared(
+Kept = dict[tuple[str, str], list[Pieces]]
+
+
+def _measured_all(
     sources: Sequence[Source], per_source: Sequence[Sequence[MethodSpec]], setting: _Setting
-) -> Comparison | None:
-    done, state = Comparison(), setting.state
-    kept: dict[tuple[str, str], list[Pieces]] = {}
+) -> tuple[Kept, list[str]]:
+    """(classifier, target) → the pieces of all processes, and what was skipped."""
+    kept: Kept = {}
+    skipped: list[str] = []
     for source, specs in zip(sources, per_source, strict=True):
         # one classifier at a time: what follows needs none
-        for pieces in _measured(source, specs, setting, {model for model, _ in kept}, done.skipped):
+        for pieces in _measured(source, specs, setting, {model for model, _ in kept}, skipped):
             kept.setdefault((pieces.classifier, pieces.target), []).append(pieces)
-    state.wait_for_everyone()
-    if not state.is_main_process:
-        return None
+    setting.state.wait_for_everyone()
+    return kept, skipped
+
+
+def _results(kept: Kept, skipped: list[str], setting: _Setting) -> Comparison:
+    done = Comparison(skipped=skipped)
     for key, (first, *others) in kept.items():
         result = first.result(setting.seed, described(first.data))
         for pieces in others:
