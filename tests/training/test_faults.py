@@ -93,7 +93,7 @@ def test_killed_at_any_change(whole, tmp_path, every):
 
 
 @pytest.mark.parametrize("reason", [errno.ENOSPC, errno.EROFS, errno.EIO])
-@pytest.mark.parametrize("every", [11, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("every", [11, pytest.param(3, marks=pytest.mark.slow)])
 def test_a_disk_that_refuses_at_any_change(whole, tmp_path, every, reason):
     for number in range(0, len(whole[1]), every):
         output = tmp_path / str(number)
