@@ -6,6 +6,8 @@ import os
 import re
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 import warnings
 
@@ -91,7 +93,7 @@ def test_killed_at_any_change(whole, tmp_path, every):
 
 
 @pytest.mark.parametrize("reason", [errno.ENOSPC, errno.EROFS, errno.EIO])
-@pytest.mark.parametrize("every", [11, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("every", [11, pytest.param(3, marks=pytest.mark.slow)])
 def test_a_disk_that_refuses_at_any_change(whole, tmp_path, every, reason):
     for number in range(0, len(whole[1]), every):
         output = tmp_path / str(number)
@@ -372,3 +374,36 @@ def test_equal_seeds_are_equal_explainers():
     for name, value in first.decoder.state_dict().items():
         assert torch.equal(again[name], value)
     assert any(not torch.equal(other[name], value) for name, value in again.items())
+
+
+SCRIPT = """
+import os, signal, sys, torch
+from tests.training.test_faults import Signalled, train
+asked = sys.argv[2] == "asked" and os.environ["RANK"] == "1"  # one of two is told to end
+try:
+    train(sys.argv[1], data=Signalled(signal.SIGTERM, 4 if asked else -1), resume=True, save_every=0)
+finally:
+    torch.distributed.destroy_process_group()  # which gloo wants before the interpreter ends
+"""
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_of_two_processes_ends_both_at_one_step(tmp_path):
+    (tmp_path / "script.py").write_text(SCRIPT)
+    environment = {**os.environ, "PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+
+    def run(output, how):
+        command = [*launch, str(tmp_path / "script.py"), str(output), how]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+        return done.returncode, done.stderr
+
+    code, said = run(tmp_path / "asked", "asked")
+    assert code == 1  # the launcher's own
+    assert "exitcode  : 75" in said, said[-3000:]
+    (kept,) = checkpoint.available(tmp_path / "asked" / "checkpoints")
+    assert 1 <= checkpoint.load(kept).step < 3
+    for output in ("asked", "whole"):
+        code, said = run(tmp_path / output, "not")
+        assert code == 0, said[-3000:]
+    assert same(state(tmp_path / "asked"), state(tmp_path / "whole"))
