@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from . import convergent, native, reference, triton
+from .messages import short
 
 NAMES = ("auto", "cuda", "triton", "cpu", "reference")
 
@@ -175,8 +176,8 @@ def run(call: Call, backend: str) -> Any:
 
 
 def _choose(call: Call, backend: str) -> Backend:
-    if backend not in NAMES:
-        raise ValueError(f"backend={backend!r} is not known: choose one of {', '.join(NAMES)}")
+    if not isinstance(backend, str) or backend not in NAMES:
+        raise ValueError(f"backend={short(backend)} is not known: choose one of {', '.join(NAMES)}")
     candidates = BACKENDS[call.operator]
     for candidate in candidates:
         if backend == "auto":
