@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from aha.checks import check_arguments, checked
 from aha.data.images import (
     DEFAULT,
     ImageReadError,
@@ -85,6 +86,7 @@ class ImageFolder(torch.utils.data.Dataset):
         seed: int = 0,
         masks: str | os.PathLike | None = None,
     ):
+        check_arguments(ImageFolder.__init__, locals())
         if augment and masks is not None:
             raise ValueError("masks are of whole images: leave augment off")
         if isinstance(class_names, str):
@@ -154,6 +156,7 @@ class ImageFolder(torch.utils.data.Dataset):
         other.labelled_by = "numbers"
         return other
 
+    @checked
     def identity(self, content: bool = True, indices: Sequence[int] | None = None) -> dict[str, Any]:
         """What these images are, as JSON types: equal where items are equal, wherever the folder lies.
 
@@ -184,6 +187,7 @@ class ImageFolder(torch.utils.data.Dataset):
         }
 
 
+@checked
 def find_images(*paths: str | os.PathLike) -> list[Path]:
     """The image files below folders at any depth, sorted, hidden ones left out; a file is itself.
 
@@ -207,6 +211,7 @@ def find_images(*paths: str | os.PathLike) -> list[Path]:
     return list(found.values())
 
 
+@checked
 def output_names(files: Sequence[str | os.PathLike]) -> list[str]:
     """A name for what is made of each file, without suffix: distinct, also where case does not count.
 
@@ -310,7 +315,7 @@ def _is_folder(entry: os.DirEntry) -> bool:
 def _folder(root: Path, split: str | None) -> Path:
     if not root.is_dir():
         what = "is a file: give the folder it is in" if root.is_file() else None
-        raise FileNotFoundError(f"{root} {what}" if what else f"no such folder: {root}")
+        raise FileNotFoundError(f"{root} {what}" if what else f"no such folder: {' '.join(str(root).split())}")
     if split is not None:
         if not (root / split).is_dir():
             raise FileNotFoundError(f"no split {split!r} in {root}: there is no folder {root / split}")

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..checks import check_integer, check_seed
+from ..checks import check_integer, check_seed, checked
 from ..classifier import Classifier
 from ..data import fit_labels
 from ..metrics import INTERNAL_BATCH_SIZE, Protocol, Suite
@@ -15,6 +15,7 @@ from .engine import Engine, Method, Progress, Row, announcing
 from .result import Evaluation
 
 
+@checked
 def evaluate(
     clf: Classifier,
     methods: Mapping[str, Method],
