@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .checks import check_images
+from .checks import check_images, checked
 from .classifier import Classifier
 from .explainer import Explainer
 from .refinement import refine
@@ -17,6 +17,7 @@ from .refinement import refine
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
+@checked
 def attribute(
     model: nn.Module,
     images: Tensor,

@@ -7,6 +7,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from .checks import check_seed, checked
+from .kernels.messages import describe
+
 RESAMPLES = 2000
 
 
@@ -29,8 +32,12 @@ def percentiles(means: Tensor) -> list[list[float]]:
     return means.quantile(means.new_tensor([0.025, 0.975]), dim=0).T.tolist()
 
 
+@checked
 def mean_interval(values: Tensor, seed: int) -> list[float]:
     """Bootstrap 95 % interval of the mean of ``values`` (N,)."""
+    check_seed(seed)
+    if values.ndim != 1 or not values.numel():
+        raise ValueError(f"values is {describe(values)}: give (N,) numbers, N ≥ 1")
     return percentiles(resampled(values.double()[:, None], seed))[0]
 
 

@@ -19,8 +19,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import kernels, references
-from .checks import check_answers, check_integer, check_maps
+from .checks import (
+    MOST_POINTS,
+    check_answers,
+    check_choice,
+    check_integer,
+    check_maps,
+    check_size,
+    checked,
+    checked_fields,
+)
 from .classifier import Classifier, check_classifier
+from .kernels.messages import describe, is_plain, short
 from .precision import confidence
 from .protection import protected
 from .ranks import rank_pixels
@@ -52,8 +62,12 @@ class Response:
     shares: Tensor
     values: Tensor
 
+    @checked_fields
     def __post_init__(self) -> None:
         for name in ("shares", "values"):
+            # an expanded tensor would take its whole size; a response has some twenty numbers
+            if getattr(self, name).numel() > MOST_POINTS * 2**10:
+                raise ValueError(f"{name} is {describe(getattr(self, name))}: give at most {MOST_POINTS} points")
             object.__setattr__(self, name, torch.as_tensor(getattr(self, name)).detach().cpu().double())
         shares, values = self.shares, self.values
         if shares.ndim != 1 or len(shares) < 2 or values.ndim not in (1, 2) or values.shape[-1] != len(shares):
@@ -64,9 +78,10 @@ class Response:
         if shares[0] != 0 or shares[-1] != 1 or not (shares.diff() > 0).all():
             raise ValueError(f"shares {shares.tolist()}: give increasing shares of the pixels from 0 to 1")
         if not torch.isfinite(values).all() or (values[..., 0] != 0).any():
-            raise ValueError("the values of a response are finite and start from 0: make it with Response.from_curves")
+            raise ValueError("values hold NaN, are infinite or do not start from 0: make it with Response.from_curves")
 
     @classmethod
+    @checked
     def from_curves(cls, deletion: Tensor, insertion: Tensor, fractions: Tensor | Sequence[float]) -> Response:
         """The response behind two curves of the target's probability.
 
@@ -96,6 +111,7 @@ class Response:
         whole = [[slope for slope, _, count in pieces for _ in range(count)] for pieces in fitted]
         return torch.tensor(whole, dtype=torch.float64).view(*self.values.shape[:-1], len(widths))
 
+    @checked
     def apply(self, maps: Tensor) -> Tensor:
         """Give maps this response's magnitudes, and leave their order as it is, ties included.
 
@@ -112,9 +128,8 @@ class Response:
         Raises:
             ValueError: for maps that are not finite or no maps, or of another number of images than the response.
         """
-        if not isinstance(maps, Tensor) or maps.ndim != 4 or maps.shape[1] != 1 or not maps.numel():
-            got = tuple(maps.shape) if isinstance(maps, Tensor) else type(maps).__name__
-            raise ValueError(f"maps is {got}: give (B, 1, H, W)")
+        if not is_plain(maps) or maps.ndim != 4 or maps.shape[1] != 1 or not maps.numel():
+            raise ValueError(f"maps is {describe(maps)}: give (B, 1, H, W)")
         if self.values.ndim == 2 and len(self.values) != len(maps):
             raise ValueError(f"maps are of {len(maps)} images, the response of {len(self.values)}: give one for each")
         flat = check_maps(maps, maps).flatten(1)
@@ -141,8 +156,8 @@ class Response:
         """What `to_json` made; ValueError in one line if it is none."""
         try:
             return cls(*(torch.tensor([float(x) for x in kept[name]], dtype=torch.float64) for name in _KEPT))
-        except (TypeError, KeyError) as error:
-            raise ValueError(f"{kept!r} is no response: give lists of shares and values") from error
+        except (TypeError, KeyError, IndexError, RuntimeError) as error:
+            raise ValueError(f"{short(kept)} is no response: give lists of shares and values") from error
 
 
 _KEPT = ("shares", "values")
@@ -184,12 +199,16 @@ class MeanCurves:
         self.total, self.images = state["total"], state["images"]
 
 
+@checked
 def learnt(explainer: Explainer) -> Response | None:
     """The mean response that ``explainer`` was trained with; None where it knows none."""
+    if not isinstance(getattr(explainer, "settings", None), dict):
+        raise ValueError(f"explainer is {describe(explainer)}: give an aha.Explainer")
     kept = explainer.settings.get("response")
     return None if kept is None else Response.from_json(kept)
 
 
+@checked
 def calibrated(
     classifier: Classifier,
     explainer: Explainer,
@@ -226,15 +245,16 @@ def calibrated(
     return response.apply(maps)
 
 
+@checked
 def best_scale(explainer: Explainer) -> str:
     """The scale that costs no pass: "calibrated" where ``explainer`` knows its response, else "raw"."""
     return "raw" if learnt(explainer) is None else "calibrated"
 
 
+@checked
 def check_scale(scale: str, explainer: Explainer) -> str:
     """Return ``scale`` if ``explainer`` can give its maps on it, else ValueError."""
-    if scale not in SCALES:
-        raise ValueError(f"scale={scale!r} is not known: choose one of {', '.join(SCALES)}")
+    check_choice("scale", scale, SCALES)
     if scale == "calibrated" and learnt(explainer) is None:
         raise ValueError(
             'scale="calibrated" needs the response that training for the ranking learns, and this explainer has none: '
@@ -243,6 +263,7 @@ def check_scale(scale: str, explainer: Explainer) -> str:
     return scale
 
 
+@checked
 def measure(
     classifier: Classifier,
     images: Tensor,
@@ -292,8 +313,10 @@ def measure(
     return Response.from_curves(deletion, insertion, shares)
 
 
+@checked
 def passes(height: int, width: int) -> int:
     """Forward passes of `measure` for an image of that size whose target is known."""
+    height, width = check_size("height and width", (height, width))
     return 2 * len(_inner(height * width)) + 2
 
 

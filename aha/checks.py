@@ -1,12 +1,223 @@
 """Checks at the door: one clear line for bad input, before anything is computed."""
 
+import collections.abc
+import dataclasses
+import functools
+import inspect
 import math
 import numbers
-from collections.abc import Mapping, Sequence
-from typing import Any
+import os
+import types
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+
+from .kernels.messages import MOST_NUMBERS, describe, is_plain, short
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+MOST_SIDE = 2**15  # pixels of an image: 12 GB as RGB in float32
+MOST_POINTS = 2**16  # of a curve
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # that can be computed with
+
+
+class _Kind(NamedTuple):
+    """What an annotation accepts, and how to say it."""
+
+    fits: Callable[[Any], bool]
+    words: str
+
+
+# what Python and PyTorch raise from inside where an argument is of another kind than expected
+_INSIDE = (
+    TypeError,
+    AttributeError,
+    RuntimeError,
+    LookupError,
+    ArithmeticError,
+    AssertionError,
+    MemoryError,
+    ValueError,
+    OSError,
+)
+
+
+def _is_clear(error: Exception) -> bool:
+    """Whether it is one of this library's own lines, which say what came: what is accepted."""
+    return isinstance(error, (ValueError, OSError)) and ": " in str(error) and "\n" not in str(error)
+
+
+def checked(function: Callable[P, R]) -> Callable[P, R]:
+    """Decorator: bad arguments are one line, also those that no check of ``function`` itself has in mind.
+
+    What fails inside is laid to the first argument that is not of the kind its annotation says: numbers are finite,
+    tensors dense and real, with values. So is what takes more memory than there is; other errors stay as they are.
+    """
+    signature = inspect.signature(function)
+    # a generator fails later than when it is called
+    at_once = inspect.isgeneratorfunction(function)
+
+    @functools.wraps(function)
+    def door(*args: P.args, **kwargs: P.kwargs) -> R:
+        for value in (*args, *kwargs.values()):
+            if isinstance(value, Tensor) and not value.is_nested and value.numel() > MOST_NUMBERS:
+                raise ValueError(f"a tensor is {describe(value)}: give at most {MOST_NUMBERS} numbers")
+        if at_once:
+            check_arguments(function, signature.bind(*args, **kwargs).arguments)
+        try:
+            return function(*args, **kwargs)
+        except _INSIDE as error:
+            if _is_clear(error):
+                raise
+            try:
+                given = signature.bind(*args, **kwargs).arguments
+            except TypeError:  # arguments that it does not have
+                raise error from None
+            try:
+                check_arguments(function, given)
+            except ValueError as reason:
+                raise reason from error
+            if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
+                raise ValueError(f"{function.__name__} takes more memory than there is: give less at a time") from error
+            raise
+
+    return door
+
+
+def check_arguments(function: Any, arguments: Mapping[str, Any]) -> None:
+    """ValueError for the first of ``arguments``, by name, that is not of the kind that ``function`` annotates."""
+    for name, kind in _kinds(function).items():
+        if name in arguments and not kind.fits(arguments[name]):
+            raise ValueError(f"{name}={short(arguments[name])}: give {kind.words}")
+
+
+def checked_fields(check: Callable[[Any], None]) -> Callable[[Any], None]:
+    """Decorator of a dataclass's ``__post_init__``: the same for its fields, also for those that ``check`` ignores."""
+
+    @functools.wraps(check)
+    def door(settings: Any) -> None:
+        try:
+            check(settings)
+        except _INSIDE as error:
+            if _is_clear(error):
+                raise
+            try:
+                _check_fields(settings)
+            except ValueError as reason:
+                raise reason from error
+            raise
+        _check_fields(settings)
+
+    return door
+
+
+def _check_fields(settings: Any) -> None:
+    given = {field.name: getattr(settings, field.name) for field in dataclasses.fields(settings) if field.init}
+    check_arguments(type(settings), given)
+
+
+@functools.cache
+def _kinds(function: Any) -> dict[str, _Kind]:
+    """By name, of the annotations that say something now; a name that is imported for type checkers says nothing."""
+    where = vars(inspect.getmodule(function)) if inspect.isclass(function) else function.__globals__
+    kinds = {}
+    for name, hint in inspect.get_annotations(function).items():
+        try:
+            hint = typing.get_type_hints(types.SimpleNamespace(__annotations__={name: hint}), where)[name]
+        except NameError:
+            continue
+        kinds[name] = _kind(hint)
+    if not inspect.isclass(function):
+        for parameter in inspect.signature(function).parameters.values():
+            if parameter.kind == inspect.Parameter.VAR_KEYWORD:
+                kinds.pop(parameter.name, None)
+            elif parameter.kind == inspect.Parameter.VAR_POSITIONAL and parameter.name in kinds:
+                kinds[parameter.name] = _each(kinds[parameter.name])
+    kinds.pop("return", None)
+    return kinds
+
+
+_ANYTHING = _Kind(lambda value: True, "anything")
+
+
+def _kind(hint: Any) -> _Kind:
+    origin, inside = typing.get_origin(hint), typing.get_args(hint)
+    if hint in _SIMPLE:
+        return _SIMPLE[hint]
+    if origin in (typing.Union, types.UnionType):
+        kinds = [_kind(part) for part in inside]
+        words = dict.fromkeys(kind.words for kind in kinds)
+        return _Kind(lambda value: any(kind.fits(value) for kind in kinds), " or ".join(words))
+    if origin is typing.Literal:
+        return _Kind(
+            lambda value: any(value is x or value == x for x in inside), f"one of {', '.join(map(repr, inside))}"
+        )
+    if origin is tuple and inside[1:] != (...,):
+        parts = [_kind(part) for part in inside]
+        return _Kind(
+            lambda value: (
+                _is_sequence(value)
+                and len(value) == len(parts)
+                and all(part.fits(one) for part, one in zip(parts, value, strict=True))
+            ),
+            f"({', '.join(part.words for part in parts)})",
+        )
+    if origin in (tuple, list, collections.abc.Sequence):
+        return _each(_kind(inside[0]))
+    if origin in (dict, collections.abc.Mapping):
+        return _Kind(lambda value: isinstance(value, Mapping), "a dict")
+    if origin is collections.abc.Callable:
+        return _Kind(callable, "a function")
+    if isinstance(hint, type) and not getattr(hint, "_is_protocol", False):
+        article = "an" if hint.__name__[0] in "AEIOU" else "a"
+        return _Kind(lambda value: isinstance(value, hint), f"{article} {hint.__name__}")
+    return _ANYTHING
+
+
+def _each(kind: _Kind) -> _Kind:
+    return _Kind(lambda value: _is_sequence(value) and all(map(kind.fits, value)), f"a list, each of it {kind.words}")
+
+
+def _is_sequence(value: Any) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str | bytes)
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool) and -(2**63) <= int(value) < 2**63
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(_as_float(value))
+
+
+def _as_float(value: Any) -> float:
+    try:
+        return float(value)
+    except OverflowError:  # an integer beyond all floats
+        return math.inf
+
+
+_SIMPLE: dict[Any, _Kind] = {
+    Any: _ANYTHING,
+    object: _ANYTHING,
+    type(None): _Kind(lambda value: value is None, "None"),
+    bool: _Kind(lambda value: isinstance(value, bool), "True or False"),
+    int: _Kind(_is_whole, "an integer"),
+    float: _Kind(_is_finite, "a finite number"),
+    str: _Kind(lambda value: isinstance(value, str) and "\0" not in value, "a text"),
+    os.PathLike: _Kind(lambda value: isinstance(value, os.PathLike), "a path"),
+    Tensor: _Kind(
+        lambda value: (
+            is_plain(value) and not value.is_quantized and not value.is_complex() and value.numel() <= MOST_NUMBERS
+        ),
+        "a dense tensor of real numbers",
+    ),
+}
 
 
 def check_integer(name: str, value: Any, low: int, high: int | None = None) -> int:
@@ -16,7 +227,7 @@ def check_integer(name: str, value: Any, low: int, high: int | None = None) -> i
     whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
     if not whole or value < low or (high is not None and value > high):
         accepted = f"an integer ≥ {low}" if high is None else f"an integer in {low} … {high}"
-        raise ValueError(f"{name}={value!r}: give {accepted}")
+        raise ValueError(f"{name}={short(value)}: give {accepted}")
     return int(value)
 
 
@@ -24,8 +235,22 @@ def check_number(name: str, value: Any, low: float, above: bool = False) -> floa
     """Return ``value`` as a finite float ≥ ``low``, or greater if ``above``."""
     real = isinstance(value, numbers.Real) and not isinstance(value, bool)
     if not real or not (value > low if above else value >= low) or value == float("inf"):
-        raise ValueError(f"{name}={value!r}: give a finite number {'>' if above else '≥'} {low}")
+        raise ValueError(f"{name}={short(value)}: give a finite number {'>' if above else '≥'} {low}")
     return float(value)
+
+
+def check_choice(name: str, value: Any, choices: Sequence[str]) -> str:
+    """Return ``value`` if it is one of ``choices``."""
+    if not isinstance(value, str) or value not in choices:
+        raise ValueError(f"{name}={short(value)} is not known: choose one of {', '.join(choices)}")
+    return value
+
+
+def check_pixels(name: str, images: Tensor) -> Tensor:
+    """Return ``images`` if they are floating point (B, C, H, W) with pixels, in any range."""
+    if images.ndim != 4 or images.dtype not in FLOATS or 0 in images.shape[1:]:
+        raise ValueError(f"{name} is {describe(images)}: give floating point (B, C, H, W) with at least one pixel")
+    return images
 
 
 def check_seed(seed: Any) -> int:
@@ -37,15 +262,15 @@ def check_size(name: str, value: Any) -> tuple[int, int]:
     """Return (H, W) in pixels; one number stands for both."""
     sides = (value, value) if isinstance(value, numbers.Integral) else value
     if not isinstance(sides, Sequence) or isinstance(sides, str) or len(sides) != 2:
-        raise ValueError(f"{name}={value!r}: give (height, width) in pixels, or one number for both")
-    return check_integer(name, sides[0], 1), check_integer(name, sides[1], 1)
+        raise ValueError(f"{name}={short(value)}: give (height, width) in pixels, or one number for both")
+    return check_integer(name, sides[0], 1, MOST_SIDE), check_integer(name, sides[1], 1, MOST_SIDE)
 
 
 def _per_channel(name: str, values: Any) -> list[float]:
     try:
         return [float(value) for value in values]
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{name}={values!r}: give one number per channel, such as (0.5, 0.5, 0.5)") from error
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise ValueError(f"{name}={short(values)}: give one number per channel, such as (0.5, 0.5, 0.5)") from error
 
 
 def check_normalisation(mean: Any, std: Any) -> int:
@@ -68,7 +293,7 @@ def check_colour(colour: Any, channels: int) -> list[float]:
     """Return a colour as ``channels`` numbers in [0, 1]."""
     values = _per_channel("mean_colour", colour)
     if len(values) != channels or not all(0 <= value <= 1 for value in values):
-        raise ValueError(f"mean_colour={colour!r}: give {channels} values in [0, 1], one per channel")
+        raise ValueError(f"mean_colour={short(colour)}: give {channels} values in [0, 1], one per channel")
     return values
 
 
@@ -115,15 +340,16 @@ def check_images(images: Tensor, channels: int = 3) -> Tensor:
     """
     if not isinstance(images, Tensor):
         raise ValueError(f"images is a {type(images).__name__}: give a tensor (B, {channels}, H, W)")
-    if images.layout != torch.strided or images.is_quantized or images.is_meta:
-        kind = "on the meta device" if images.is_meta else "quantised" if images.is_quantized else str(images.layout)
+    if not is_plain(images) or images.is_quantized:
+        layout = "nested" if images.is_nested else str(images.layout)
+        kind = "on the meta device" if images.is_meta else "quantised" if images.is_quantized else layout
         raise ValueError(f"images are {kind}: give a dense tensor (B, {channels}, H, W) with values")
     shape = tuple(images.shape)
     if images.ndim != 4 or shape[1] != channels:
         raise ValueError(f"images has shape {shape}: give (B, {channels}, H, W)")
     if 0 in shape:
         raise ValueError(f"images has shape {shape}: the batch is empty, give at least one image")
-    if not images.is_floating_point():
+    if images.dtype not in FLOATS:
         raise ValueError(f"images are {images.dtype}: give floating point in [0, 1] (divide 8-bit images by 255)")
     low, high = images.detach().aminmax()
     if not (torch.isfinite(low) and torch.isfinite(high)):
@@ -138,13 +364,13 @@ def check_images(images: Tensor, channels: int = 3) -> Tensor:
 def check_maps(maps: Tensor, images: Tensor) -> Tensor:
     """Return ``maps`` as (B, H, W) float32 if they are finite attributions of ``images``."""
     batch, _, height, width = images.shape
-    if not isinstance(maps, Tensor) or tuple(maps.shape) not in (
+    if not is_plain(maps) or tuple(maps.shape) not in (
         (batch, 1, height, width),
         (batch, height, width),
     ):
-        got = tuple(maps.shape) if isinstance(maps, Tensor) else type(maps).__name__
+        got = tuple(maps.shape) if is_plain(maps) else describe(maps)
         raise ValueError(f"maps is {got}: give ({batch}, 1, {height}, {width}), one value per pixel of the images")
-    if maps.is_complex() or maps.dtype == torch.bool:
+    if maps.is_complex() or maps.is_quantized or maps.dtype == torch.bool:
         raise ValueError(f"maps are {maps.dtype}: give real numbers, one value per pixel")
     return finite_maps(maps.detach().reshape(batch, height, width).float(), "maps")
 
@@ -161,7 +387,7 @@ def check_label(label: Any, classes: int) -> int:
     value = label.item() if isinstance(label, Tensor) and label.numel() == 1 else label
     real = isinstance(value, numbers.Real) and not isinstance(value, bool)
     if not real or not math.isfinite(value) or value != int(value):
-        raise ValueError(f"label {value!r} is not an integer: give the number of a class, −1 where it is unknown")
+        raise ValueError(f"label {short(value)} is not an integer: give the number of a class, −1 where it is unknown")
     if not -1 <= value < classes:
         raise ValueError(f"label {int(value)} is not one of the classes 0 … {classes - 1}, nor −1 for unknown")
     return int(value)
@@ -173,9 +399,11 @@ def check_target(target: Tensor | Sequence[int] | int, batch: int, classes: int,
         target = [int(target)] * batch
     try:
         value = torch.as_tensor(target)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"target={target!r}: give one class index for all images, or one each") from error
-    if value.ndim == 0 and value.numel() == 1:
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise ValueError(f"target={short(target)}: give one class index for all images, or one each") from error
+    if not is_plain(value):
+        raise ValueError(f"target is {describe(value)}: give integer class indices")
+    if value.ndim == 0:
         value = value.expand(batch)
     if value.is_complex() or value.is_floating_point() or value.dtype == torch.bool:
         raise ValueError(f"target is {value.dtype}: give integer class indices")

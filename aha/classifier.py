@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +13,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from .checks import check_answers, check_colour, check_images, check_normalisation, check_size, check_target
+from .checks import (
+    check_answers,
+    check_arguments,
+    check_colour,
+    check_images,
+    check_normalisation,
+    check_pixels,
+    check_size,
+    check_target,
+    checked,
+)
+from .kernels.messages import short
 from .precision import in_fast_layout
 from .protection import protected, recording, steady
 from .recipes import RECIPES
@@ -64,12 +75,14 @@ class Classifier(nn.Module):
         source: dict[str, Any] | None = None,
     ):
         super().__init__()
+        options = {"num_classes": num_classes, "class_names": class_names, "source": source}
+        check_arguments(Classifier.__init__, options)
         # what compiled or distributed it keeps the network itself inside
         while (inner := _wrapped(module)) is not None:
             module = inner
         if not isinstance(module, nn.Module) or isinstance(module, Classifier):
             raise ValueError(f"module is a {type(module).__name__}: give a torch.nn.Module from pixels to logits")
-        mean, std = (tuple(v) if isinstance(v, Iterable) and not isinstance(v, str) else v for v in (mean, std))
+        mean, std = (tuple(v) if isinstance(v, Iterator) else v for v in (mean, std))
         channels = check_normalisation(mean, std)
         colour = check_colour(mean if mean_colour is None else mean_colour, channels)
         self.input_size = check_size("input_size", input_size)
@@ -149,7 +162,7 @@ class Classifier(nn.Module):
         Raises:
             ValueError: in one line, for a module whose blank pass is not that of a classifier.
         """
-        if hasattr(module, "base_model_prefix") and hasattr(module, "config"):
+        if isinstance(module, nn.Module) and hasattr(module, "base_model_prefix") and hasattr(module, "config"):
             names = getattr(module.config, "id2label", None) or {}
             if num_classes is None and sorted(names) == list(range(len(names))) and len(names) > 1:
                 options.setdefault("class_names", [names[label] for label in range(len(names))])
@@ -158,6 +171,7 @@ class Classifier(nn.Module):
         return cls(module, mean, std, input_size, num_classes, **options)
 
     @classmethod
+    @checked
     def from_timm(
         cls,
         name: str,
@@ -183,10 +197,14 @@ class Classifier(nn.Module):
         try:
             with torch.inference_mode(False):  # no gradient could pass what is made in it
                 module: Any = timm.create_model(name, pretrained=pretrained, **model_options)
-        except RuntimeError as error:
-            if "Unknown model" not in str(error):
-                raise
-            raise ValueError(f"timm has no model {name!r}: see timm.list_models()") from error
+        except (OSError, ImportError):
+            raise
+        except Exception as error:  # an unknown name, or options that fail anywhere in the network's own code
+            if "Unknown model" in str(error):
+                raise ValueError(f"timm has no model {short(name)}: see timm.list_models()") from error
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            options = f" with {short(model_options)}" if model_options else ""
+            raise ValueError(f"timm cannot make {short(name)}{options}: {reason}") from error
         config = timm.data.resolve_model_data_config(module)
         mean, std = config["mean"], config["std"]
         if weights is not None:
@@ -225,7 +243,10 @@ class Classifier(nn.Module):
         return cls(HFLogits(model), mean, std, (height, width), len(names), names, source=source)
 
     def normalize(self, images: Tensor) -> Tensor:
-        """What the network expects of pixels: (…,C,H,W) RGB in [0,1], normalised, in the dtype of its weights."""
+        """What the network expects of pixels: (…,C,H,W) RGB in [0,1], normalised, in the dtype of its weights.
+
+        Trusts its input, as all that passes go through; see `check`.
+        """
         return ((images - self.mean[:, None, None]) / self.std[:, None, None]).to(self.dtype)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -246,6 +267,7 @@ class Classifier(nn.Module):
         return logits if logits.dtype == torch.float64 else logits.float()
 
     @contextmanager
+    @checked
     def watched(self, by: str) -> Iterator[None]:
         """Raise ValueError on exit if any answer inside was NaN or infinite; for callers that hold the lock.
 
@@ -263,6 +285,7 @@ class Classifier(nn.Module):
                 f"{self.name} returns NaN or infinite values while {by} looks at it: nothing can be explained there"
             )
 
+    @checked
     def probabilities(self, images: Tensor) -> Tensor:
         """Softmax (B,classes) of (B,C,H,W) RGB in [0,1]; float32, also under autocast."""
         with protected(self, gradients=False):
@@ -292,6 +315,7 @@ class Classifier(nn.Module):
             images = images.to(torch.float64 if self.dtype == torch.float64 else torch.float32)
             return images.clone() if images.is_inference() else images
 
+    @checked
     def resolve_target(
         self,
         images: Tensor,
@@ -302,12 +326,14 @@ class Classifier(nn.Module):
 
         ``internal_batch_size`` images go through the classifier at a time, all at once by default.
         """
+        check_pixels("images", images)
         if target is not None:
             return check_target(target, len(images), self.num_classes, images.device)
         with protected(self), torch.no_grad():
             parts = images.split(internal_batch_size or len(images))
             return torch.cat([check_answers(self(part), self.name).argmax(dim=-1) for part in parts])
 
+    @checked
     def require(self, who: str, gradients: bool, inside: bool) -> None:
         """ValueError in one line if ``who`` needs gradients, or a look inside, which this network does not give."""
         advice = "choose a method for any classifier, such as rise"

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from .checks import checked
 from .classifier import Classifier
 from .libra import depends, operation
 from .precision import switched_off
@@ -42,6 +43,7 @@ class FullGradient(NamedTuple):
         return (self.inputs.flatten(1).sum(dim=1) + self.biases - self.logits).abs()
 
 
+@checked
 def full_gradient(
     clf: Classifier, images: Tensor, target: Tensor | Sequence[int] | int, at: nn.Module | None = None
 ) -> FullGradient:

@@ -32,11 +32,13 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from .checks import checked
 from .precision import switched_off
 from .protection import undisturbed
 
 
 @contextmanager
+@checked
 def libra(module: nn.Module) -> Iterator[None]:
     """Inside, calls of ``module`` have the gradients of LibraGrad; what they return is the same.
 

@@ -11,8 +11,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import kernels
-from .checks import check_answers, check_integer, check_number, check_target
+from .checks import (
+    FLOATS,
+    check_answers,
+    check_choice,
+    check_integer,
+    check_number,
+    check_target,
+    checked,
+    checked_fields,
+)
 from .classifier import Classifier, check_classifier
+from .kernels.dispatch import NAMES as BACKENDS
+from .kernels.messages import describe
 from .precision import autocast, confidence, full_precision, stepwise_attention, uses_bf16
 from .protection import protected
 from .regions import Regions
@@ -68,10 +79,12 @@ class Objective:
     ends: bool = True
     smooth: float = 1.0
 
+    @checked_fields
     def __post_init__(self) -> None:
         check_classifier(self.classifier)
-        if self.scores not in SCORE_SCALES:
-            raise ValueError(f"scores={self.scores!r} is not known: choose one of {', '.join(SCORE_SCALES)}")
+        uses_bf16(self.precision, self.classifier.device)
+        check_choice("backend", self.backend, BACKENDS)
+        check_choice("scores", self.scores, SCORE_SCALES)
         check_integer("fractions", self.fractions, 3)  # the two ends have no gradient
         check_integer("n_iters", self.n_iters, 1)
         if self.chunk is not None:
@@ -92,12 +105,15 @@ class Objective:
         """The grid that the objective is defined on: None, any will do."""
         return None
 
+    @checked
     def diagnose(self, maps: Tensor, regions: Regions, tau: float) -> dict[str, float]:
         """Beside the losses: τ, and the normalised row entropy of the soft permutation, 0 sorted, 1 uniform.
 
         The mean over all ranks, or over evenly spaced ones where the permutation has more than `DIAGNOSED` entries.
         """
         scores, count = self.region_scores(maps, regions), regions.count
+        if not len(scores):
+            raise ValueError(f"maps is {describe(maps)}: the batch is empty, give at least one map")
         ranks = min(count, max(1, DIAGNOSED // count))
         # the middle of equally many ranks each
         chosen = ((torch.arange(ranks, dtype=torch.float64) + 0.5) * count / ranks).long()
@@ -108,8 +124,10 @@ class Objective:
         entropy = torch.special.entr(rows).sum(dim=-1).mean() / torch.log(torch.tensor(float(count)))
         return {"row_entropy": float(entropy), "tau": tau}
 
+    @checked
     def region_scores(self, maps: Tensor, regions: Regions) -> Tensor:
         """The scores that are ranked: (B,1,H,W) → (B,K)."""
+        regions.check(maps)
         return regions.pool(standardize(maps) if self.scores == "standardized" else maps)
 
     def __call__(
@@ -365,8 +383,11 @@ class _Streamed(torch.autograd.Function):
         return ctx.gradient * grads[0][:, None, None], None, None, None, None, None, None
 
 
+@checked
 def standardize(maps: Tensor) -> Tensor:
     """Give maps one scale: (B,1,H,W) → each with mean ½ and standard deviation 0.29, as uniform ranks on [0, 1]."""
+    if maps.ndim != 4 or maps.dtype not in FLOATS:
+        raise ValueError(f"maps is {describe(maps)}: give floating point (B, 1, H, W)")
     maps = full_precision(maps)
     spread, mean = torch.var_mean(maps, dim=(1, 2, 3), keepdim=True, correction=0)
     # a constant map has no order: it stays at ½ with a finite gradient

@@ -10,6 +10,9 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from .checks import MOST_SIDE, check_integer, checked
+from .kernels.messages import short
+
 SMALL = 96  # images up to this side are enlarged by repeating pixels: their pixels are what is ranked
 CELL = 256  # pixels that an enlarged image measures, at least
 GAP = 6
@@ -25,6 +28,7 @@ _RAMP = np.stack([np.interp(np.linspace(0, 1, 1024), np.linspace(0, 1, len(_COLO
 _RAMP = (_RAMP / 255).astype(np.float32)
 
 
+@checked
 def overlay(image: Any, map: Any, scale: int | None = None) -> np.ndarray:
     """The map as heat over the image: (H·scale, W·scale, 3) uint8.
 
@@ -45,6 +49,7 @@ def overlay(image: Any, map: Any, scale: int | None = None) -> np.ndarray:
     return enlarge(_heated(rgb, _stretch(heat, *limits(heat))), scale)
 
 
+@checked
 def limits(map: Any) -> tuple[float, float]:
     """The values of the map between which `overlay` stretches its colours, low and high; NaN is left out.
 
@@ -107,7 +112,9 @@ def save_figure(
 
 def enlarge(pixels: np.ndarray, scale: int | None = None) -> np.ndarray:
     """(H, W, …) → (H·scale, W·scale, …), every pixel repeated; the default scale is that of `overlay`."""
-    if scale is None:
+    if scale is not None:
+        check_integer("scale", scale, 1, MOST_SIDE // max(pixels.shape[:2]))
+    else:
         side = max(pixels.shape[:2])
         scale = math.ceil(CELL / side) if side <= SMALL else 1
     return pixels.repeat(scale, axis=0).repeat(scale, axis=1)
@@ -115,9 +122,12 @@ def enlarge(pixels: np.ndarray, scale: int | None = None) -> np.ndarray:
 
 def to_numpy(value: Any) -> np.ndarray:
     """A tensor on any device, or an array, as float32."""
-    if hasattr(value, "detach"):
-        value = value.detach().cpu().float().numpy()
-    return np.asarray(value, dtype=np.float32)
+    try:
+        if hasattr(value, "detach"):
+            value = value.detach().cpu().float().numpy()
+        return np.asarray(value, dtype=np.float32)
+    except (TypeError, ValueError, RuntimeError, OverflowError, NotImplementedError) as error:
+        raise ValueError(f"{short(value)}: give a tensor or an array of real numbers") from error
 
 
 def to_pixels(image: Any) -> np.ndarray:

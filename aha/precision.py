@@ -6,6 +6,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from .checks import check_choice
+
 PRECISIONS = ("auto", "bf16", "fp32")
 
 
@@ -15,8 +17,7 @@ def uses_bf16(precision: str, device: torch.device) -> bool:
     ``auto`` takes it where the hardware multiplies it natively: CUDA from sm_80, CPUs with AMX tiles. Elsewhere
     bfloat16 is emulated and several times slower than float32.
     """
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision={precision!r} is not known: choose one of {', '.join(PRECISIONS)}")
+    check_choice("precision", precision, PRECISIONS)
     if precision != "auto":
         return precision == "bf16"
     if device.type == "cuda":

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .kernels.messages import describe
 from .precision import autocast, switched_off
 
 
@@ -94,6 +95,8 @@ def undisturbed(
         unfused: compute attention step by step, so that hooks see its softmax, and without checkpointing,
             which would run the hooks twice.
     """
+    if not isinstance(module, nn.Module):
+        raise ValueError(f"module is {describe(module)}: give a torch.nn.Module")
     switches = ("fused_attn", "grad_checkpointing") if unfused else ()
     with ExitStack() as stack:
         stack.enter_context(locked(module))

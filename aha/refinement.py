@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import references as reference_images
-from .checks import check_integer, check_number, finite_maps
+from .checks import check_integer, check_number, checked, finite_maps
 from .classifier import Classifier, check_classifier
 from .explainer import Explainer
 from .objective import Objective, strata
@@ -74,6 +74,7 @@ def plan(
     return chosen
 
 
+@checked
 def refine(
     explainer: Explainer,
     classifier: Classifier,

@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .checks import check_integer
+from .checks import FLOATS, check_integer, check_number, check_size, checked
 from .kernels import Taps, Upsampler
+from .kernels.messages import describe
 from .references import gaussian
 
 
@@ -38,14 +39,25 @@ class Regions:
         """The region of every pixel, (H, W) int64."""
         return self.row_index[:, None] * self.cols + self.col_index
 
+    @checked
     def pool(self, maps: Tensor) -> Tensor:
         """Mean of maps over every region, in their precision: (B,1,H,W) → (B,K)."""
+        self.check(maps)
         vertical = _pooling(self.row_index, self.rows).to(maps)
         horizontal = _pooling(self.col_index, self.cols).to(maps)
         return _Pool.apply(maps[:, 0], vertical, horizontal).flatten(1)
 
+    def check(self, maps: Tensor) -> None:
+        """ValueError in one line for maps of another shape than (B,1,H,W)."""
+        size = (len(self.row_index), len(self.col_index))
+        if maps.ndim != 4 or maps.shape[1] != 1 or tuple(maps.shape[2:]) != size or maps.dtype not in FLOATS:
+            raise ValueError(f"maps is {describe(maps)}: give floating point (B, 1, {size[0]}, {size[1]})")
+
+    @checked
     def upsampler(self, sigma: float = 1.0, kernel: int = 7, device: torch.device | str = "cpu") -> Upsampler:
         """Cells back to pixels: nearest, then a Gaussian with reflect padding (``sigma=0``: nearest only)."""
+        check_number("sigma", sigma, 0)
+        check_integer("kernel", kernel, 1)
         return Upsampler(
             _taps(self.row_index, self.rows, sigma, kernel), _taps(self.col_index, self.cols, sigma, kernel)
         ).to(device)
@@ -72,6 +84,7 @@ class _Pool(torch.autograd.Function):
             return vertical.mT @ grads[0] @ horizontal, None, None
 
 
+@checked
 def grid(height: int, width: int, cells: int | tuple[int, int], offset: tuple[float, float] = (0.0, 0.0)) -> Regions:
     """A grid of ``cells`` (rows, or (rows, cols)) over height×width pixels, shifted by ``offset`` in cells (|offset| ≤
     ½).
@@ -79,6 +92,7 @@ def grid(height: int, width: int, cells: int | tuple[int, int], offset: tuple[fl
     One number makes nearly square cells: that many along the shorter side. A shift narrows the first cell and widens
     the last, or the other way round; the number of regions stays.
     """
+    height, width = check_size("height and width", (height, width))
     if not isinstance(cells, Sequence):
         cells = check_integer("cells", cells, 1)
         short = min(height, width)
@@ -93,6 +107,7 @@ def grid(height: int, width: int, cells: int | tuple[int, int], offset: tuple[fl
     return Regions(_index(height, rows, offset[0]), _index(width, cols, offset[1]), rows, cols)
 
 
+@checked
 def draw(
     height: int,
     width: int,
@@ -101,15 +116,18 @@ def draw(
     offset: bool = True,
 ) -> Regions:
     """A random grid: rows uniform in ``cells`` (both ends included), offset uniform up to half a cell."""
-    low, high = cells
+    low, high = (check_integer("cells", number, 1) for number in cells)
+    if low > high:
+        raise ValueError(f"cells={cells}: give the coarsest and the finest grid, the smaller number first")
     rows = int(torch.randint(low, high + 1, (), generator=generator))
     shift = torch.rand(2, dtype=torch.float32, generator=generator) - 0.5 if offset else torch.zeros(2)
     return grid(height, width, rows, (float(shift[0]), float(shift[1])))
 
 
+@checked
 def default_cells(height: int, width: int) -> tuple[int, int]:
     """Cells of 32 to 8 px at 224, scaled with the image: 7…28 cells where the side allows cells of 2 px or more."""
-    short = min(height, width)
+    short = min(check_size("height and width", (height, width)))
     return min(7, max(2, short // 4)), max(2, min(28, short // 4))
 
 

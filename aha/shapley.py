@@ -16,11 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from . import kernels
-from .checks import check_answers, check_integer
-from .classifier import Classifier
+from .checks import check_answers, check_choice, check_integer, checked, checked_fields
+from .classifier import Classifier, check_classifier
 from .identity import fingerprint
+from .kernels.dispatch import NAMES as BACKENDS
 from .objective import check_game, check_seeds
-from .precision import autocast, confidence, full_precision
+from .precision import autocast, confidence, full_precision, uses_bf16
 from .protection import protected
 from .regions import Regions, grid
 from .structure import transformer
@@ -78,7 +79,11 @@ class ShapleyObjective:
     backend: str = "auto"
     _tokens: TokenMasks | None = field(init=False, repr=False, compare=False, default=None)
 
+    @checked_fields
     def __post_init__(self) -> None:
+        check_classifier(self.classifier)
+        uses_bf16(self.precision, self.classifier.device)
+        check_choice("backend", self.backend, BACKENDS)
         if self.absence not in METHODS:
             raise ValueError(f"absence={self.absence!r} is not known: choose one of {', '.join(METHODS)}")
         if check_integer("coalitions", self.coalitions, 2) % 2:
@@ -118,6 +123,7 @@ class ShapleyObjective:
         """The players as regions of height×width pixels."""
         return grid(height, width, self.players or player_grid(self.value_model, height, width))
 
+    @checked
     def diagnose(self, maps: Tensor, regions: Regions, tau: float) -> dict[str, float]:
         """Nothing beyond the losses; see `Objective.diagnose`."""
         return {}
@@ -169,6 +175,7 @@ class ShapleyObjective:
         loss, plain = (regions.count * e.square().mean(dim=(1, 2)) for e in (error, flat))
         return ShapleyLosses(loss, plain, gap.detach().abs())
 
+    @checked
     def shares(self, maps: Tensor, regions: Regions) -> Tensor:
         """Shapley values before they are normalised: maps (B,1,H,W) → φ (B,n)."""
         return regions.pool(full_precision(maps)) / regions.count

@@ -24,6 +24,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .checks import checked
+from .kernels.messages import short
+
 # where training scripts put a state dict; an average of the weights is what they evaluate, so it comes first
 AVERAGES = ("state_dict_ema", "model_ema", "ema_state_dict", "model_ema_state_dict", "ema_model", "ema")
 WRAPPERS = (
@@ -62,6 +65,7 @@ _LEGACY = b"\x8a\nl\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19."  # PyTorch's magic num
 _AGAIN = "save model.state_dict() alone, with torch.save"
 
 
+@checked
 def read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """A state dict from a file, whatever its suffix says: safetensors, or what ``torch.save`` wrote.
 
@@ -155,6 +159,7 @@ def fitting_weights(
     return fitting
 
 
+@checked
 def numbers(text: str | None, default: Sequence[float]) -> Sequence[float]:
     """Numbers written as a JSON list or separated by commas or blanks; ``default`` for None.
 
@@ -166,9 +171,9 @@ def numbers(text: str | None, default: Sequence[float]) -> Sequence[float]:
     try:
         found = tuple(float(part) for part in text.strip("[]() \n").replace(",", " ").split())
     except ValueError as error:
-        raise ValueError(f"{text!r} is no list of numbers: write them as 0.5, 0.5, 0.5") from error
+        raise ValueError(f"{short(text)} is no list of numbers: write them as 0.5, 0.5, 0.5") from error
     if not found or not all(map(math.isfinite, found)):
-        raise ValueError(f"{text!r} is no list of finite numbers: write them as 0.5, 0.5, 0.5")
+        raise ValueError(f"{short(text)} is no list of finite numbers: write them as 0.5, 0.5, 0.5")
     return found
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from . import convergent, native, reference, triton
+from .messages import short
 
 NAMES = ("auto", "cuda", "triton", "cpu", "reference")
 
@@ -171,12 +172,19 @@ def run(call: Call, backend: str) -> Any:
     """
     chosen = _choose(call, backend)
     with torch.autocast(call.first.device.type, enabled=False):
-        return chosen.run(**call.arguments)
+        try:
+            return chosen.run(**call.arguments)
+        except (MemoryError, RuntimeError) as error:
+            # what PyTorch says of the CPU's memory, and what it says of it through the stable ABI
+            short_of = ("can't allocate memory", "aten::new_empty", "aten::new_zeros")
+            if not any(words in str(error) for words in short_of):
+                raise
+            raise ValueError(f"{call.operator} takes more memory than there is: give less at a time") from error
 
 
 def _choose(call: Call, backend: str) -> Backend:
-    if backend not in NAMES:
-        raise ValueError(f"backend={backend!r} is not known: choose one of {', '.join(NAMES)}")
+    if not isinstance(backend, str) or backend not in NAMES:
+        raise ValueError(f"backend={short(backend)} is not known: choose one of {', '.join(NAMES)}")
     candidates = BACKENDS[call.operator]
     for candidate in candidates:
         if backend == "auto":

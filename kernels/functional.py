@@ -20,14 +20,16 @@ from torch.utils import _pytree as pytree
 from . import convergent, dispatch, random
 from .convergent import readable
 from .dispatch import Call, Choice
+from .messages import MOST_NUMBERS, describe, is_plain, short
 
 _FLOATS = (torch.float32, torch.float64)
 _IMAGE_FLOATS = (*_FLOATS, torch.bfloat16, torch.float16)
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
-_MOST_ITERATIONS = 2**31 - 2  # the compiled loops count one more of them in 32 bits
+_MOST_ITERATIONS = 10**6  # two numbers of every row are kept for each
 # Rounding of a logarithm that still makes a number: e^16 is far from infinity. Scores of standard deviation 100 reach
 # it at τ = 1e-3 in float32.
 _ROUNDING = 16.0
+_MOST_PIXELS = 2**31 - 1
 _KEPT_WEIGHTS = 2**16  # numbers; larger weights of rank rows are made anew by every call
 
 
@@ -53,10 +55,10 @@ class Taps:
 
     def __post_init__(self) -> None:
         _check_integer("size", self.size, 1)
-        if not _is_plain(self.cell) or self.cell.dtype != torch.int64 or self.cell.ndim != 2:
-            raise ValueError(f"cell is {_describe(self.cell)}: give (P, T) int64")
-        if not _is_plain(self.weight) or self.weight.dtype not in _FLOATS or self.weight.shape != self.cell.shape:
-            raise ValueError(f"weight is {_describe(self.weight)}: give float32 of shape {tuple(self.cell.shape)}")
+        if not is_plain(self.cell) or self.cell.dtype != torch.int64 or self.cell.ndim != 2:
+            raise ValueError(f"cell is {describe(self.cell)}: give (P, T) int64")
+        if not is_plain(self.weight) or self.weight.dtype not in _FLOATS or self.weight.shape != self.cell.shape:
+            raise ValueError(f"weight is {describe(self.weight)}: give float32 of shape {tuple(self.cell.shape)}")
         _check_device(self.cell, self.weight)
         if not self.cell.numel() or not readable(self.cell) or not readable(self.weight):
             return
@@ -67,11 +69,17 @@ class Taps:
             raise ValueError("weight holds NaN or infinite values: give finite ones")
 
     def to(self, device: torch.device | str) -> "Taps":
-        """The same taps on another device."""
-        return _checked_taps((self.cell.to(device), self.weight.to(device)), self.size)
+        """The same taps on another device; ValueError if PyTorch knows none of that name."""
+        try:
+            return _checked_taps((self.cell.to(device), self.weight.to(device)), self.size)
+        except (RuntimeError, TypeError, ValueError, OverflowError) as error:
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"device={short(device)}: give one of this machine, such as 'cpu' ({reason})") from error
 
     def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The (P, size) matrix."""
+        """The (P, size) matrix, in a floating point ``dtype``."""
+        if not isinstance(dtype, torch.dtype) or dtype not in _IMAGE_FLOATS:
+            raise ValueError(f"dtype={short(dtype)}: give float32, float64, bfloat16 or float16")
         matrix = self.weight.new_zeros(self.cell.shape[0], self.size, dtype=dtype)
         return matrix.scatter_add_(1, self.cell, self.weight.to(dtype))
 
@@ -358,7 +366,7 @@ def _perturb(images: Tensor, references: Tensor, masks: Tensor, upsampler: Upsam
     masks = _check_float("masks", masks, 3, _IMAGE_FLOATS)
     if not (isinstance(upsampler, tuple) and len(upsampler) == 2 and all(isinstance(t, Taps) for t in upsampler)):
         raise ValueError(
-            f"upsampler is {_describe(upsampler)}: give an Upsampler, a pair of Taps (aha.regions makes one)"
+            f"upsampler is {describe(upsampler)}: give an Upsampler, a pair of Taps (aha.regions makes one)"
         )
     rows, cols = upsampler
     _check_device(images, masks, rows.weight, cols.weight)
@@ -378,16 +386,26 @@ def _perturb(images: Tensor, references: Tensor, masks: Tensor, upsampler: Upsam
 def _perturb_by_rank(images: Tensor, references: Tensor, ranks: Tensor, counts: Any, *output: Any) -> Call:
     pixels = _check_images(images, references, *output)
     batch, _, height, width = images.shape
-    if not _is_plain(ranks) or ranks.dtype not in _INTEGERS or ranks.shape != (batch, height, width):
-        raise ValueError(f"ranks is {_describe(ranks)}: give integers of shape {(batch, height, width)}")
+    if not is_plain(ranks) or ranks.dtype not in _INTEGERS or ranks.shape != (batch, height, width):
+        raise ValueError(f"ranks is {describe(ranks)}: give integers of shape {(batch, height, width)}")
     counts = _check_sequence("counts", counts, _INTEGERS, torch.int64, "integers")
     if counts.numel() and _on_cpu(counts) and (counts.min() < 0 or counts.max() > height * width):
         raise ValueError(
             f"counts span {int(counts.min())} … {int(counts.max())}: they must lie in 0 … H·W = {height * width}"
         )
     _check_device(images, ranks)
-    counts = counts.to(images.device, torch.int32)
-    return Call("perturb_by_rank", {**pixels, "ranks": ranks.to(torch.int32), "counts": counts})
+    if height * width > _MOST_PIXELS:
+        raise ValueError(
+            f"images are {height}×{width}: give at most {_MOST_PIXELS} pixels, which ranks count in 32 bits"
+        )
+    counts = counts.to(images.device)
+    narrow = (_narrow(x, height * width) for x in (ranks, counts))
+    return Call("perturb_by_rank", {**pixels, **dict(zip(("ranks", "counts"), narrow, strict=True))})
+
+
+def _narrow(numbers: Tensor, most: int) -> Tensor:
+    """As int32; what is below 0 or above ``most`` stays so, and does not wrap."""
+    return (numbers.clamp(-1, most) if numbers.dtype == torch.int64 else numbers).to(torch.int32)
 
 
 # the public functions, and their checks, which take the same arguments up to ``backend``
@@ -411,31 +429,13 @@ def explain(operator: str, *args: Any, **kwargs: Any) -> list[Choice]:
 
     Raises ValueError for an unknown operator, and whatever the operator itself raises for bad arguments.
     """
-    if operator not in OPERATORS:
-        raise ValueError(f"operator {operator!r} is not known: choose one of {', '.join(OPERATORS)}")
+    if not isinstance(operator, str) or operator not in OPERATORS:
+        raise ValueError(f"operator {short(operator)} is not known: choose one of {', '.join(OPERATORS)}")
     function, check = OPERATORS[operator]
     *parameters, _ = inspect.signature(function).parameters.values()
     given = inspect.Signature(parameters).bind(*args, **kwargs)
     given.apply_defaults()
     return dispatch.explain(check(*given.args))
-
-
-def _is_plain(value: object) -> bool:
-    """Whether it is a dense tensor with values: not sparse, nested or on meta."""
-    if not isinstance(value, Tensor) or value.is_nested:
-        return False
-    return value.layout == torch.strided and value.device.type != "meta"
-
-
-def _describe(value: object) -> str:
-    if not isinstance(value, Tensor):
-        return f"a {type(value).__name__}"
-    if value.is_nested:
-        return "a nested tensor"
-    text = f"{value.dtype} of shape {tuple(value.shape)}".removeprefix("torch.")
-    if value.device.type == "meta":
-        return f"{text} on meta, without values"
-    return text if value.layout == torch.strided else f"{str(value.layout).removeprefix('torch.')} {text}"
 
 
 def _check_device(*tensors: Tensor | None) -> None:
@@ -445,9 +445,11 @@ def _check_device(*tensors: Tensor | None) -> None:
 
 
 def _check_float(name: str, value: Tensor, ndim: int, dtypes: tuple[torch.dtype, ...] = _FLOATS) -> Tensor:
-    if not _is_plain(value) or value.ndim != ndim or value.dtype not in dtypes:
+    if not is_plain(value) or value.ndim != ndim or value.dtype not in dtypes:
         accepted = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
-        raise ValueError(f"{name} is {_describe(value)}: give a {ndim}-dim tensor of {accepted}, dense and with values")
+        raise ValueError(f"{name} is {describe(value)}: give a {ndim}-dim tensor of {accepted}, dense and with values")
+    if value.numel() > MOST_NUMBERS:
+        raise ValueError(f"{name} is {describe(value)}: give at most {MOST_NUMBERS} numbers")
     return value if value.dtype in _FLOATS else value.float()
 
 
@@ -466,14 +468,8 @@ def _check_scores(name: str, scores: Tensor) -> Tensor:
 def _check_integer(name: str, value: int, low: int, high: int | None = None, of: str = "") -> int:
     if not isinstance(value, Integral) or isinstance(value, bool) or value < low or (high is not None and value > high):
         accepted = f"≥ {low}" if high is None else f"in {low} … {high}"
-        raise ValueError(f"{name}={_short(value)}: give an integer {accepted}{of}")
+        raise ValueError(f"{name}={short(value)}: give an integer {accepted}{of}")
     return value if isinstance(value, int) else int(value)  # under torch.compile it may be symbolic, and stays so
-
-
-def _short(value: object) -> str:
-    """What came, in one line."""
-    text = _describe(value) if isinstance(value, Tensor) else " ".join(repr(value).split())
-    return text if len(text) <= 60 else f"{text[:57]}…"
 
 
 def _is_number(value: object) -> bool:
@@ -505,7 +501,7 @@ def _check_ranking(
     n_iters = _check_integer("n_iters", n_iters, 1, _MOST_ITERATIONS)
     tau, value = _check_tau(tau, scores)
     if not _is_number(noise) or not 0 <= noise < float("inf"):
-        raise ValueError(f"noise={_short(noise)}: the scale of the Gumbel noise must be a number, finite and ≥ 0")
+        raise ValueError(f"noise={short(noise)}: the scale of the Gumbel noise must be a number, finite and ≥ 0")
     if value is not None and scores.numel() and _on_cpu(scores):
         c = float(torch.linalg.vector_norm(scores.detach(), float("inf"))) + 0.5
         # the largest noise is 16.7; logits and the column potential, c²/τ, are what is rounded
@@ -517,8 +513,8 @@ def _check_ranking(
     if seed is None:
         seed = random.draw_seed(scores.device) if noise else 0
     if isinstance(seed, Tensor):
-        if not _is_plain(seed) or seed.ndim != 0 or seed.dtype != torch.int64:
-            raise ValueError(f"seed is {_describe(seed)}: give an integer or a 0-dim int64 tensor")
+        if not is_plain(seed) or seed.ndim != 0 or seed.dtype != torch.int64:
+            raise ValueError(f"seed is {describe(seed)}: give an integer or a 0-dim int64 tensor")
         seed = seed.to(scores.device)
     else:
         seed = random.as_seed(_check_integer("seed", seed, 0, 2**64 - 1), scores.device)
@@ -530,13 +526,13 @@ def _check_tau(tau: float | Tensor, scores: Tensor) -> tuple[Tensor, float | Non
     value: float | None
     if isinstance(tau, Tensor):
         real = tau.is_floating_point() or tau.dtype in _INTEGERS
-        if not _is_plain(tau) or tau.ndim != 0 or not real:
-            raise ValueError(f"tau is {_describe(tau)}: give a number or a 0-dim tensor of real numbers")
+        if not is_plain(tau) or tau.ndim != 0 or not real:
+            raise ValueError(f"tau is {describe(tau)}: give a number or a 0-dim tensor of real numbers")
         value = float(tau.detach()) if _on_cpu(tau) else None
     elif _is_number(tau):
         value = float(tau)
     else:
-        raise ValueError(f"tau={_short(tau)}: give a number or a 0-dim tensor, finite and > 0")
+        raise ValueError(f"tau={short(tau)}: give a number or a 0-dim tensor, finite and > 0")
     if value is not None and not 0 < value < float("inf"):
         raise ValueError(f"tau={value}: the temperature must be finite and > 0")
     if value is not None and not torch.finfo(scores.dtype).tiny <= value <= torch.finfo(scores.dtype).max:
@@ -570,14 +566,14 @@ def _check_sequence(name: str, values: Any, dtypes: tuple[torch.dtype, ...], dty
         try:
             values = torch.as_tensor(values)
         except (TypeError, ValueError, RuntimeError):
-            raise ValueError(f"{name}={_short(given)}: give a 1-dim sequence of {what}") from None
+            raise ValueError(f"{name}={short(given)}: give a 1-dim sequence of {what}") from None
         # integers are floats too, and nothing at all is anything
         if not values.numel() or (dtype.is_floating_point and values.dtype in _INTEGERS):
             values = values.to(dtype)
         elif values.is_floating_point() and dtype.is_floating_point:
             values = torch.as_tensor(given, dtype=dtype)
-    if not _is_plain(values) or values.ndim != 1 or values.dtype not in dtypes:
-        raise ValueError(f"{name} is {_describe(values)}: give a 1-dim sequence of {what}")
+    if not is_plain(values) or values.ndim != 1 or values.dtype not in dtypes:
+        raise ValueError(f"{name} is {describe(values)}: give a 1-dim sequence of {what}")
     return values
 
 
@@ -589,7 +585,7 @@ def _cumulative_weights(fractions: Tensor | Sequence[float], like: Tensor) -> Te
         return _weights(fractions.double(), k).to(like)
     values = fractions.tolist()
     if not all(0 <= x <= 1 for x in values) or any(y < x for x, y in pairwise(values)):
-        raise ValueError(f"fractions are {_short(values)}: give ascending values in [0, 1]")
+        raise ValueError(f"fractions are {short(values)}: give ascending values in [0, 1]")
     if fractions.requires_grad or not readable(like) or len(values) * k > _KEPT_WEIGHTS:
         return _weights(fractions.double(), k).to(like)
     return _kept_weights(tuple(values), k, like.dtype).to(like.device)
@@ -624,8 +620,10 @@ def _check_images(
     """The arguments of both perturbations: references for all images, the dtype of the outputs."""
     value: Tensor | None
     for name, value in (("images", images), ("references", references)):
-        if not _is_plain(value) or value.ndim != 4 or value.dtype not in _IMAGE_FLOATS:
-            raise ValueError(f"{name} is {_describe(value)}: give floating point (B, C, H, W)")
+        if not is_plain(value) or value.ndim != 4 or value.dtype not in _IMAGE_FLOATS:
+            raise ValueError(f"{name} is {describe(value)}: give floating point (B, C, H, W)")
+        if value.numel() > MOST_NUMBERS:
+            raise ValueError(f"{name} is {describe(value)}: give at most {MOST_NUMBERS} numbers")
     if references.dtype != images.dtype:
         raise ValueError(f"references are {references.dtype}, images {images.dtype}: give the same dtype")
     if references.shape[1:] != images.shape[1:] or references.shape[0] not in (1, images.shape[0]):
@@ -636,10 +634,10 @@ def _check_images(
     for name, value in (("mean", mean), ("std", std)):
         if value is None:
             continue
-        if not _is_plain(value) or value.is_complex() or tuple(value.shape) != (images.shape[1],):
-            raise ValueError(f"{name} is {_describe(value)}: give one value per channel, ({images.shape[1]},)")
+        if not is_plain(value) or value.is_complex() or tuple(value.shape) != (images.shape[1],):
+            raise ValueError(f"{name} is {describe(value)}: give one value per channel, ({images.shape[1]},)")
     dtype = images.dtype if dtype is None else dtype
-    if dtype not in _IMAGE_FLOATS:
-        raise ValueError(f"dtype={_short(dtype)}: give float32, float64, bfloat16 or float16")
+    if not isinstance(dtype, torch.dtype) or dtype not in _IMAGE_FLOATS:
+        raise ValueError(f"dtype={short(dtype)}: give float32, float64, bfloat16 or float16")
     _check_device(images, references, mean, std)
     return {"images": images, "references": references.expand_as(images), "mean": mean, "std": std, "dtype": dtype}

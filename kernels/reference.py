@@ -18,10 +18,12 @@ def log_sinkhorn(logits: Tensor, n_iters: int) -> Tensor:
 
 def _normalise(logits: Tensor, column: Tensor, n_iters: int) -> Tensor:
     # the matrix stays as it is, only the potentials move: one rounding per entry, not 2·n_iters
-    for _ in range(n_iters):
+    for _ in range(n_iters - 1):
         row = -torch.logsumexp(logits + column, dim=-1, keepdim=True)  # [B, K, 1]
         column = -torch.logsumexp(logits + row, dim=-2, keepdim=True)  # [B, 1, K]
-    return logits + row + column
+    row = -torch.logsumexp(logits + column, dim=-1, keepdim=True)
+    # the last column step takes the largest away first: columns sum to 1 however large the logits
+    return torch.log_softmax(logits + row, dim=-2)
 
 
 def log_permutation(
@@ -30,8 +32,8 @@ def log_permutation(
     """(B,K) → (B,K,K) log P of L_ij = (−(a_j − p_i)² + noise·γ_ij)/τ.
 
     −(a−p)² is split into the product 2(a−½)(p−½), a column constant, which becomes the first column potential unless
-    another ``start`` (B,K) is given, and a row constant, which the first row step removes: the same operator, far
-    better conditioned when scores are large.
+    another ``start`` (B,K) is given, and a row constant, which the first row step removes, as it does a constant of the
+    potential: the same operator, far better conditioned when scores are large.
     """
     batch, k = scores.shape
     centred = scores - 0.5  # [B, K]
@@ -39,8 +41,14 @@ def log_permutation(
     logits = 2 * ranks[:, None] * centred[:, None, :]
     if noise:
         logits = logits + noise * gumbel((batch, k, k), seed, scores.device).to(scores.dtype)
-    column = -(centred**2)[:, None, :] / tau if start is None else start[:, None, :]
+    column = _initial(centred[:, None, :], tau) if start is None else start[:, None, :]
     return _normalise(logits / tau, column, n_iters)
+
+
+def _initial(centred: Tensor, tau: Tensor) -> Tensor:
+    """(…,K): −(c² − n²)/τ with n = min |c|; in factors, for the squares may be rounded away, or overflow."""
+    nearest = centred.detach().abs().amin(dim=-1, keepdim=True)
+    return -4 * ((centred / 2 - nearest / 2) / tau) * (centred / 2 + nearest / 2)
 
 
 def gumbel_sinkhorn(scores: Tensor, tau: Tensor, n_iters: int, noise: float, seed: Tensor) -> Tensor:

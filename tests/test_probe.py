@@ -134,7 +134,7 @@ def test_a_head_that_was_taken_away():
         ({"mean_colour": (0.5,)}, "give 3 values"),
         ({"input_size": "32"}, "input_size='32': give"),
         ({"input_size": (3, 32, 32)}, r"input_size=\(3, 32, 32\): give \(height, width\)"),
-        ({"input_size": (0, 32)}, "input_size=0: give an integer ≥ 1"),
+        ({"input_size": (0, 32)}, "input_size=0: give an integer in 1 … "),
         ({"num_classes": 1000}, "returns 3 logits, num_classes=1000"),
         ({"class_names": ["a", "b"]}, "2 class names for 3 classes"),
     ],

@@ -11,8 +11,9 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..checks import check_integer, check_seed, finite_maps
+from ..checks import check_arguments, check_integer, check_seed, checked, finite_maps
 from ..classifier import Classifier, check_classifier
+from ..kernels.messages import short
 from ..protection import protected
 from .passes import Passes, count_passes
 
@@ -164,20 +165,36 @@ def create(name: str, clf: Classifier, **options: Any) -> Attributor:
         ValueError: for an unknown name, or a classifier whose architecture the method does not accept.
         ImportError: naming the extra to install, where the method needs one.
     """
+    cls = find(name)
     try:
-        return find(name)(clf, **options)
-    except TypeError as error:  # an option that is not known, or a text for a number
-        reason = " ".join(str(error).split()).split("__init__() ")[-1]
-        raise ValueError(
-            f"{name} does not take these options ({reason}): see help(aha.attributors.find({name!r}))"
-        ) from error
+        made = cls(clf, **options)
+    except (TypeError, AttributeError, RuntimeError, LookupError) as error:  # an option that is not known, or no such
+        _check_options(cls, options, error)
+        if isinstance(error, TypeError):
+            raise _not_taken(name, error) from error
+        raise
+    _check_options(cls, options)
+    return made
 
 
+def _check_options(cls: type[Attributor], options: dict[str, Any], failed: Exception | None = None) -> None:
+    try:
+        check_arguments(cls.__init__, options)
+    except ValueError as error:
+        raise _not_taken(cls.name, error) from failed or error
+
+
+def _not_taken(name: str, error: Exception) -> ValueError:
+    reason = " ".join(str(error).split()).split("__init__() ")[-1]
+    return ValueError(f"{name} does not take these options ({reason}): see help(aha.attributors.find({name!r}))")
+
+
+@checked
 def find(name: str) -> type[Attributor]:
     """The class of that name; ValueError for an unknown one."""
     if name not in _REGISTRY:
         close = difflib.get_close_matches(name, _REGISTRY, n=1)
         hint = f" (did you mean {close[0]!r}?)" if close else ""
         known = ", ".join(sorted(_REGISTRY))
-        raise ValueError(f"attributor {name!r} is not known{hint}: choose one of {known}")
+        raise ValueError(f"attributor {short(name)} is not known{hint}: choose one of {known}")
     return _REGISTRY[name]

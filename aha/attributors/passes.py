@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..checks import checked
 from ..classifier import Classifier
 from ..explainer.encoder import READING, Encoder
 
@@ -35,6 +36,7 @@ class Passes:
 
 
 @contextmanager
+@checked
 def count_passes(clf: Classifier) -> Iterator[Passes]:
     """Count what goes through ``clf`` inside the context.
 

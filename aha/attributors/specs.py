@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from .. import identity
+from ..checks import checked, checked_fields
 from ..classifier import Classifier
 from ..files import slug
 from .base import Attributor, available, create, find
@@ -30,6 +31,7 @@ class MethodSpec:
     options: Mapping[str, Any] = field(default_factory=dict)
     label: str = ""
 
+    @checked_fields
     def __post_init__(self) -> None:
         find(self.name)
         if not self.label:
@@ -37,6 +39,7 @@ class MethodSpec:
             object.__setattr__(self, "label", f"{self.name}:{written}" if written else self.name)
 
     @classmethod
+    @checked
     def parse(cls, text: str) -> MethodSpec:
         """``[label@]name[:option=value,…]``, e.g. ``rise:n_masks=4000`` or ``RISE@rise``.
 
@@ -55,10 +58,12 @@ class MethodSpec:
             options[key.strip()] = _literal(value.strip())
         return cls(name, options, label)
 
+    @checked
     def create(self, clf: Classifier, seed: int) -> Attributor:
         """The method for ``clf``; an option that it does not know is a ValueError."""
         return create(self.name, clf, **{"seed": seed, **self.options})
 
+    @checked
     def key(self, seed: int) -> str:
         """A folder's name that differs where the maps may differ."""
         # a file or folder named by an option counts with its content

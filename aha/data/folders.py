@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from aha.checks import check_arguments, checked
 from aha.data.images import (
     DEFAULT,
     ImageReadError,
@@ -99,6 +100,7 @@ class ImageFolder(LabelledImages):
         seed: int = 0,
         masks: str | os.PathLike | None = None,
     ):
+        check_arguments(ImageFolder.__init__, locals())
         if augment and masks is not None:
             raise ValueError("masks are of whole images: leave augment off")
         super().__init__(image_size, preprocessing, augment, class_names, seed)
@@ -136,6 +138,7 @@ class ImageFolder(LabelledImages):
         mask = open_mask(path, self.resize, shape)
         return to_tensor(fitted(mask, self.image_size, self.resize, Image.Resampling.NEAREST)) > 0
 
+    @checked
     def identity(self, content: bool = True, indices: Sequence[int] | None = None) -> dict[str, Any]:
         """See `LabelledImages.identity`."""
         return {**super().identity(content, indices), "masks": self.masks is not None}
@@ -151,6 +154,7 @@ class ImageFolder(LabelledImages):
                 yield mark + (_bytes_of(mask) if content else _size(size_of(str(mask))))
 
 
+@checked
 def output_names(files: Sequence[str | os.PathLike]) -> list[str]:
     """A name for what is made of each file, without suffix: distinct, also where case does not count.
 

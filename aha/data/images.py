@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from aha.checks import MOST_SIDE, check_choice, check_integer, checked, checked_fields
+
 INTERPOLATIONS = {
     "nearest": Image.Resampling.NEAREST,
     "bilinear": Image.Resampling.BILINEAR,
@@ -58,23 +60,23 @@ class Preprocessing:
     crop_pct: float = CROP_PCT
     interpolation: str = "bicubic"
 
+    @checked_fields
     def __post_init__(self) -> None:
         if not 0 < self.crop_pct <= 1:
             raise ValueError(f"crop_pct is {self.crop_pct}; it must be above 0 and at most 1")
-        if self.interpolation not in INTERPOLATIONS:
-            raise ValueError(f"interpolation is {self.interpolation!r}; it must be one of {', '.join(INTERPOLATIONS)}")
+        check_choice("interpolation", self.interpolation, tuple(INTERPOLATIONS))
 
+    @checked
     def resize(self, image_size: int) -> int:
         """What the shorter side is resized to for a square of ``image_size``, pixels."""
-        if image_size < 1:
-            raise ValueError(f"image_size is {image_size}; it must be at least 1 pixel")
-        return round(image_size / self.crop_pct)
+        return round(check_integer("image_size", image_size, 1, MOST_SIDE) / self.crop_pct)
 
     @property
     def resample(self) -> Image.Resampling:
         """PIL's filter."""
         return INTERPOLATIONS[self.interpolation]
 
+    @checked
     def describe(self, image_size: int) -> str:
         """In a line, for reports."""
         return f"shorter side to {self.resize(image_size)} px ({self.interpolation}), centre crop of {image_size} px"
@@ -83,6 +85,7 @@ class Preprocessing:
 DEFAULT = Preprocessing()
 
 
+@checked
 def load_image(path: str | os.PathLike, image_size: int = 224, preprocessing: Preprocessing = DEFAULT) -> torch.Tensor:
     """One image from disk as (3, image_size, image_size) float32 RGB in [0, 1]; arguments as `ImageFolder`.
 

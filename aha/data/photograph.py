@@ -17,8 +17,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from aha.checks import check_colour, check_integer, check_size
+from aha.checks import MOST_SIDE, check_arguments, check_colour, check_integer, check_size, checked
 from aha.data.images import DEFAULT, ImageReadError, Preprocessing, check_shape, cropping, open_image, to_tensor
+from aha.kernels.messages import is_plain, short
 from aha.overlays import to_numpy
 
 Fit = Literal["crop", "pad", "tile"]
@@ -65,6 +66,7 @@ class View:
             place[0][outer] = True
         return inside
 
+    @checked
     def to_photograph(
         self, maps: Any, size: tuple[int, int] | None = None, weights: Sequence[float] | Tensor | None = None
     ) -> np.ndarray:
@@ -115,6 +117,7 @@ class View:
         whole[:, (x < left) | (x > right)] = np.nan
         return whole
 
+    @checked
     def to_inputs(self, heat: Any) -> Tensor:
         """A map of the photograph, (H, W) of any resolution, over every input: (N, 1, S, S) float32, on the CPU.
 
@@ -123,7 +126,7 @@ class View:
         """
         values = to_numpy(heat)
         if values.ndim != 2:
-            raise ValueError(f"map has shape {values.shape}: give (H, W), a map of the photograph")
+            raise ValueError(f"heat has shape {values.shape}: give (H, W), a map of the photograph")
         if not np.isfinite(values).all():
             raise ValueError("map holds NaN or infinite values: give one of the whole photograph, such as of fit='pad'")
         height, width = self.scaled
@@ -155,6 +158,7 @@ class Photograph:
 
     def __init__(self, path: str | os.PathLike):
         """Read a file as `aha.data.load_image` does, whose ImageReadError it raises."""
+        check_arguments(Photograph.__init__, {"path": path})
         self.path = Path(path)
         self.image = open_image(self.path, 1)
 
@@ -163,6 +167,7 @@ class Photograph:
         """(H, W), upright, in pixels."""
         return self.image.height, self.image.width
 
+    @checked
     def view(
         self,
         image_size: int = 224,
@@ -188,10 +193,11 @@ class Photograph:
             ValueError: for an unknown fit, a size or colour that is none.
             ImageReadError: in one line, where the photograph resized would have more pixels than PIL's limit.
         """
-        side = check_integer("image_size", image_size, 1)
+        check_arguments(Photograph.view, {"preprocessing": preprocessing})
+        side = check_integer("image_size", image_size, 1, MOST_SIDE)
         if fit not in FITS:
-            raise ValueError(f"fit={fit!r}: choose one of {', '.join(FITS)}")
-        padding = check_colour(colour.tolist() if isinstance(colour, Tensor) else colour, 3)
+            raise ValueError(f"fit={short(fit)}: choose one of {', '.join(FITS)}")
+        padding = check_colour(colour.tolist() if isinstance(colour, Tensor) and is_plain(colour) else colour, 3)
         width, height = self.image.size
         corners: list[tuple[int, int]]
         if fit == "crop":
@@ -220,7 +226,8 @@ class Photograph:
     def picture(self, longest: int) -> Image.Image:
         """The photograph to draw on: as it is, or its longer side resized to ``longest`` pixels where it is longer."""
         long = max(self.image.size)
-        if long <= check_integer("longest", longest, 1):
+        longest = check_integer("longest", longest, 1)
+        if long <= longest:
             return self.image
         width, height = (max(1, round(length * longest / long)) for length in self.image.size)
         return self.image.resize((width, height), Image.Resampling.LANCZOS)

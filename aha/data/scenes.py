@@ -16,6 +16,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from aha.checks import MOST_SIDE, check_arguments, check_choice, check_integer
+from aha.kernels.messages import short
+
 SPLITS = {"train": 0.7, "val": 0.1, "test": 0.2}  # shares of the 1797 digit samples
 FRAME = 64.0  # side of the frame in which scenes are described
 CHUNK = 16  # scenes rendered together: the canvas then stays in the cache
@@ -56,12 +59,11 @@ class Scenes(torch.utils.data.Dataset):
     mean_colour = torch.tensor([0.5, 0.5, 0.5])
 
     def __init__(self, split: str = "train", size: int = 1024, seed: int = 0, image_size: int = 64):
-        if split not in SPLITS:
-            raise ValueError(f"split is {split!r}; it must be one of {', '.join(SPLITS)}")
+        check_arguments(Scenes.__init__, {"seed": seed, "size": size, "image_size": image_size})
+        check_choice("split", split, tuple(SPLITS))
         if size < 1:
             raise ValueError(f"size is {size}; a data set needs at least one scene")
-        if image_size < 16:
-            raise ValueError(f"image_size is {image_size}; scenes need at least 16 pixels a side")
+        check_integer("image_size", image_size, 16, MOST_SIDE)
         self.split, self.size, self.seed, self.image_size = split, int(size), int(seed), int(image_size)
         _digits(split)
 
@@ -108,7 +110,10 @@ class Scenes(torch.utils.data.Dataset):
         return torch.from_numpy(self._render(indices, with_digit=False)[0])
 
     def _render(self, indices, with_digit):
-        indices = np.asarray(indices, dtype=np.int64).reshape(-1)
+        try:
+            indices = np.asarray(indices, dtype=np.int64).reshape(-1)
+        except (TypeError, ValueError, RuntimeError, OverflowError, MemoryError) as error:
+            raise ValueError(f"indices={short(indices)}: give integers, one per scene") from error
         beyond = indices < 0 if self.split == "train" else (indices < 0) | (indices >= self.size)
         if beyond.any():
             raise IndexError(f"no scene {indices[beyond][0]} in a {self.split} set of {self.size}")

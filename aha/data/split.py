@@ -8,13 +8,19 @@ from typing import Any
 
 import torch
 
+from aha.checks import checked
+from aha.kernels.messages import short
+
 
 class Part(torch.utils.data.Dataset):
     """The items of ``data`` at ``indices``; an index beyond the part's size counts epochs, as in the whole."""
 
     def __init__(self, data: Any, indices: Sequence[int]):
         self.data = data
-        self.indices = list(indices)
+        try:
+            self.indices = [int(index) for index in indices]
+        except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+            raise ValueError(f"indices={short(indices)}: give integers, places in the data set") from error
         self.virtual_epochs = getattr(data, "virtual_epochs", False)
 
     def __len__(self) -> int:
@@ -47,7 +53,10 @@ def identity(data: Any, content: bool = True) -> dict[str, Any]:
     if isinstance(data, torch.utils.data.Subset):
         return _identity_of_part(data.dataset, data.indices, content)
     known = {"type": type(data).__name__}
-    return {**known, "images": len(data)} if hasattr(data, "__len__") else known
+    try:
+        return {**known, "images": len(data)}
+    except (TypeError, RuntimeError):  # it has none, or is an array without dimensions
+        return known
 
 
 def _identity_of_part(data: Any, indices: Sequence[int], content: bool) -> dict[str, Any]:
@@ -61,6 +70,7 @@ def _identity_of_part(data: Any, indices: Sequence[int], content: bool) -> dict[
     return {"type": "Part", "images": len(indices), "indices": digest, "of": identity(data, content)}
 
 
+@checked
 def hold_out(size: int, count: int) -> tuple[list[int], list[int]]:
     """Indices (kept for training, held out): ``count`` of ``size`` evenly spaced, the same in every run.
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from .. import processes
-from ..checks import check_integer, check_seed
+from ..checks import check_integer, check_seed, checked
 from ..classifier import Classifier
 from ..data import fit_labels
 from ..metrics import INTERNAL_BATCH_SIZE, Protocol, Suite
@@ -17,6 +17,7 @@ from .engine import Engine, Method, Progress, Row, announcing
 from .result import Evaluation
 
 
+@checked
 def evaluate(
     clf: Classifier,
     methods: Mapping[str, Method],

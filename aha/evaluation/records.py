@@ -9,7 +9,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ..checks import checked
 from ..files import read_columns, write_parts
+from ..kernels.messages import short
 
 NAME = "scores"
 AT_ONCE = 2**16  # rows that are written together
@@ -53,13 +55,18 @@ class Records:
     def __init__(self) -> None:
         self._parts: dict[Key, list[Series]] = {}
 
+    @checked
     def add(self, key: Key, images: Sequence[int] | np.ndarray, values: Sequence[float] | np.ndarray) -> None:
         """Append numbers of ``key``; ValueError unless there is one value per image."""
-        part = Series(np.asarray(images, dtype=np.int64), np.asarray(values, dtype=np.float64))
+        try:
+            part = Series(np.asarray(images, dtype=np.int64), np.asarray(values, dtype=np.float64))
+        except (TypeError, ValueError, OverflowError, RuntimeError) as error:
+            raise ValueError(f"images={short(images)}, values={short(values)}: give one value per image") from error
         if part.images.ndim != 1 or part.images.shape != part.values.shape:
             raise ValueError(f"images {part.images.shape}, values {part.values.shape}: give one value per image")
         self._parts.setdefault(key, []).append(part)
 
+    @checked
     def extend(self, other: Records) -> None:
         """Append all of ``other``."""
         for key, series in other.items():
@@ -84,6 +91,7 @@ class Records:
             parts[:] = [Series(*map(np.concatenate, zip(*parts, strict=True)))]
         return parts[0]
 
+    @checked
     def write(self, folder: str | Path) -> Path:
         """Write the table as ``folder``/scores.parquet, or scores.csv where pyarrow is missing; NaN is empty."""
         return write_parts(self._parts_of_table(), Path(folder) / NAME)
@@ -100,10 +108,13 @@ class Records:
             yield _columns(waiting)
 
     @classmethod
+    @checked
     def read(cls, folder: str | Path) -> Records:
         """What `write` wrote. FileNotFoundError if there is nothing."""
         columns = read_columns(Path(folder) / NAME)
         # runs of equal keys, as they were written
+        if missing := [name for name in (*Key._fields, "image", "value") if name not in columns]:
+            raise ValueError(f"{Path(folder) / NAME} has no column {', '.join(missing)}: give a folder of results")
         rows = list(zip(*(columns[name] for name in Key._fields), strict=True))
         bounds = [i for i in range(len(rows)) if i == 0 or rows[i] != rows[i - 1]]
         table = cls()

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .. import precision as mixed
 from .._version import __version__
 from ..calibration import calibrated, check_scale
-from ..checks import check_integer, check_seed, finite_maps
+from ..checks import check_integer, check_seed, checked, finite_maps
 from ..classifier import Classifier, check_classifier, from_source
 from ..evidence import ROLES, Evident
 from ..files import DamagedError, digest, read_checked, read_json, tensor_bytes, write_atomically, write_json
@@ -71,6 +71,7 @@ class Explainer(nn.Module):
     classifier: Classifier
 
     @classmethod
+    @checked
     def build(
         cls,
         classifier: Classifier,
@@ -115,6 +116,7 @@ class Explainer(nn.Module):
             return cls(made, head, classifier, settings).to(classifier.device)
 
     @classmethod
+    @checked
     def universal(cls, classifier: Classifier) -> Explainer:
         """The explainer that ships, trained on several classifiers to serve any: no training is needed.
 
@@ -131,6 +133,7 @@ class Explainer(nn.Module):
             )
         return cls.from_pretrained(UNIVERSAL, classifier)
 
+    @checked
     def of(self, classifier: Classifier) -> Explainer:
         """This explainer for another classifier, with the same decoder: itself where it needs features of its own."""
         if self.encoder is not None or classifier is self.classifier:
@@ -138,13 +141,15 @@ class Explainer(nn.Module):
         return Explainer(None, self.decoder, check_classifier(classifier), self.settings).train(self.training)
 
     def features(self, images: Tensor, precision: str = "fp32") -> list[Tensor]:
-        """Encoder features in float32, without gradient."""
+        """Encoder features in float32, without gradient. Trusts its input."""
         assert self.encoder is not None
         with torch.no_grad(), mixed.autocast(precision, images.device):
             return [level.float() for level in self.encoder(images)]
 
     def forward(self, images: Tensor, target: Tensor, precision: str = "fp32", roles: Tensor | None = None) -> Tensor:
         """Maps for training: (B,C,H,W) in [0,1], target (B,) or (B,M) → (B·M,1,H,W), image-major, on the raw scale.
+
+        Trusts its input; `attribute` is the way in from outside.
 
         ``roles`` (roles,) of evidence that the decoder may see, so that it learns to do without the others.
         """
@@ -202,6 +207,7 @@ class Explainer(nn.Module):
         """All that a map is made with: the classifier, the encoder, this explainer."""
         return (self.classifier, self, *([self.encoder] if self.encoder else ()))
 
+    @checked
     def attribute(
         self,
         images: Tensor,
@@ -236,6 +242,7 @@ class Explainer(nn.Module):
             maps = finite_maps(maps, "the explainer's maps")
             return calibrated(self.classifier, self, images, maps, target, scale, max(2, size))
 
+    @checked
     def save_pretrained(self, path: str | Path) -> Path:
         """Write ``config.json`` and the weights (of the trained part only) into the folder ``path``.
 
@@ -274,6 +281,7 @@ class Explainer(nn.Module):
         return path
 
     @classmethod
+    @checked
     def from_pretrained(cls, path_or_hub_id: str | Path, classifier: Classifier | None = None) -> Explainer:
         """Load what `save_pretrained` wrote, from a folder or the Hugging Face hub. No code of a file is run.
 

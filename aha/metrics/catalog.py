@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..checks import checked
 from .curves import aligned, area, average_drop, increase, monotone_response, trend
 from .localization import Located, average_precision, best_overlap, overlap, pointing
 
@@ -75,6 +76,7 @@ class Metric:
     curves: Mapping[str, Callable[[Probe], ByReference]] = field(default_factory=dict)
 
     @property
+    @checked
     def arrow(self) -> str:
         """ "↑" where higher is better, else "↓"."""
         return "↑" if self.higher_is_better else "↓"
@@ -99,6 +101,7 @@ def add(metric: Metric) -> Metric:
     return metric
 
 
+@checked
 def get(name: str) -> Metric:
     """The row of a metric; a protocol in front, as in "rise/deletion", is dropped. ValueError if it is not known."""
     if not known(name):
@@ -106,6 +109,7 @@ def get(name: str) -> Metric:
     return METRICS[name.rpartition("/")[2]]
 
 
+@checked
 def known(name: str) -> bool:
     """Whether there is such a metric, with or without a protocol in front."""
     return name.rpartition("/")[2] in METRICS

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..checks import check_maps
+from ..checks import check_maps, check_number
 from ..classifier import Classifier
 from ..protection import protected
 from . import catalog, protocols
@@ -271,8 +271,8 @@ class Localization(Averaged):
 
     def __init__(self, tolerance: float | None = None, **options: Any):
         super().__init__(**options)
-        if tolerance is not None and not tolerance >= 0:
-            raise ValueError(f"tolerance={tolerance}: give a distance in pixels ≥ 0")
+        if tolerance is not None:
+            check_number("tolerance", tolerance, 0)  # in pixels
         self.tolerance = tolerance
         self.names = tuple(self.directions)
         self.layout = tuple((name, "") for name in self.names)

@@ -5,25 +5,37 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..checks import FLOATS, checked
+from ..kernels.messages import describe
 
+
+@checked
 def area(curve: Tensor) -> Tensor:
     """Area under curves: (…, S) values at evenly spaced fractions → (…), their mean height by the trapezoid in float64.
 
     Over fractions of [0, 1] that is the area under the curve.
     """
+    _check_curve(curve)
     return torch.trapezoid(curve.double(), dx=1 / (curve.shape[-1] - 1), dim=-1).to(curve.dtype)
 
 
+@checked
 def monotone_response(curve: Tensor, rising: bool) -> Tensor:
     """Curves as MDA scores them: (…, S) confidence from f(I0) to f(I), or falling back → scaled, clipped, monotone.
 
     f(I0) becomes 0 and f(I) 1, what lies beyond is clipped, and the curve never turns back: cumulative maximum, or
     minimum where it falls. NaN where f(I) ≤ f(I0): there is no response to scale.
     """
+    _check_curve(curve)
     low, high = (curve[..., :1], curve[..., -1:]) if rising else (curve[..., -1:], curve[..., :1])
     span = high - low
     scaled = ((curve - low) / span.where(span > 0, torch.nan)).clamp(0, 1)
     return (scaled.cummax(dim=-1) if rising else scaled.cummin(dim=-1)).values
+
+
+def _check_curve(curve: Tensor) -> None:
+    if curve.ndim < 1 or curve.shape[-1] < 2 or curve.dtype not in FLOATS:
+        raise ValueError(f"curve is {describe(curve)}: give floating point (…, S), S ≥ 2 points")
 
 
 def density(maps: Tensor, ranks: Tensor, counts: list[int]) -> Tensor:

@@ -7,6 +7,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from ..kernels.messages import describe, is_plain
+
 TOLERANCE = 15 / 224  # of the pointing game, in units of the image's shorter side
 
 
@@ -89,9 +91,8 @@ def best_overlap(found: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
 
 def check_masks(masks: Tensor) -> Tensor:
     """Return ``masks`` (B,1,H,W) or (B,H,W) as (B,H,W) bool, or raise ValueError if they are not binary."""
-    if not isinstance(masks, Tensor) or masks.ndim not in (3, 4) or (masks.ndim == 4 and masks.shape[1] != 1):
-        got = tuple(masks.shape) if isinstance(masks, Tensor) else type(masks).__name__
-        raise ValueError(f"masks is {got}: give (B, 1, H, W) or (B, H, W)")
+    if not is_plain(masks) or masks.ndim not in (3, 4) or (masks.ndim == 4 and masks.shape[1] != 1):
+        raise ValueError(f"masks is {describe(masks)}: give (B, 1, H, W) or (B, H, W)")
     if masks.dtype != torch.bool and not ((masks == 0) | (masks == 1)).all():
         raise ValueError("masks hold values other than 0 and 1: threshold them first")
     return masks.reshape(len(masks), *masks.shape[-2:]).bool()

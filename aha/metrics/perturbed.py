@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import kernels, references
-from ..checks import check_answers, check_integer, check_maps, check_target
+from ..checks import check_answers, check_integer, check_maps, check_target, checked
 from ..classifier import Classifier
 from ..precision import autocast, confidence
 from ..protection import protected
@@ -88,6 +88,7 @@ class Sweep(NamedTuple):
     inserted: Response
 
 
+@checked
 def endpoints(
     clf: Classifier,
     images: Tensor,
@@ -169,6 +170,7 @@ def _adaptive_blur(
     return reference, takes_part.index_put((rows,), kernel > 0)
 
 
+@checked
 def sweep(
     clf: Classifier,
     images: Tensor,

@@ -8,8 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..checks import check_size
+from ..checks import FLOATS, INTEGERS, MOST_POINTS, MOST_SIDE, check_integer, check_size, checked, checked_fields
 from ..data import Preprocessing
+from ..kernels.messages import describe, short
 from ..references import MEASURED, REFERENCES
 from . import catalog
 from .catalog import Metric
@@ -65,9 +66,11 @@ class Protocol:
     preprocessing: Preprocessing = field(default_factory=Preprocessing)
     about: str = field(default="", compare=False, repr=False)
 
+    @checked_fields
     def __post_init__(self) -> None:
-        if self.points is not None and self.points < 2:
-            raise ValueError(f"points={self.points}: give at least 2, the two ends of the curve")
+        if self.points is not None and not 2 <= self.points <= MOST_POINTS:
+            most = f", and at most {MOST_POINTS}"
+            raise ValueError(f"points={self.points}: give at least 2, the two ends of the curve{most}")
         known = [key for key, metric in catalog.METRICS.items() if metric.measure or metric.difference]
         if not self.metrics or not set(known).issuperset(self.metrics):
             raise ValueError(f"metrics={self.metrics}: give one or more of {', '.join(known)}")
@@ -98,6 +101,7 @@ class Protocol:
         """What the metrics take of a `Probe`, see `aha.metrics.catalog.Metric`."""
         return frozenset(name for metric in self.rows for name in metric.reads)
 
+    @checked
     def references_of(self, metric: Metric) -> tuple[str, ...]:
         """References that a metric has a value for, () where it needs none."""
         if "deleted" in metric.reads:
@@ -122,10 +126,13 @@ class Protocol:
         label = self.scored == "label" or self.confidence is not None
         return frozenset(name for name, needed in (("label", label), ("mask", "masks" in self.reads)) if needed)
 
+    @checked
     def counts(self, height: int, width: int) -> list[int]:
         """Numbers of pixels at the S points of the curves of an image."""
+        height, width = check_size("height and width", (height, width))
         return pixel_counts(height * width, height + 1 if self.points is None else self.points, self.span)
 
+    @checked
     def passes(self, size: int | tuple[int, int], blurs: float = 1) -> Cost:
         """Forward passes for images of ``size``, as `aha.attributors.count_passes` counts those of `Suite`.
 
@@ -143,6 +150,7 @@ class Protocol:
             inner * curves + (len(self.references) if "shown" in self.reads else 0),
         )
 
+    @checked
     def takes_part(self, labels: Tensor, predicted: Tensor, confidence: Tensor) -> Tensor:
         """Which images the protocol measures, each judged by itself: (N,) bool.
 
@@ -150,11 +158,18 @@ class Protocol:
             labels: (N,) ground-truth classes, −1 where unknown.
             predicted, confidence: (N,) top-1 classes and their softmax probability.
         """
+        for name, value in (("labels", labels), ("predicted", predicted), ("confidence", confidence)):
+            if value.ndim != 1 or value.shape != labels.shape:
+                raise ValueError(f"{name} is {describe(value)}: give one number per image, all three (N,)")
+            if value.is_floating_point() != (name == "confidence") or value.dtype not in (*FLOATS, *INTEGERS):
+                kind = "a probability" if name == "confidence" else "a class"
+                raise ValueError(f"{name} is {describe(value)}: give {kind} per image")
         chosen = labels >= 0 if self.scored == "label" else torch.ones_like(labels, dtype=torch.bool)
         if self.confidence is not None:
             chosen = chosen & (labels == predicted) & (confidence >= self.confidence)
         return chosen
 
+    @checked
     def select(self, labels: Tensor, predicted: Tensor, confidence: Tensor) -> Tensor:
         """Which images of a data set count, (N,) bool: `takes_part`, and of each class the first ``per_class``.
 
@@ -254,18 +269,25 @@ PROTOCOLS = {
 }
 
 
+@checked
 def get(protocol: str | Protocol) -> Protocol:
     """The preset of that name; a `Protocol` is returned as it is. ValueError for an unknown name."""
     if isinstance(protocol, Protocol):
         return protocol
     if protocol not in PROTOCOLS:
-        raise ValueError(f"protocol {protocol!r} is not known: choose one of {', '.join(PROTOCOLS)} or pass a Protocol")
+        raise ValueError(
+            f"protocol {short(protocol)} is not known: choose one of {', '.join(PROTOCOLS)} or pass a Protocol"
+        )
     return PROTOCOLS[protocol]
 
 
+@checked
 def pixel_counts(pixels: int, points: int, span: tuple[float, float] = (0.0, 1.0)) -> list[int]:
     """Numbers of pixels at ``points`` evenly spaced fractions of ``span``, rounded to whole pixels."""
+    pixels, points = check_integer("pixels", pixels, 1, MOST_SIDE**2), check_integer("points", points, 2, MOST_POINTS)
     low, high = span
+    if not 0 <= low < high <= 1:
+        raise ValueError(f"span={span}: give two fractions in [0, 1], the smaller one first")
     return [round(low * pixels + i * pixels * (high - low) / (points - 1)) for i in range(points)]
 
 

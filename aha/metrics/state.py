@@ -10,6 +10,8 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
+from ..kernels.messages import describe, is_plain, short
+
 _HEAD = 3  # numbers in front of a row: its width, and the index in two parts that float32 holds exactly
 _LOW = 1 << 20
 
@@ -62,11 +64,19 @@ class PerImage(Metric):
 
 def check_index(index: Tensor | Sequence[int], batch: int) -> Tensor:
     """Return ``index`` as int64 (B,): places of ``batch`` images in the data set, integers ≥ 0."""
-    value = torch.as_tensor(index)
-    if value.is_floating_point() or value.dtype == torch.bool or tuple(value.shape) != (batch,) or (value < 0).any():
-        raise ValueError(
-            f"index is {value.dtype} of shape {tuple(value.shape)}: give {batch} integers ≥ 0, one per image"
-        )
+    try:
+        value = torch.as_tensor(index)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        raise ValueError(f"index={short(index)}: give {batch} integers ≥ 0, one per image") from None
+    if (
+        not is_plain(value)
+        or value.is_complex()
+        or value.is_floating_point()
+        or value.dtype == torch.bool
+        or tuple(value.shape) != (batch,)
+        or (value < 0).any()
+    ):
+        raise ValueError(f"index is {describe(value)}: give {batch} integers ≥ 0, one per image")
     return value.long()
 
 

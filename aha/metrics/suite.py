@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..checks import check_integer, check_maps
+from ..checks import check_integer, check_maps, checked
 from ..classifier import Classifier, check_classifier
 from ..protection import protected
 from . import catalog, protocols
@@ -62,6 +62,7 @@ class Suite:
         self.clf, self.internal_batch_size = clf, internal_batch_size
         self.protocol = protocols.get(protocol)
 
+    @checked
     def begin(
         self,
         images: Tensor,
@@ -91,6 +92,7 @@ class Suite:
             raise ValueError(f"masks is {tuple(masks.shape)}: give {expected}, one value per pixel of the images")
         return ends._replace(masks=chosen)
 
+    @checked
     def measure(self, batch: Endpoints, maps: Tensor) -> Scores:
         """Scores of ``maps`` (B,1,H,W), finite attributions of the images and targets of ``batch``."""
         with protected(self.clf), torch.no_grad():

@@ -25,12 +25,23 @@ from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 from .. import files, lock, processes, references, shapley
 from .._version import __version__
 from ..calibration import MeanCurves
-from ..checks import check_images, check_integer, check_label, check_number, check_seed
+from ..checks import (
+    check_arguments,
+    check_choice,
+    check_images,
+    check_integer,
+    check_label,
+    check_number,
+    check_seed,
+    checked,
+    checked_fields,
+)
 from ..classifier import Classifier, check_classifier
 from ..data import fit_labels, identity, readable, workers_for
 from ..evidence import ROLES
 from ..explainer import Explainer
 from ..identity import fingerprint
+from ..kernels.messages import short
 from ..objective import Objective
 from ..precision import autocast, uses_bf16
 from ..protection import recording
@@ -155,6 +166,7 @@ class TrainConfig:
     log_every: int = 20
     save_every: int = 500
 
+    @checked_fields
     def __post_init__(self) -> None:
         for name, (low, high) in _INTEGERS.items():
             value = getattr(self, name)
@@ -191,12 +203,10 @@ class TrainConfig:
             raise ValueError(f"batch_size={self.batch_size} is not a multiple of accumulate={self.accumulate}")
         if self.targets not in (1, 2):
             raise ValueError(f"targets={self.targets}: give 1 (prediction) or 2 (with the label or runner-up)")
-        if self.scores not in TEMPERATURES:
-            raise ValueError(f"scores={self.scores!r} is not known: choose one of {', '.join(TEMPERATURES)}")
+        check_choice("scores", self.scores, tuple(TEMPERATURES))
         if self.tau_schedule not in (None, "linear", "geometric"):
-            raise ValueError(f"tau_schedule={self.tau_schedule!r} is not known: choose linear or geometric")
-        if self.objective not in OBJECTIVES:
-            raise ValueError(f"objective={self.objective!r} is not known: choose one of {', '.join(OBJECTIVES)}")
+            raise ValueError(f"tau_schedule={short(self.tau_schedule)} is not known: choose linear or geometric")
+        check_choice("objective", self.objective, tuple(OBJECTIVES))
         if self.references is None:
             return
         if isinstance(self.references, str) or not isinstance(self.references, Sequence):
@@ -286,6 +296,7 @@ class Trainer:
         failures: one line for every image that could not be read so far.
     """
 
+    @checked
     def __init__(
         self,
         explainer: Explainer,
@@ -295,10 +306,15 @@ class Trainer:
         objective: TrainingObjective | None = None,
         beside: Sequence[tuple[Classifier, Dataset]] = (),
     ):
+        check_arguments(Trainer.__init__, {"config": config})
         self.config = config
         if not isinstance(explainer, Explainer):
             raise ValueError(f"explainer is a {type(explainer).__name__}: give an aha.Explainer")
         self.explainer = explainer
+        if objective is not None and not hasattr(objective, "settings"):
+            raise ValueError(
+                f"objective is a {type(objective).__name__}: give one such as aha.Objective, or leave it out"
+            )
         if beside and explainer.encoder is not None:
             raise ValueError("several classifiers need an explainer with evidence and no encoder: evidence=True")
         self.failures: list[str] = []

@@ -200,9 +200,12 @@ class Ranking {
   explicit Ranking(const BlockProblem<T>& problem)
       : problem_(problem), k_(problem.k), X_(problem.scores, k_, problem.tau, problem.shared_out), rows_(X_.axis[ROWS]),
         columns_(X_.axis[COLUMNS]), u_(rows_.size), v_(columns_.size), h_(k_) {
+    // -c^2 / tau, less that of the smallest |c|, for potentials are saved in T
+    double nearest = std::numeric_limits<double>::infinity();
+    columns_.each([&](int64_t j, int64_t) { nearest = std::min(nearest, std::abs(columns_.place[j])); });
     columns_.each([&](int64_t j, int64_t sorted) {
       const double c = columns_.place[j];
-      h_[sorted] = problem.start ? problem.start[X_.order[sorted]] : -(c * c) / problem.tau;
+      h_[sorted] = problem.start ? problem.start[X_.order[sorted]] : -(c - nearest) * (c + nearest) / problem.tau;
     });
   }
 

@@ -397,7 +397,11 @@ class NodeRanking {
     Q_ = rows_.axis.size(), C_ = columns_.size();
     for (Buffer<double>* of : {&F_, &u_, &weighted_u_, &row_sums_, &readout_}) *of = Buffer<double>(Q_);
     for (Buffer<double>* of : {&G_, &h_, &v_, &weighted_v_, &column_sums_}) *of = Buffer<double>(C_);
-    for (int64_t a = 0; a < C_; ++a) h_[a] = -columns_.place[a] * columns_.place[a] / rows_.tau;
+    // less that of the smallest |c|, for potentials are saved in float
+    double nearest = std::numeric_limits<double>::infinity();
+    for (int64_t a = 0; a < C_; ++a) nearest = std::min(nearest, std::abs(columns_.place[a]));
+    for (int64_t a = 0; a < C_; ++a)
+      h_[a] = -(columns_.place[a] - nearest) * (columns_.place[a] + nearest) / rows_.tau;
     reach_ = 2 * rows_.axis.half * columns_.half / rows_.tau;
     const double* x = node_tables().x;
     for (int level = 0; level <= rows_.levels; ++level) {

@@ -13,6 +13,7 @@
 
 #include <algorithm>
 #include <array>
+#include <limits>
 #include <memory>
 #include <tuple>
 #include <vector>
@@ -51,10 +52,14 @@ class Matrix {
       : k(problem.k()), ld(padded<T>(k)), blocks((k + BLOCK - 1) / BLOCK), X(k * ld), F(ld), G(ld), h(ld),
         problem_(problem), b_(b), c_(ld), partial_(blocks * ld) {
     for (T* column : {h.get(), G.get(), c_.get()}) std::fill_n(column, ld, T{0});
-    for (int64_t j = 0; problem.scores && j < k; ++j) {
+    if (!problem.scores) return;
+    T nearest = std::numeric_limits<T>::infinity();
+    for (int64_t j = 0; j < k; ++j) {
       c_[j] = problem.scores[b * k + j] - T(0.5);
-      h[j] = problem.start ? problem.start[b * k + j] : -(c_[j] * c_[j]) / problem.tau;
+      nearest = std::min(nearest, std::abs(c_[j]));
     }
+    for (int64_t j = 0; j < k; ++j)
+      h[j] = problem.start ? problem.start[b * k + j] : initial_potential(c_[j], nearest, problem.tau);
   }
 
   // The first iteration, in the log domain: potentials and X; v is the first column scaling, the row scaling is 1.

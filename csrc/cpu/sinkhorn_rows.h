@@ -32,6 +32,13 @@ AHA_INLINE void logits_row_(T slope, const T* c, const float* gamma, T noise, T 
     for (int64_t j = 0; j < n; ++j) row[j] = slope * c[j] / tau;
 }
 
+// h_j = -c_j^2 / tau, less that of the smallest |c|: a constant that the first row step removes. In factors, for the
+// squares may be rounded away, or overflow.
+template <typename T>
+inline T initial_potential(T c, T nearest, T tau) {
+  return -4 * ((c / 2 - nearest / 2) / tau) * (c / 2 + nearest / 2);
+}
+
 // F = -logsumexp_j(row_j + h_j); the largest row_j + F of every column is kept.
 template <typename T>
 AHA_INLINE T first_row_(const T* row, const T* h, int64_t n, T* largest) {

@@ -97,7 +97,7 @@ struct BlockBackward : BlockSweeps<CLUSTER> {
     });
     this->each_tile(COLUMNS, [&](const Tile& tile) {
       const int block = tile.block;
-      const double q = this->mean_rank(block);
+      const double q = this->mean_rank(block), nearest = t == 1 ? this->nearest() : 0;
       this->each_stretch(tile, [&](const Elements& elements) {
         float sum[3][EACH];
         this->products(
@@ -111,7 +111,7 @@ struct BlockBackward : BlockSweeps<CLUSTER> {
           const int j = elements.index[e];
           if (!elements.exists(e)) continue;
           const float z0 = sum[0][e], zq = sum[1][e], uq = sum[2][e], mean = of(room.mean)[j];
-          const float before = t == 1     ? expf(static_cast<float>(this->initial(j) - of(room.potential[COLUMNS])[j]))
+          const float before = t == 1     ? expf(static_cast<float>(this->initial(j, nearest) - of(room.potential[COLUMNS])[j]))
                                : restarts ? 1.0f
                                           : earlier[j];
           of(room.ranked)[j] -= static_cast<double>(of(room.y)[j] * (uq - mean / v[j]) + before * (zq - mean * z0));

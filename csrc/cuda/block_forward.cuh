@@ -21,7 +21,8 @@ struct BlockForward : BlockSweeps<CLUSTER> {
   __device__ __forceinline__ void run() const {
     for (int t = crew.thread(); t < p.iterations; t += crew.threads()) absorbed()[t] = IN_BLOCKS;
     if (!this->begin()) return refuse();
-    this->tops(ROWS, [&](int j) { return this->initial(j); });
+    const double nearest = this->nearest();
+    this->tops(ROWS, [&](int j) { return this->initial(j, nearest); });
     this->tops(COLUMNS, [&](int i) { return of(room.potential[ROWS])[i]; });
     bool fresh = true;
     for (int t = 1;; ++t) {
@@ -65,7 +66,7 @@ struct BlockForward : BlockSweeps<CLUSTER> {
     v[j] = 1.0f;
     if (t > 1) return;
     for (int side = 0; side < 2; ++side) this->saved(to.scalings, 0, side)[j] = static_cast<float>(of(room.potential[side])[j]);
-    v[j] = expf(static_cast<float>(this->initial(j) - of(room.potential[COLUMNS])[j]));
+    v[j] = expf(static_cast<float>(this->initial(j, this->nearest()) - of(room.potential[COLUMNS])[j]));
   }
 
   // scaling = 1 / (product with the other side's), and its moments

@@ -217,9 +217,22 @@ struct Blocks {
     return total;
   }
 
-  // The first column potential, of the sorted columns.
-  __device__ double initial(int j) const {
-    return p.start ? static_cast<double>(p.start[image * k + of(room.order)[j]]) : -(of(room.c)[j] * of(room.c)[j]) / tau;
+  // The first column potential, of the sorted columns: -c^2 / tau, less that of the smallest |c|, for it is saved in float.
+  __device__ double initial(int j, double nearest) const {
+    if (p.start) return static_cast<double>(p.start[image * k + of(room.order)[j]]);
+    return -(of(room.c)[j] - nearest) * (of(room.c)[j] + nearest) / tau;
+  }
+  // The smallest |c|, or 0 where its potential is no larger than 1, which no float loses.
+  __device__ double nearest() const {
+    int from = 0, to = k;  // the first negative c lies between them
+    while (from < to) {
+      const int middle = (from + to) / 2;
+      if (of(room.c)[middle] < 0) to = middle;
+      else from = middle + 1;
+    }
+    const double above = from > 0 ? of(room.c)[from - 1] : INFINITY, below = from < k ? -of(room.c)[from] : INFINITY;
+    const double least = above < below ? above : below;
+    return least * least > tau ? least : 0;
   }
 
   // potential_e = - the largest of other(o) + slope place_e place_o over the other side, rounded as it is saved. Where it

@@ -3,7 +3,8 @@
 //
 // Rows i are ranks, columns j regions; k of each. A CTA holds a band of consecutive rows of
 //   X_ij = exp(M_ij + F_i + G_j),  M_ij = (2 q_i c_j + noise gamma_ij) / tau,  c_j = a_j - 1/2,  q_i = p_i - 1/2,
-// and the initial column potential h_j is the start given or -c_j^2 / tau; log_sinkhorn: M are the logits given, h = 0.
+// and the initial column potential h_j is the start given or -c_j^2 / tau, less that of the smallest |c|, a constant that
+// the first row step removes; log_sinkhorn: M are the logits given, h = 0.
 // F and G change only where scalings have been absorbed, between two segments of iterations.
 #pragma once
 
@@ -46,9 +47,19 @@ struct Logits {
     return fmaf(fmaf(-quotient, tau, x), inverse, quotient);
   }
   // p.start is that of all images; found from here, it occupies no register between its uses
-  __device__ float initial(const Ranking& p, int j) const {
-    return given ? 0.0f : p.start ? p.start[scores - p.scores + j]
-                                  : over_tau(-(centred(j) * centred(j)));
+  __device__ float initial(const Ranking& p, int j, float nearest) const {
+    return given ? 0.0f : p.start ? p.start[scores - p.scores + j] : initial(centred(j), nearest);
+  }
+  // In factors, for squares may be rounded away, or overflow.
+  __device__ float initial(float c, float nearest) const {
+    return -4.0f * over_tau(fmaf(0.5f, c, -0.5f * nearest)) * fmaf(0.5f, c, 0.5f * nearest);
+  }
+  // The smallest |c|, where the potentials ask for it, of the columns from ... by `step`: of all if a thread alone.
+  __device__ float nearest(const Ranking& p, int from = 0, int step = 1) const {
+    float least = INFINITY;
+    if (!given && !p.start)
+      for (int j = from; j < k; j += step) least = fminf(least, fabsf(centred(j)));
+    return least;
   }
 };
 
@@ -211,11 +222,9 @@ struct Rows {
   }
   // h_j, from the arguments of all images.
   __device__ void initial(const Ranking& p, const Logits& l, float (&h)[N]) const {
+    const float nearest = -warp_max(-l.nearest(p, lane(), WARP));
 #pragma unroll
-    for (int n = 0; n < N; ++n) h[n] = l.given ? 0.0f : l.over_tau(-(centred[n] * centred[n]));
-    if (!p.start || l.given) return;
-#pragma unroll
-    for (int n = 0; n < N; ++n) h[n] = Lanes<N>::column(n) < l.k ? l.initial(p, Lanes<N>::column(n)) : 0.0f;
+    for (int n = 0; n < N; ++n) h[n] = Lanes<N>::column(n) < l.k ? l.initial(p, Lanes<N>::column(n), nearest) : 0.0f;
   }
 };
 
@@ -260,13 +269,14 @@ __device__ inline void start_rows(const Ranking& p, const Logits& l, const Band&
 template <>
 __device__ inline void start_rows<0>(const Ranking& p, const Logits& l, const Band& band, float* potentials) {
   const Rows<0> rows(l);
+  const float nearest = -warp_max(-l.nearest(p, lane(), WARP));
   for (int r = warp(); r < band.rows; r += warps()) {
     float* row = band.row(r);
     rows.make(l, band.first + r, row);
     float top = -INFINITY, sum = 0.0f;
-    for (int j = lane(); j < l.k; j += WARP) top = fmaxf(top, row[j] + l.initial(p, j));
+    for (int j = lane(); j < l.k; j += WARP) top = fmaxf(top, row[j] + l.initial(p, j, nearest));
     top = warp_max(top);
-    for (int j = lane(); j < l.k; j += WARP) sum += expf(row[j] + l.initial(p, j) - top);
+    for (int j = lane(); j < l.k; j += WARP) sum += expf(row[j] + l.initial(p, j, nearest) - top);
     const float potential = -(top + logf(warp_sum(sum)));
     for (int j = lane(); j < l.k; j += WARP) row[j] += potential;
     if (lane() == 0) potentials[band.first + r] = potential;

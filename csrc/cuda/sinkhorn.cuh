@@ -599,7 +599,10 @@ struct Backward {
 
   // v of the iteration before t, relative to the X of t.
   __device__ float previous(int t, int j) const {
-    if (t == 1) return expf(logits().initial(p, j) - state.columns(0)[j]);
+    if (t == 1) {
+      const Logits l = logits();
+      return expf(l.initial(p, j, l.nearest(p)) - state.columns(0)[j]);
+    }
     return state.fresh(t) ? 1.0f : state.columns(t - 1)[j];
   }
   // The last iteration with the X of t.

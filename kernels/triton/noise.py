@@ -89,8 +89,11 @@ def rank_target(i, k):
 
 
 @triton.jit
-def ranking_logits(scores, tau, seed, logits, column, k, noise, NOISY: tl.constexpr, QUADS: tl.constexpr):
-    """M_ij = (2 q_i c_j + noise·γ_ij)/τ (B,K,K) and the column constants h_j = −c_j²/τ (B,K), c = scores − ½."""
+def ranking_logits(scores, nearest, tau, seed, logits, column, k, noise, NOISY: tl.constexpr, QUADS: tl.constexpr):
+    """M_ij = (2 q_i c_j + noise·γ_ij)/τ (B,K,K), and h_j = −(c_j² − n²)/τ (B,K), with c = scores − ½, n = min |c| (B,).
+
+    In factors: the squares of large scores may be rounded away, or overflow.
+    """
     # one grid axis: the second ends at 65535. Matrices need not start at a multiple of 4, so the first block of words
     # may belong to two of them, and there may be one block more
     spans = tl.cdiv(k * k + 3, 4 * QUADS)
@@ -108,4 +111,6 @@ def ranking_logits(scores, tau, seed, logits, column, k, noise, NOISY: tl.conste
         word = tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), (QUADS, 4))
         value += noise * gumbel(word)
     tl.store(logits + first + entry, tl.div_rn(value, temperature), inside)
-    tl.store(column + b * k + j, -tl.div_rn(c * c, temperature), inside & (i == 0))
+    least = tl.load(nearest + b)
+    constant = -4 * tl.div_rn(c / 2 - least / 2, temperature) * (c / 2 + least / 2)
+    tl.store(column + b * k + j, constant, inside & (i == 0))

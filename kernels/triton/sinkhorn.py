@@ -436,7 +436,16 @@ def _ranking_logits(scores: Tensor, tau: Tensor, seed: Tensor, noise: float) -> 
     batch, k = scores.shape
     logits, column = scores.new_empty(batch, k, k), scores.new_empty(batch, k)
     if batch:
-        made = {"scores": scores, "tau": tau, "seed": seed, "logits": logits, "column": column, "k": k}
+        nearest = (scores - 0.5).abs().amin(dim=1)
+        made = {
+            "scores": scores,
+            "nearest": nearest,
+            "tau": tau,
+            "seed": seed,
+            "logits": logits,
+            "column": column,
+            "k": k,
+        }
         grid = batch * triton.cdiv(k * k + 3, 4 * QUADS)
         ranking_logits[(grid,)](**made, noise=noise, NOISY=bool(noise), QUADS=QUADS, num_warps=4)
     return logits, column

@@ -221,10 +221,10 @@ def spoil(draw: Draw, value: Any) -> Any:
         return value[::-1] if draw.chance(0.5) else type(value)(draw.one(value.rows, None), draw.one(value.cols, 3))
     if not isinstance(value, Tensor) or draw.chance(0.05):
         return draw.one(*OBJECTS, torch.tensor(1.0), torch.zeros(2), torch.zeros(0, dtype=torch.int64))
-    return _spoil_tensor(draw, value)
+    return spoil_tensor(draw, value)
 
 
-def _spoil_tensor(draw: Draw, x: Tensor) -> Tensor:
+def spoil_tensor(draw: Draw, x: Tensor) -> Tensor:
     if x.is_meta or x.layout != torch.strided or max(x.shape, default=0) > LONG:  # as bad as it gets
         return x
     grow = draw.one(*range(x.ndim)) if x.ndim else None
@@ -313,7 +313,7 @@ def raw_call(draw: Draw, operator: str, backward: bool) -> tuple[Any, list[Any]]
 def _spoil_argument(draw: Draw, argument: Any, value: Any) -> Any:
     kind = str(argument.type)
     if isinstance(value, Tensor):
-        return None if "Optional" in kind and draw.chance(0.2) else _spoil_tensor(draw, value)
+        return None if "Optional" in kind and draw.chance(0.2) else spoil_tensor(draw, value)
     if "Tensor" in kind:  # absent so far
         return draw.one(torch.zeros(1), torch.zeros(2, 3), torch.zeros((), dtype=torch.int64))
     if argument.name == "dtype":  # its integer

@@ -44,6 +44,23 @@ def test_a_start_and_its_gradient_in_every_layout(emulator, layout, readout):
         assert_as_good_as_float32(by_kernels(emulator, problem, grad, LAYOUTS[layout]), problem, grad)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_scores_far_from_the_ranks(emulator, layout):
+    # squares of them over tau are rounded to whole numbers, and more
+    for spread, offset, tau in [(0.0, 1e5, 1.0), (1.0, 1e4, 1.0), (1.0, 1e3, 0.01), (100.0, 1e4, 1.0)]:
+        scores = spread * torch.randn(2, 21, generator=torch.Generator().manual_seed(1)) + offset
+        problem = Problem(scores=scores, tau=torch.tensor(tau), seed=torch.tensor(0), noise=0.0, iterations=30)
+        out, scalings, absorbed = emulator.forward(problem, LAYOUTS[layout])
+        truth, *_ = by_reference(problem, torch.ones(problem.out_shape()), torch.float64)
+        rounding = torch.finfo(torch.float32).eps * float(scores.abs().max()) / tau
+        torch.testing.assert_close(out.double(), truth, rtol=0, atol=1e-5 + 2 * rounding)
+        grad = torch.randn(problem.out_shape(), generator=torch.Generator().manual_seed(2))
+        assert all(
+            x is None or x.isfinite().all()
+            for x in emulator.backward(problem, grad, scalings, absorbed, LAYOUTS[layout])
+        )
+
+
 @pytest.mark.parametrize("k", [1, 2, 16, 49, 64, 65, 100, 130])
 @pytest.mark.parametrize("noise", [0.0, 1.0])
 def test_sizes_in_one_cta(emulator, k, noise):

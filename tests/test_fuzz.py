@@ -1,0 +1,63 @@
+"""Every public function answers bad input with one clear line: no crash, no hang, no wrong number, not all the memory.
+
+A short run by default. AHA_FUZZ=1000 makes about as many calls of every function; see tests/fuzz.py.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from . import fuzz
+
+ROOT = Path(__file__).parents[1]
+TIME = 40 * max(1, int(os.environ.get("AHA_FUZZ") or 25) // 25)
+
+
+@pytest.fixture(scope="module")
+def run() -> subprocess.CompletedProcess:
+    """The calls, in a process whose memory is limited, and whose crash is only its own."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    environment.setdefault("AHA_FUZZ", "25")
+    command = [sys.executable, "-m", "tests.fuzz"]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=10 * TIME)
+
+
+def test_every_call_is_answered(run):
+    unclear = [json.loads(line) for line in run.stdout.splitlines()]
+    assert run.returncode == 0 and unclear, run.stderr[-2000:].replace("\r", "\n")
+    sums = unclear.pop()
+    assert not unclear, "\n".join(f"{x['case']} {x['number']}: {x['kind']}: {x['text']}" for x in unclear)
+    # most odd values are refused, and some are none after all
+    assert sums["refused"] > sums["calls"] / 2 and sums["result"] > sums["calls"] / 50
+    assert sums["calls"] == sums["refused"] + sums["result"]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> fuzz.World:
+    return fuzz.World(tmp_path_factory.mktemp("world"))
+
+
+def test_all_that_is_public_is_called_or_excluded(world):
+    assert not fuzz.unlisted(world.cases), "put it into tests/fuzz.py: among the cases, or EXCLUDED with a reason"
+    stale = set(fuzz.EXCLUDED) - fuzz.public()
+    assert not {name for name in stale if name.count(".") < 3}, "no longer public"
+    assert not set(world.cases) & set(fuzz.EXCLUDED)
+
+
+def test_the_arguments_of_every_case_are_taken_as_they_are(world):
+    """An argument that is odd by itself would hide what the odd values do."""
+    for name, case in world.cases.items():
+        if name.removeprefix("aha.kernels.") not in fuzz.kernel_calls.PUBLIC and case.share > 0.05:
+            case.call(**case.given())
+
+
+@pytest.mark.parametrize(
+    ("text", "good"),
+    [("tau='x': give a number", True), ("images are on cuda: move them", True), ("embedded null byte", False)],
+)
+def test_what_a_clear_message_is(text, good):
+    assert fuzz._names(text, {"images": 0, "tau": 1}, {"tau": "x"}) == good
