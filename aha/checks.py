@@ -155,7 +155,8 @@ def _kind(hint: Any) -> _Kind:
         return _Kind(lambda value: any(kind.fits(value) for kind in kinds), " or ".join(words))
     if origin is typing.Literal:
         return _Kind(
-            lambda value: any(value is x or value == x for x in inside), f"one of {', '.join(map(repr, inside))}"
+            lambda value: any(type(value) is type(x) and value == x for x in inside),
+            f"one of {', '.join(map(repr, inside))}",
         )
     if origin is tuple and inside[1:] != (...,):
         parts = [_kind(part) for part in inside]

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .kernels.messages import describe
+from .kernels.messages import describe, short
 from .precision import autocast, switched_off
 
 
@@ -97,6 +97,8 @@ def undisturbed(
     """
     if not isinstance(module, nn.Module):
         raise ValueError(f"module is {describe(module)}: give a torch.nn.Module")
+    if not isinstance(unfused, bool):
+        raise ValueError(f"unfused={short(unfused)}: give True or False")
     switches = ("fused_attn", "grad_checkpointing") if unfused else ()
     with ExitStack() as stack:
         stack.enter_context(locked(module))
