@@ -131,7 +131,7 @@ def _source(source: dict[str, Any], what: str, folder: Path) -> dict[str, Any]:
     if not isinstance(options, dict):
         raise ValueError(f"the {what}'s options: give an object, not {_described(options)}")
     for key, value in options.items():
-        if key in _LOADING:
+        if key in _LOADING and not (value is None or isinstance(value, bool)):
             raise ValueError(f"the {what}'s option {key} names files: make it yourself and pass classifier=…")
         _check_option(f"the {what}'s option {key}", value)
     return source
