@@ -204,7 +204,7 @@ def path_within(folder: Path, name: str) -> Path:
         return Path(name)
     inside = os.path.normpath(name)
     if inside.split(os.sep)[0] == os.pardir or "\0" in name:
-        raise ValueError(f"path {name!r} leaves {folder}: give one inside it, or an absolute path")
+        raise ValueError(f"path {name[:300]!r} leaves {folder}: give one inside it, or an absolute path")
     return folder / inside
 
 
