@@ -777,7 +777,7 @@ def step_from_json(path: Path) -> StepTime:
     """The measured step in the output of ``aha plan --json``; ValueError for another file."""
     try:
         found = read_json(Path(path))["measured"]
-        step = StepTime(**{**found, "seconds": tuple(map(float, found["seconds"]))})
+        step = StepTime(**{**found, "seconds": tuple(found["seconds"])})
         check_arguments(StepTime, vars(step))
         for name in ("device", "precision", "torch", "classifier", "encoder"):
             if not getattr(step, name).isprintable() or len(getattr(step, name)) > 300:

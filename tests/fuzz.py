@@ -104,6 +104,7 @@ class Case(NamedTuple):
         nan: whether NaN may come of finite arguments, as the function's documentation says.
         also: an error that it raises besides `ERRORS`, as its documentation says.
         spoil: of a file, whose ``content`` is the argument: how other content is made of it.
+        named: whether a refusal of such a file must name it.
         same: whether what is read of other content must be what was written, for a checksum shows the rest.
     """
 
@@ -114,6 +115,7 @@ class Case(NamedTuple):
     also: tuple[type[Exception], ...] = ()
     spoil: Callable[[Draw, bytes], bytes] | None = None
     same: bool = False
+    named: bool = False
 
 
 class World:
@@ -640,7 +642,7 @@ def _cases(w: World) -> dict[str, Case]:
     # masks beyond [0, 1] may overflow, as the arithmetic that is documented does
     operators = {name: Case(getattr(kernels, name), dict, nan=name == "perturb") for name in kernel_calls.PUBLIC}
     read = {
-        name: Case(of.read, lambda of=of: {"content": of.content}, of.share, True, (), of.spoil, of.same)
+        name: Case(of.read, lambda of=of: {"content": of.content}, of.share, True, (), of.spoil, of.same, of.named)
         for name, of in readers(w).items()
     }
     return {**found, **{f"aha.kernels.{name}": of for name, of in operators.items()}, **read}
@@ -887,6 +889,8 @@ def answer(world: World, name: str, number: int) -> tuple[str, str]:
             return "many lines" if "\n" in text else "no line" if not text.strip() else "long", text
         about_values = case.spoil is None and isinstance(error, ERRORS) and not isinstance(error, OSError)
         if about_values and not _names(text, given, odd):
+            return "vague", text
+        if case.named and str(world.folder) not in text:
             return "vague", text
         return "refused", text
     except BaseException as error:

@@ -63,6 +63,7 @@ class Reader(NamedTuple):
         spoil: how other content is made.
         same: whether whatever is read must be what was written, for a checksum shows the rest.
         share: see `tests.fuzz.Case`.
+        named: whether a refusal names the file, which is in the world's folder.
     """
 
     content: bytes
@@ -70,6 +71,7 @@ class Reader(NamedTuple):
     spoil: Callable[[Draw, bytes], bytes]
     same: bool = False
     share: float = 1.0
+    named: bool = True
 
 
 def spoilt(draw: Draw, content: bytes) -> bytes:
@@ -329,7 +331,7 @@ def readers(w: World) -> dict[str, Reader]:
     add(name, "weights without a checksum, edited", state, by_name, spoil=_tensors, share=0.5)
     schema = lambda content: ExplainerConfig.from_json(_object(content), saved)  # noqa: E731
     plain = json.dumps(config).encode()
-    add("aha.explainer.config.ExplainerConfig.from_json", "edited", plain, schema, spoil=edited, share=2.0)
+    add("aha.explainer.config.ExplainerConfig.from_json", "edited", plain, schema, spoil=edited, share=2.0, named=False)
 
     # a checkpoint, of an optimizer that has stepped
     decoder = tiny_classifier(3).module
@@ -397,7 +399,7 @@ def readers(w: World) -> dict[str, Reader]:
 
     # what is changed is the pieces in the store, by a number
     seed = lambda draw, _: draw.random.randbytes(8)  # noqa: E731
-    add("aha.evaluation.pieces.Pieces", "of other arrays", b"", measured, spoil=seed, share=0.5)
+    add("aha.evaluation.pieces.Pieces", "of other arrays", b"", measured, spoil=seed, share=0.5, named=False)
 
     # tables
     key = aha.evaluation.Key("c", "predicted", "m", "aha", "", "deletion")

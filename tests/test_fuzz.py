@@ -59,19 +59,34 @@ def test_the_arguments_of_every_case_are_taken_as_they_are(world):
             case.call(**case.given())
 
 
+def _refuse(text):
+    raise ValueError(text)
+
+
 @pytest.mark.parametrize(
     ("read", "same", "kind"),
     [
         (lambda content: content, True, "wrong"),  # other bytes for what was written
         (lambda content: content, False, "result"),
         (lambda content: b"kept", True, "result"),
-        (lambda content: (_ for _ in ()).throw(ValueError("x is damaged: write it again")), True, "refused"),
-        (lambda content: (_ for _ in ()).throw(ValueError("two\nlines")), True, "many lines"),
+        (lambda content: _refuse("FOLDER/x is damaged: write it again"), True, "refused"),
+        (lambda content: _refuse("could not convert string to float: 'x'"), True, "vague"),
+        (lambda content: _refuse("two\nlines"), True, "many lines"),
         (lambda content: content[10**9], False, "IndexError"),
     ],
 )
 def test_what_is_said_of_a_damaged_file(world, monkeypatch, read, same, kind):
-    case = fuzz.Case(read, lambda: {"content": b"kept"}, spoil=lambda draw, content: content[:-1], same=same)
+    world_folder = str(world.folder)
+
+    def reads(content):
+        try:
+            return read(content)
+        except ValueError as error:
+            raise ValueError(str(error).replace("FOLDER", world_folder)) from None
+
+    case = fuzz.Case(
+        reads, lambda: {"content": b"kept"}, spoil=lambda draw, content: content[:-1], same=same, named=True
+    )
     # what it reads of the file as it was written
     monkeypatch.setitem(world._intact, "x", b"kept")
     monkeypatch.setitem(world.cases, "x", case)

@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from safetensors.torch import load_file
 
@@ -255,3 +256,22 @@ def test_saved_weights_are_plain(explainer, tmp_path):
     explainer.save_pretrained(tmp_path)
     saved = load_file(tmp_path / "decoder.safetensors")
     assert saved.keys() == explainer.decoder.state_dict().keys()
+
+
+@pytest.mark.parametrize(
+    ("part", "name", "what"),
+    [
+        ("classifier", "no_such_model", "the classifier that {} names cannot be made (timm has no model"),
+        ("encoder", "no_such_model", "{} has no encoder for test_vit (timm has no model"),
+    ],
+)
+def test_what_a_configuration_names_and_is_not_there(tmp_path, part, name, what):
+    torch.save(timm.create_model("test_vit", num_classes=3).state_dict(), tmp_path / "vit.pth")
+    known = aha.Classifier.from_timm("test_vit", weights=tmp_path / "vit.pth", num_classes=3)
+    path = aha.Explainer.build(known, decoder=TINY_DECODER, evidence=False).save_pretrained(tmp_path) / "config.json"
+    assert aha.Explainer.from_pretrained(tmp_path).classifier.num_classes == 3
+    config = files.read_json(path)
+    config[part] = {**config[part], "kind": "timm", "name": name}
+    files.write_json(path, config)
+    with pytest.raises(ValueError, match=f"^{re.escape(what.format(path))}"):
+        aha.Explainer.from_pretrained(tmp_path)
