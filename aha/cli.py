@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
 
+from .launcher import told
 from .terminal import CommandError, failed
 
 if TYPE_CHECKING:
@@ -596,7 +596,7 @@ def _run(name: str, arguments: list[str]) -> None:
         from .plan import command
 
         commands["plan"] = command
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if told("WORLD_SIZE") > 1:
         from . import processes
 
         processes.join()  # which gives each its GPU

@@ -56,12 +56,14 @@ from torch.utils.flop_counter import flop_registry
 
 from . import terminal
 from .attributors import Attributor, MethodSpec, Passes, count_passes
-from .checks import check_integer, check_number
+from .checks import check_arguments, check_integer, check_number, checked
 from .classifier import RANDOM, Classifier, from_name
 from .data import workers_for
 from .evaluation import evaluate
 from .explainer import Explainer
 from .explainer.decoder import DecoderConfig
+from .files import read_json
+from .kernels.messages import short
 from .memory import peak_bytes
 from .metrics import PROTOCOLS, Protocol, Suite
 from .metrics.protocols import get as get_protocol
@@ -320,6 +322,7 @@ def _excess(explainer: Explainer, clf: Classifier, config: TrainConfig, images: 
     return None if math.isnan(peak) else max(0.0, peak / (planned["total"] - planned["weights"]) - 1)
 
 
+@checked
 def training(
     explainer: Explainer,
     clf: Classifier,
@@ -393,6 +396,7 @@ def training(
     return plan
 
 
+@checked
 def evaluation(
     clf: Classifier,
     methods: Sequence[MethodSpec],
@@ -772,10 +776,20 @@ def command(
 def step_from_json(path: Path) -> StepTime:
     """The measured step in the output of ``aha plan --json``; ValueError for another file."""
     try:
-        found = json.loads(Path(path).read_text(encoding="utf-8"))["measured"]
-        step = StepTime(**{**found, "seconds": tuple(map(float, found["seconds"]))})
+        found = read_json(Path(path))["measured"]
+        step = StepTime(**{**found, "seconds": tuple(found["seconds"])})
+        check_arguments(StepTime, vars(step))
+        for name in ("device", "precision", "torch", "classifier", "encoder"):
+            if not getattr(step, name).isprintable() or len(getattr(step, name)) > 300:
+                raise ValueError(f"{name}={short(getattr(step, name))}: give a name")
+        for name in ("batch", "fractions", "maps"):
+            check_integer(name, getattr(step, name), 1)
         for name in ("per_pass", "backward", "per_image", "per_step"):
             check_number(name, getattr(step, name), 0)
+        for seconds in step.seconds or (0.0,):
+            check_number("seconds", seconds, 0, above=True)
+        if step.excess is not None:
+            check_number("excess", step.excess, 0)
     except FileNotFoundError:
         raise
     except (ValueError, KeyError, TypeError) as error:

@@ -18,6 +18,8 @@ import torch.distributed as dist
 from accelerate import PartialState
 from accelerate.utils import gather_object, parse_flag_from_env
 
+from .launcher import told
+
 # seconds between two beats, until one that is still counts as ended, and to find that out in a collective
 BEAT, SILENCE, GRACE = 2.0, 30.0, 5.0
 # between two collectives a process may read slow files or write results for long: it is the watch that finds the dead
@@ -31,9 +33,11 @@ def join() -> PartialState:
     Without a GPU processes meet over gloo, with GPUs over nccl.
 
     Raises:
-        ValueError: where the launcher has started more processes than would work together.
+        ValueError: where the launcher has started more processes than would work together, or says what is no number.
     """
-    expected, local = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    expected, local = told("WORLD_SIZE"), told("LOCAL_WORLD_SIZE")
+    for name in ("RANK", "LOCAL_RANK"):
+        told(name, 0, 0)
     if not PartialState._shared_state:
         cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or (expected > 1 and not torch.cuda.is_available())
         if not cpu and local > (gpus := torch.cuda.device_count()) > 0:

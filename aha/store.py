@@ -280,7 +280,9 @@ def _unpacked(payload: bytes) -> Arrays | None:
             if sum(member.file_size for member in archive.infolist()) > len(payload):
                 return None
         with np.load(io.BytesIO(payload), allow_pickle=False) as file:
-            return dict(file)
+            arrays = dict(file)
+            # a member that is no array comes as bytes
+            return arrays if all(isinstance(array, np.ndarray) for array in arrays.values()) else None
     except Exception:  # whatever zipfile and numpy say of bytes that nobody here has written
         return None
 

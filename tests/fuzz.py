@@ -28,6 +28,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import numpy as np
 import torch
@@ -35,9 +36,10 @@ from PIL import Image
 from torch import Tensor, nn
 
 import aha
-from aha import kernels, weights
+from aha import kernels, plan, processes, weights
 from aha.terminal import CommandError
 
+from .fuzz_files import readers, shard
 from .kernels import fuzz as kernel_calls
 from .kernels.fuzz import Draw, spoil_tensor
 from .toys import TINY_DECODER, pictures, tiny_classifier
@@ -101,6 +103,9 @@ class Case(NamedTuple):
         share: of the number of calls that functions get, for those that take long.
         nan: whether NaN may come of finite arguments, as the function's documentation says.
         also: an error that it raises besides `ERRORS`, as its documentation says.
+        spoil: of a file, whose ``content`` is the argument: how other content is made of it.
+        named: whether a refusal of such a file must name it.
+        same: whether what is read of other content must be what was written, for a checksum shows the rest.
     """
 
     call: Callable[..., Any]
@@ -108,6 +113,9 @@ class Case(NamedTuple):
     share: float = 1.0
     nan: bool = False
     also: tuple[type[Exception], ...] = ()
+    spoil: Callable[[Draw, bytes], bytes] | None = None
+    same: bool = False
+    named: bool = False
 
 
 class World:
@@ -115,6 +123,7 @@ class World:
 
     def __init__(self, folder: Path):
         self.folder = folder
+        processes.join()  # before a variable says otherwise
         self.clf = tiny_classifier()
         torch.manual_seed(0)
         self.explainer = aha.Explainer.build(self.clf, evidence=False, decoder=TINY_DECODER)
@@ -128,15 +137,26 @@ class World:
             file.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(np.arange(40 * 36 * 3, dtype=np.uint8).reshape(40, 36, 3)).save(file)
         self.file = self.data / "a/1.png"
+        self.shards = folder / "shards"
+        self.shards.mkdir()
+        (self.shards / "0.tar").write_bytes(shard())
         self.weights = folder / "weights.pt"
         torch.save(self.clf.module.state_dict(), self.weights)
         self.numbered = 0
+        self._intact: dict[str, Any] = {}
         self.cases = _cases(self)
 
     def new(self) -> Path:
         """A folder that is not there yet."""
         self.numbered += 1
         return self.folder / f"out{self.numbered}"
+
+    def intact(self, name: str) -> Any:
+        """What is read of a file as it was written."""
+        if name not in self._intact:
+            case = self.cases[name]
+            self._intact[name] = case.call(**case.given())
+        return self._intact[name]
 
 
 def _cases(w: World) -> dict[str, Case]:
@@ -163,6 +183,10 @@ def _cases(w: World) -> dict[str, Case]:
 
     shared = aha.calibration.Response(response.shares, response.values[0]).to_json()
     knowing = aha.Explainer(explainer.encoder, explainer.decoder, clf, {**explainer.settings, "response": shared})
+
+    step = plan.StepTime(
+        "cpu", "fp32", "2", clf.name, plan._encoder_of(explainer), 4, 3, 2, 1e-3, 2.0, 1e-3, 1e-3, (0.1, 0.2), 0.1
+    )
 
     def trained_for(what: str) -> aha.Explainer:
         return aha.Explainer(explainer.encoder, explainer.decoder, clf, {**explainer.settings, "objective": what})
@@ -508,6 +532,21 @@ def _cases(w: World) -> dict[str, Case]:
             aha.data.load_image, path=w.file, image_size=24, preprocessing=aha.data.Preprocessing()
         ),
         "aha.data.find_images": case(lambda path: aha.data.find_images(path), path=w.data),
+        "aha.data.Shards": case(
+            aha.data.Shards,
+            root=w.shards,
+            image_size=24,
+            preprocessing=aha.data.Preprocessing(),
+            augment=False,
+            class_names=None,
+            labels=True,
+            split=None,
+            seed=0,
+        ),
+        "aha.data.images_in": case(
+            aha.data.images_in, root=w.shards, labels=True, split=None, masks=None, image_size=24, seed=0
+        ),
+        "aha.data.workers_for": case(aha.data.workers_for, data=folder, asked=2),
         "aha.data.output_names": case(aha.data.output_names, files=["a/x.png", "b/x.png"]),
         "aha.data.fit_labels": case(aha.data.fit_labels, data=scenes, clf=tiny_classifier(10)),
         "aha.data.label_note": case(aha.data.label_note, data=folder),
@@ -556,6 +595,34 @@ def _cases(w: World) -> dict[str, Case]:
         "aha.weights.numbers": case(weights.numbers, text="0.5, 0.5", default=(0.5,)),
         "aha.overlays.overlay": case(_overlays().overlay, image=images[0], map=maps[0], scale=None),
         "aha.overlays.limits": case(_overlays().limits, map=maps[0]),
+        "aha.processes.join": case(_started, WORLD_SIZE="1", LOCAL_WORLD_SIZE="1", RANK="0", LOCAL_RANK="0"),
+        "aha.plan.training": case(
+            plan.training,
+            0.5,
+            explainer=explainer,
+            clf=clf,
+            config=aha.TrainConfig(steps=2, batch_size=4, fractions=3),
+            images=10,
+            gpus=2,
+            price=1.5,
+            link=10.0,
+            read_seconds=0.01,
+            measured=step,
+        ),
+        "aha.plan.evaluation": case(
+            plan.evaluation,
+            rarest,
+            clf=clf,
+            methods=[aha.attributors.MethodSpec("input_x_gradient")],
+            images=10,
+            protocols=("aha",),
+            targets=1,
+            gpus=1,
+            price=None,
+            batch_size=2,
+            seconds=0.01,
+            crops=1,
+        ),
         # kernels: their own arguments come from tests/kernels/fuzz.py
         "aha.kernels.Taps": case(
             kernels.Taps, cell=torch.zeros(3, 2, dtype=torch.int64), weight=torch.ones(3, 2), size=4
@@ -574,7 +641,17 @@ def _cases(w: World) -> dict[str, Case]:
     }
     # masks beyond [0, 1] may overflow, as the arithmetic that is documented does
     operators = {name: Case(getattr(kernels, name), dict, nan=name == "perturb") for name in kernel_calls.PUBLIC}
-    return {**found, **{f"aha.kernels.{name}": of for name, of in operators.items()}}
+    read = {
+        name: Case(of.read, lambda of=of: {"content": of.content}, of.share, True, (), of.spoil, of.same, of.named)
+        for name, of in readers(w).items()
+    }
+    return {**found, **{f"aha.kernels.{name}": of for name, of in operators.items()}, **read}
+
+
+def _started(**variables: Any) -> None:
+    """Join, as a launcher started this process with these variables."""
+    with mock.patch.dict(os.environ, {name: str(value).replace("\0", "0") for name, value in variables.items()}):
+        processes.join()
 
 
 def _overlays() -> types.ModuleType:
@@ -650,20 +727,116 @@ EXCLUDED = {
     "aha.terminal.console": "takes nothing",
     "aha.terminal.progress": "draws on a terminal",
     "aha.terminal.failed": "for messages of commands",
+    **{
+        f"aha.data.index.Index.{name}": "by listing, with what it has read"
+        for name in ("record", "kept", "extend", "save")
+    },
+    "aha.data.index.cache_folder": "takes nothing",
+    "aha.data.tar.Member": "what members returns",
+    "aha.data.tar.TarError": "an error",
+    "aha.data.tar.members": "by Shards, whose shards are damaged here",
+    **{
+        f"aha.evaluation.pieces.Pieces.{name}": "of the pieces of an engine, which are damaged here"
+        for name in ("facts", "place", "maps_of", "cost", "scores", "peak", "reasons", "maps", "result")
+    },
+    "aha.evaluation.pieces.scored": "by the engine, with what a suite returned",
+    "aha.evaluation.pieces.failed": "by the engine",
+    "aha.explainer.config.ExplainerConfig": "what from_json returns",
+    "aha.explainer.config.portable": "by save_pretrained, with what a classifier knows of itself",
+    **{f"aha.files.{name}": "an error" for name in ("WriteError", "DamagedError")},
+    **{
+        f"aha.files.{name}": "writes what its caller made: tests/test_files.py, tests/test_faults.py"
+        for name in ("writing", "write_atomically", "replacing", "put", "sync_folder", "remove_partials", "write_json")
+    },
+    **{
+        f"aha.files.{name}": "as write_json"
+        for name in ("write_columns", "write_parts", "tensor_bytes", "digest", "slug")
+    },
+    "aha.files.path_within": "by ExplainerConfig.from_json, with a text",
+    "aha.launcher.told": "by processes.join",
+    "aha.lock.FolderInUseError": "an error",
+    **{f"aha.plan.{name}": "a result" for name in ("StepTime", "Part", "Plan")},
+    **{
+        f"aha.plan.{name}": "by training and evaluation, with what they were given"
+        for name in (
+            "of_training",
+            "of_protocols",
+            "time_of_a_pass",
+            "measure_step",
+            "training_memory",
+            "flops_of_a_pass",
+            "device_name",
+            "now",
+        )
+    },
+    **{f"aha.plan.{name}": "by the command: tests/test_plan.py" for name in ("untrained", "read_time", "command")},
+    **{f"aha.processes.{name}": "takes nothing, or a list" for name in ("together", "main_first", "wait", "gathered")},
+    "aha.store.Store": "a protocol",
+    "aha.store.Memory": "holds what it is given",
+    "aha.store.Place": "where a piece lies",
+    **{f"aha.store.Packs.{name}": "of damaged packs, see Packs" for name in ("get", "put", "refresh")},
+    **{f"aha.store.{name}": "of a method's maps, checked" for name in ("pack_maps", "unpack_maps")},
+    "aha.training.checkpoint.Checkpoint": "what load returns",
+    **{
+        f"aha.training.checkpoint.{name}": "by the trainer: tests/training/test_faults.py"
+        for name in ("name", "save", "remove_partials", "available", "run_of")
+    },
+    **{
+        f"aha.training.signals.{name}": "not for arguments but for signals: tests/training/test_faults.py"
+        for name in ("Interrupted", "Asked", "noticed", "name", "ignored")
+    },
+    **{
+        f"aha.training.trainer.{name}": "by the trainer, with what it has checked"
+        for name in ("make_objective", "Subject", "places", "StepSampler", "Log")
+    },
+    "aha.training.trainer.TrainingObjective": "a protocol",
+    "aha.weights.fitting_weights": "by load_weights",
     **{f"aha.report.{name}": "draws a result: tests/report" for name in ("figures", "html", "tables")},
 }
 
 
+# modules that ``aha`` does not name, which read files, write them, or meet other processes
+BEHIND = (
+    "data.index",
+    "data.tar",
+    "evaluation.pieces",
+    "explainer.config",
+    "files",
+    "launcher",
+    "lock",
+    "plan",
+    "processes",
+    "store",
+    "training.checkpoint",
+    "training.signals",
+    "training.trainer",
+    "weights",
+)
+
+
 def public() -> set[str]:
-    """Names of all that can be called from outside: the modules of ``aha``, their functions, and methods of classes."""
+    """Names of all that can be called from outside: the modules of ``aha``, their functions, and methods of classes.
+
+    And those of `BEHIND`.
+    """
     found = {f"aha.{name}" for name in aha.__all__} - {f"aha.{name}" for name in aha._MODULES}
     for module_name in aha._MODULES:
         module = getattr(aha, module_name)
         own = [name for name, value in vars(module).items() if _made_in(value, module) and not name.startswith("_")]
         found |= {f"aha.{module_name}.{name}" for name in getattr(module, "__all__", own)}
-    for name in sorted(found):
-        *path, last = name.split(".")[1:]
-        value = getattr(getattr(aha, path[0]) if path else aha, last)
+    values = {
+        name: getattr(getattr(aha, path[0]) if path else aha, last)
+        for name in found
+        for *path, last in [name.split(".")[1:]]
+    }
+    for module_name in BEHIND:
+        module = importlib.import_module(f"aha.{module_name}")
+        own = {name: of for name, of in vars(module).items() if _made_in(of, module) and not name.startswith("_")}
+        values |= {
+            f"aha.{module_name}.{name}": of for name, of in own.items() if of not in (aha.Trainer, aha.TrainConfig)
+        }
+    found |= values.keys()
+    for name, value in values.items():
         if not inspect.isclass(value) or issubclass(value, (tuple, Exception)):
             continue
         found |= {
@@ -676,7 +849,7 @@ def public() -> set[str]:
 
 def unlisted(cases: Mapping[str, Case]) -> set[str]:
     """What is public, and neither called nor excluded, itself or with its class."""
-    listed = {*cases, *EXCLUDED}
+    listed = {*(name.partition("(")[0] for name in cases), *EXCLUDED}
     return {name for name in public() if name not in listed and name.rpartition(".")[0] not in EXCLUDED}
 
 
@@ -689,6 +862,9 @@ def _call(world: World, name: str, number: int) -> tuple[Case, dict[str, Any], d
     case, draw = world.cases[name], Draw(name, number)
     operator = name.removeprefix("aha.kernels.")
     given = kernel_calls.PUBLIC[operator](draw) if operator in kernel_calls.PUBLIC else case.given()
+    if case.spoil is not None:
+        odd = {"content": case.spoil(draw, given["content"])}
+        return case, odd, odd
     odd = {}
     for at in draw.random.sample(list(given), min(draw.one(1, 1, 2), len(given))):
         value = given[at]
@@ -711,7 +887,10 @@ def answer(world: World, name: str, number: int) -> tuple[str, str]:
         text = str(error)
         if not text.strip() or "\n" in text or len(text) > LONGEST:
             return "many lines" if "\n" in text else "no line" if not text.strip() else "long", text
-        if isinstance(error, ERRORS) and not isinstance(error, OSError) and not _names(text, given, odd):
+        about_values = case.spoil is None and isinstance(error, ERRORS) and not isinstance(error, OSError)
+        if about_values and not _names(text, given, odd):
+            return "vague", text
+        if case.named and str(world.folder) not in text:
             return "vague", text
         return "refused", text
     except BaseException as error:
@@ -720,6 +899,8 @@ def answer(world: World, name: str, number: int) -> tuple[str, str]:
         kind = "hang" if isinstance(error, TimeoutError) else type(error).__name__
         where = traceback_line(error)
         return kind, f"{error} ({where})"
+    if case.same and not _equal(result, world.intact(name)):
+        return "wrong", repr(result)[:200]
     if finite and not case.nan and not _finite(result):
         return "not finite", repr(result)[:200]
     return "result", ""
@@ -751,6 +932,19 @@ def _names(text: str, given: Mapping[str, Any], odd: Mapping[str, Any]) -> bool:
         word in text for word in (": give ", ": choose ", ": resize ", ": train ", ": take ", ": make ", "cannot read ")
     )
     return advised or any(part.lower() in lower for part in about if part)
+
+
+def _equal(one: Any, other: Any) -> bool:
+    """Whether two values are the same, NaN for NaN."""
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return one.dtype == other.dtype and _equal(one.numpy(), other.numpy())
+    if isinstance(one, np.ndarray) and isinstance(other, np.ndarray):
+        return one.dtype == other.dtype and np.array_equal(one, other, equal_nan=one.dtype.kind == "f")
+    if isinstance(one, Mapping) and isinstance(other, Mapping):
+        return one.keys() == other.keys() and all(_equal(one[key], other[key]) for key in one)
+    if isinstance(one, (list, tuple)) and isinstance(other, (list, tuple)):
+        return len(one) == len(other) and all(map(_equal, one, other))
+    return type(one) is type(other) and one == other
 
 
 def _finite(value: Any) -> bool:
@@ -786,6 +980,7 @@ def main(names: list[str]) -> None:
     warnings.simplefilter("ignore")  # of prototypes in PyTorch, and of iterations that have not converged
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
+        os.environ["XDG_CACHE_HOME"] = folder
         world = World(Path(folder))
         os.chdir(folder)
         before = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()

@@ -7,7 +7,9 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -37,8 +39,10 @@ def test_every_call_is_answered(run):
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory) -> fuzz.World:
-    return fuzz.World(tmp_path_factory.mktemp("world"))
+def world(tmp_path_factory) -> Iterator[fuzz.World]:
+    folder = tmp_path_factory.mktemp("world")
+    with mock.patch.dict(os.environ, XDG_CACHE_HOME=str(folder)):
+        yield fuzz.World(folder)
 
 
 def test_all_that_is_public_is_called_or_excluded(world):
@@ -53,6 +57,40 @@ def test_the_arguments_of_every_case_are_taken_as_they_are(world):
     for name, case in world.cases.items():
         if name.removeprefix("aha.kernels.") not in fuzz.kernel_calls.PUBLIC and case.share > 0.05:
             case.call(**case.given())
+
+
+def _refuse(text):
+    raise ValueError(text)
+
+
+@pytest.mark.parametrize(
+    ("read", "same", "kind"),
+    [
+        (lambda content: content, True, "wrong"),  # other bytes for what was written
+        (lambda content: content, False, "result"),
+        (lambda content: b"kept", True, "result"),
+        (lambda content: _refuse("FOLDER/x is damaged: write it again"), True, "refused"),
+        (lambda content: _refuse("could not convert string to float: 'x'"), True, "vague"),
+        (lambda content: _refuse("two\nlines"), True, "many lines"),
+        (lambda content: content[10**9], False, "IndexError"),
+    ],
+)
+def test_what_is_said_of_a_damaged_file(world, monkeypatch, read, same, kind):
+    world_folder = str(world.folder)
+
+    def reads(content):
+        try:
+            return read(content)
+        except ValueError as error:
+            raise ValueError(str(error).replace("FOLDER", world_folder)) from None
+
+    case = fuzz.Case(
+        reads, lambda: {"content": b"kept"}, spoil=lambda draw, content: content[:-1], same=same, named=True
+    )
+    # what it reads of the file as it was written
+    monkeypatch.setitem(world._intact, "x", b"kept")
+    monkeypatch.setitem(world.cases, "x", case)
+    assert fuzz.answer(world, "x", 0)[0] == kind
 
 
 @pytest.mark.parametrize(

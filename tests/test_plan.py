@@ -185,3 +185,31 @@ def test_bad_numbers_are_one_line():
         with pytest.raises(ValueError, match=next(iter(options))):
             plan.training(explainer, clf, CONFIG, **{"images": 5, "measured": STEP, **options})
     assert attributors.available()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("device", "a\ncard"),
+        ("classifier", 3),
+        ("batch", 0),
+        ("maps", 1.5),
+        ("per_pass", -1.0),
+        ("backward", "x"),
+        ("per_step", float("nan")),
+        ("seconds", []),
+        ("seconds", [0.0, 0.0]),
+        ("excess", {}),
+        ("more", 1),
+    ],
+)
+def test_a_measured_step_that_is_none(tmp_path, name, value):
+    file = tmp_path / "step.json"
+    file.write_text(json.dumps({"measured": {**dataclasses.asdict(STEP), "excess": 0.1, name: value}}))
+    with pytest.raises(
+        ValueError, match=f"holds no measured step \\(.*{name}.*: give the output of aha plan"
+    ) as caught:
+        plan.step_from_json(file)
+    assert "\n" not in str(caught.value)
+    file.write_text(json.dumps({"measured": {**dataclasses.asdict(STEP), "excess": 0.1}}))
+    assert plan.step_from_json(file) == dataclasses.replace(STEP, excess=0.1)

@@ -18,6 +18,7 @@ from PIL import Image
 import aha
 from aha import weights
 from aha.cli import main
+from aha.store import Packs
 from aha.training import checkpoint
 
 ROOT = Path(__file__).parents[1]
@@ -149,6 +150,21 @@ def test_a_pickle_in_a_file_is_not_run(loader, kind, tmp_path, explainer):
     assert text.strip() and "\n" not in text
 
 
+@pytest.mark.parametrize("kind", ATTACKS)
+def test_a_pickle_in_a_sound_record_is_not_run(kind, tmp_path):
+    """A pack of which every checksum is right, as whoever writes the attack would make it."""
+    marker, key = tmp_path / "ran", ("row", "maps", "000000")
+    packs = Packs(tmp_path / "packs")
+    packs.put({key: {"maps": np.zeros(2)}})
+    payload = ATTACKS[kind](Attack(marker))
+    head, _ = packs._head("/".join(key), payload)
+    (tmp_path / "packs" / "0000-0000.pack").write_bytes(head + payload)
+    packs = Packs(tmp_path / "packs")
+    assert packs._places["/".join(key)].length == len(payload)  # it is found
+    assert packs.get(key) is None
+    assert not marker.exists()
+
+
 @pytest.mark.parametrize("kind", ["pickle", "torch.save", "torch.save before 1.6", "npy"])
 def test_the_attacks_would_run(kind, tmp_path):
     marker = tmp_path / "ran"
@@ -267,8 +283,8 @@ def test_pickles_in_kept_work_are_not_run(tmp_path, capsys):
     where = ["--data", str(data), "--output", str(output)]
     command = ["compare", "--classifier", "scenes", "--methods", "input_x_gradient", *where]
     assert main(command) == 0
-    # archives of other arrays are what tests/evaluation damages pieces with
-    for kind in ("pickle", "torch.save before 1.6", "npy", "npz"):
+    # text alone is no attack on what reads no YAML
+    for kind in ("pickle", "torch.save", "torch.save before 1.6", "npy", "npz", "zip"):
         files = [path for path in output.rglob("*") if path.is_file()]
         assert files
         for file in files:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from aha.checks import checked
 from aha.data.images import ImageReadError, shown
 from aha.data.index import Index
 
@@ -126,6 +127,7 @@ class Found(NamedTuple):
         return (Path(group.at, name) for group in self.groups for name in group.names.split("/"))
 
 
+@checked
 def find_images(*paths: str | os.PathLike) -> list[Path]:
     """The image files below folders at any depth, sorted, hidden ones left out; a file is itself.
 

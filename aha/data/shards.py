@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from aha.checks import checked
 from aha.data.folders import SPLITS, ImageFolder, split_folder
 from aha.data.images import DEFAULT, LARGEST, ImageReadError, Preprocessing, open_image, shown
 from aha.data.index import Index
@@ -61,6 +62,7 @@ class Shards(LabelledImages):
         ValueError: for labels that are none, or several splits to choose from.
     """
 
+    @checked
     def __init__(
         self,
         root: str | os.PathLike,
@@ -146,6 +148,7 @@ class Shards(LabelledImages):
                 yield b"unreadable"
 
 
+@checked
 def images_in(
     root: str | os.PathLike,
     labels: bool = True,

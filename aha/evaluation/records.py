@@ -110,7 +110,11 @@ class Records:
     @classmethod
     @checked
     def read(cls, folder: str | Path) -> Records:
-        """What `write` wrote. FileNotFoundError if there is nothing."""
+        """What `write` wrote.
+
+        Raises:
+            FileNotFoundError, ValueError: in one line, where there is nothing, and for a table that is none of these.
+        """
         columns = read_columns(Path(folder) / NAME)
         # runs of equal keys, as they were written
         if missing := [name for name in (*Key._fields, "image", "value") if name not in columns]:
@@ -118,9 +122,15 @@ class Records:
         rows = list(zip(*(columns[name] for name in Key._fields), strict=True))
         bounds = [i for i in range(len(rows)) if i == 0 or rows[i] != rows[i - 1]]
         table = cls()
-        for start, stop in pairwise([*bounds, len(rows)]):
-            values = [np.nan if value in (None, "") else float(value) for value in columns["value"][start:stop]]
-            table.add(Key(*rows[start]), [int(image) for image in columns["image"][start:stop]], values)
+        try:
+            for start, stop in pairwise([*bounds, len(rows)]):
+                values = [np.nan if value in (None, "") else float(value) for value in columns["value"][start:stop]]
+                table.add(Key(*rows[start]), [int(image) for image in columns["image"][start:stop]], values)
+        except (TypeError, ValueError, OverflowError) as error:
+            raise ValueError(
+                f"{Path(folder) / NAME} holds an image or value that is no number ({str(error)[:100]}): give a folder "
+                "of results"
+            ) from error
         return table
 
 

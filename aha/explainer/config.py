@@ -12,6 +12,7 @@ from typing import Any, TypeGuard
 from ..calibration import Response
 from ..checks import check_integer, check_number
 from ..files import path_within
+from ..kernels.messages import short
 from .decoder import DecoderConfig
 from .evidence_decoder import EvidenceConfig
 
@@ -58,12 +59,12 @@ class ExplainerConfig:
     def from_json(cls, content: Mapping[str, Any], folder: Path) -> ExplainerConfig:
         """Check what the file in ``folder`` holds; ValueError, in one line, names the entry that does not fit."""
         if content.get("format") != FORMAT:
-            raise ValueError(f"format {content.get('format')!r}: this version reads {FORMAT}, update aha")
+            raise ValueError(f"format {short(content.get('format'))}: this version reads {FORMAT}, update aha")
         saved = dict(_part(content, "classifier"))
         fingerprint, classes = saved.pop("fingerprint", None), saved.pop("num_classes", None)
         size, names = saved.pop("input_size", None), saved.pop("class_names", None)
         if not _text(fingerprint):
-            raise ValueError(f"fingerprint={fingerprint!r}: give that of the classifier, a text")
+            raise ValueError(f"fingerprint={short(fingerprint)}: give that of the classifier, a text")
         classes = check_integer("num_classes", classes, 1, _CLASSES)
         if names is not None and not (
             _list(names) and len(names) == classes and all(isinstance(n, str) for n in names)
@@ -73,11 +74,11 @@ class ExplainerConfig:
         if encoder is not None and encoder.get("kind") == EVIDENCE["kind"]:
             encoder = None
         elif encoder is not None and encoder.get("kind") not in ("classifier", "timm", "hf"):
-            raise ValueError(f"the encoder's kind={encoder.get('kind')!r}: give evidence, classifier, timm or hf")
+            raise ValueError(f"the encoder's kind={short(encoder.get('kind'))}: give evidence, classifier, timm or hf")
         weights, checksum = _weights(content)
         evidence = content.get("evidence", False)
         if not isinstance(evidence, bool):
-            raise ValueError(f"evidence={evidence!r}: give true or false")
+            raise ValueError(f"evidence={short(evidence)}: give true or false")
         return cls(
             classifier=_source(saved, "classifier", folder),
             fingerprint=fingerprint,
@@ -114,26 +115,26 @@ def _source(source: dict[str, Any], what: str, folder: Path) -> dict[str, Any]:
     """How to make a classifier or encoder, its paths resolved."""
     kind, name = source.get("kind"), source.get("name")
     if not _text(kind) or not _text(name):
-        raise ValueError(f"the {what}'s kind={kind!r} and name={name!r}: give two texts")
+        raise ValueError(f"the {what}'s kind={short(kind)} and name={short(name)}: give two texts")
     hub = re.fullmatch(r"[\w:@-][\w.:@-]*(/[\w-][\w.-]*)?", name) and not name.startswith("local-dir:")
     if kind in ("hf", "timm") and not hub and not Path(name.removeprefix("local-dir:")).is_absolute():
-        raise ValueError(f"the {what}'s name={name!r}: give a model's name, or the absolute path of its folder")
+        raise ValueError(f"the {what}'s name={short(name)}: give a model's name, or the absolute path of its folder")
     if (weights := source.get("weights")) is not None:
         if not _text(weights):
-            raise ValueError(f"the {what}'s weights={weights!r}: give a path")
+            raise ValueError(f"the {what}'s weights={short(weights)}: give a path")
         try:
             source["weights"] = str(path_within(folder, weights))
         except ValueError as error:
             raise ValueError(f"the {what}'s weights: {error}") from error
     if source.get("pretrained") not in (None, True, False):
-        raise ValueError(f"the {what}'s pretrained={source['pretrained']!r}: give true or false")
+        raise ValueError(f"the {what}'s pretrained={short(source['pretrained'])}: give true or false")
     options = source.get("options", {})
     if not isinstance(options, dict):
         raise ValueError(f"the {what}'s options: give an object, not {_described(options)}")
     for key, value in options.items():
         if key in _LOADING and not (value is None or isinstance(value, bool)):
             raise ValueError(f"the {what}'s option {key} names files: make it yourself and pass classifier=…")
-        _check_option(f"the {what}'s option {key}", value)
+        _check_option(f"the {what}'s option {short(key)}", value)
     return source
 
 
@@ -142,13 +143,13 @@ def _check_option(name: str, value: Any) -> None:
         raise ValueError(f"{name}: give a number, a text or a list")
     for part in value if _list(value) else (value,):
         if isinstance(part, (dict, list)) or (isinstance(part, (int, float)) and not abs(part) <= _OPTION):
-            raise ValueError(f"{name}={part!r}: give a text, or a number of at most {_OPTION}")
+            raise ValueError(f"{name}={short(part)}: give a text, or a number of at most {_OPTION}")
 
 
 def _decoder(layout: dict[str, Any], kind: type) -> DecoderConfig | EvidenceConfig:
     known = {field.name for field in dataclasses.fields(kind)}
     if layout.keys() != known:
-        raise ValueError(f"the decoder's entries are {', '.join(map(str, layout))}: give {', '.join(sorted(known))}")
+        raise ValueError(f"the decoder's entries are {short(list(layout))}: give {', '.join(sorted(known))}")
     if _list(layout.get("strides")):
         layout["strides"] = tuple(layout["strides"])
     return kind(**layout)
@@ -160,9 +161,9 @@ def _weights(content: Mapping[str, Any]) -> tuple[str, str | None]:
     part = _part(content, "weights")
     name, checksum = part.get("file"), part.get("sha256")
     if name not in WEIGHTS:
-        raise ValueError(f"the weights' file={name!r}: give {' or '.join(WEIGHTS)}")
+        raise ValueError(f"the weights' file={short(name)}: give {' or '.join(WEIGHTS)}")
     if not isinstance(checksum, str) or not re.fullmatch("[0-9a-f]{64}", checksum):
-        raise ValueError(f"the weights' sha256={checksum!r}: give 64 hexadecimal digits")
+        raise ValueError(f"the weights' sha256={short(checksum)}: give 64 hexadecimal digits")
     return name, checksum
 
 
@@ -174,16 +175,16 @@ def _settings(content: Mapping[str, Any]) -> dict[str, Any]:
         found[name] = content[name]
     check_number("temperature", found["temperature"], 0, above=True)
     if found["scores"] not in SCORES:
-        raise ValueError(f"scores={found['scores']!r}: give {' or '.join(SCORES)}")
+        raise ValueError(f"scores={short(found['scores'])}: give {' or '.join(SCORES)}")
     for name in ("cells", "players"):
         if found.get(name) is not None:
             _pair(name, found[name], _SIDE)
     for name in ("objective", "surrogate"):
         if found.get(name) is not None and not _text(found[name]):
-            raise ValueError(f"{name}={found[name]!r}: give a text")
+            raise ValueError(f"{name}={short(found[name])}: give a text")
     names = found.get("references")
     if names is not None and not (_list(names) and all(map(_text, names))):
-        raise ValueError(f"references={names!r}: give a list of names")
+        raise ValueError(f"references={short(names)}: give a list of names")
     if found.get("data") is not None:
         _part(content, "data")
     if found.get("response") is not None:
@@ -193,7 +194,7 @@ def _settings(content: Mapping[str, Any]) -> dict[str, Any]:
 
 def _pair(name: str, value: Any, high: int) -> tuple[int, int]:
     if not _list(value) or len(value) != 2:
-        raise ValueError(f"{name}={value!r}: give two integers in 1 … {high}")
+        raise ValueError(f"{name}={short(value)}: give two integers in 1 … {high}")
     return check_integer(name, value[0], 1, high), check_integer(name, value[1], 1, high)
 
 

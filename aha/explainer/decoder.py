@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..checks import check_integer
+from ..kernels.messages import short
 
 WIDEST = 2**14  # channels of a layer
 
@@ -38,7 +39,7 @@ class DecoderConfig:
         for name in ("embedding", "width", "head"):
             check_integer(name, getattr(self, name), 1, WIDEST)
         if not isinstance(self.strides, tuple) or len(self.strides) != 4:
-            raise ValueError(f"strides={self.strides!r}: give four integers, pixels per cell")
+            raise ValueError(f"strides={short(self.strides)}: give four integers, pixels per cell")
         for stride in self.strides:
             check_integer("strides", stride, 1, 1024)
 

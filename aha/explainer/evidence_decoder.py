@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..checks import check_integer
+from ..kernels.messages import short
 from .decoder import WIDEST, Head
 
 
@@ -30,7 +31,7 @@ class EvidenceConfig:
     def __post_init__(self) -> None:
         check_integer("width", self.width, 1, WIDEST)
         if self.stride not in (2, 4):
-            raise ValueError(f"stride={self.stride!r}: give 4 or 2 pixels per cell")
+            raise ValueError(f"stride={short(self.stride)}: give 4 or 2 pixels per cell")
 
 
 class EvidenceDecoder(nn.Module):

@@ -309,7 +309,13 @@ class Explainer(nn.Module):
             read_checked(weights, config.checksum)
         state, _ = read_weights(weights)
         given = classifier is not None
-        classifier = classifier if classifier is not None else from_source(config.classifier)
+        if classifier is None:
+            try:
+                classifier = from_source(config.classifier)
+            except (ValueError, OSError) as error:
+                kind = FileNotFoundError if isinstance(error, OSError) else ValueError
+                what = f"the classifier that {folder / CONFIG_FILE} names cannot be made"
+                raise kind(f"{what} ({error})") from error
         if not given and classifier.class_names is None and len(config.class_names or ()) == classifier.num_classes:
             classifier.class_names = config.class_names
         general = config.encoder is None  # knows no class, and no classifier
@@ -326,7 +332,10 @@ class Explainer(nn.Module):
                 stacklevel=2,
             )
         with torch.inference_mode(False):  # parameters made in it could never be refined
-            encoder = _encoder(config, classifier)
+            try:
+                encoder = _encoder(config, classifier)
+            except ValueError as error:
+                raise ValueError(f"{folder / CONFIG_FILE} has no encoder for {classifier.name} ({error})") from error
             with torch.device("meta"):  # widths that are not those of the weights ask for no memory
                 fitting_weights(_decoder(classifier, encoder, config.decoder, config.evidence), state, weights)
             decoder = _decoder(classifier, encoder, config.decoder, config.evidence)

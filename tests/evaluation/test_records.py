@@ -114,3 +114,22 @@ def test_tables_are_joined():
     records = table()
     records.extend(table())
     assert records[FIRST].images.tolist() == [4, 7, 9, 4, 7, 9]
+
+
+@pytest.mark.parametrize("row", ["c,predicted,m,aha,,deletion,0,x", "c,predicted,m,aha,,deletion,first,0.5"])
+def test_a_table_of_other_things_is_named(tmp_path, row):
+    (tmp_path / "scores.csv").write_text(f"{','.join(Key._fields)},image,value\n{row}\n")
+    with pytest.raises(ValueError, match=rf"^{tmp_path}/scores holds an image or value that is no number \(.*\): give"):
+        Records.read(tmp_path)
+
+
+def test_a_table_that_pyarrow_does_not_know_is_damaged(tmp_path, monkeypatch):
+    pq = pytest.importorskip("pyarrow.parquet")
+    (tmp_path / "scores.parquet").write_bytes(b"PAR1")
+
+    def unknown(_):
+        raise NotImplementedError("Integers not in cstdint are not implemented")
+
+    monkeypatch.setattr(pq, "read_table", unknown)
+    with pytest.raises(DamagedError, match=r"scores\.parquet cannot be read, .*not in cstdint.*: run"):
+        Records.read(tmp_path)

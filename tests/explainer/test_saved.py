@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from safetensors.torch import load_file
 
@@ -179,10 +180,17 @@ EDITS = [
     (("weights", "file"), "../decoder.safetensors"),
     (("weights", "file"), "/etc/passwd"),
     (("weights", "sha256"), "0"),
+    # what came is not said at any length
+    (("evidence",), "x" * 5000),
+    (("classifier", "input_size"), "x" * 5000),
+    (("classifier", "weights"), "../" + "x" * 5000),
+    (("classifier", "options"), {"embed_dim" * 500: 10**9}),
+    (("decoder", "width"), list(range(5000))),
+    (("references",), list(range(5000))),
 ]
 
 
-@pytest.mark.parametrize(("place", "value"), EDITS, ids=lambda part: re.sub(r"\W+", "_", str(part)))
+@pytest.mark.parametrize(("place", "value"), EDITS, ids=lambda part: re.sub(r"\W+", "_", str(part))[:60])
 def test_an_edited_configuration_is_refused_in_a_line_that_names_the_entry(
     explainer, classifier, tmp_path, place, value
 ):
@@ -195,7 +203,7 @@ def test_an_edited_configuration_is_refused_in_a_line_that_names_the_entry(
     path.write_text(json.dumps(config))  # as one who edits it on purpose
     with pytest.raises(ValueError, match=r"config\.json is not an explainer's configuration \(") as caught:
         aha.Explainer.from_pretrained(tmp_path, classifier)
-    assert "\n" not in str(caught.value)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 1000
     words = {"kind", place[-1], place[-1].removesuffix("s")}
     assert any(word in str(caught.value) for word in words), caught.value
 
@@ -248,3 +256,22 @@ def test_saved_weights_are_plain(explainer, tmp_path):
     explainer.save_pretrained(tmp_path)
     saved = load_file(tmp_path / "decoder.safetensors")
     assert saved.keys() == explainer.decoder.state_dict().keys()
+
+
+@pytest.mark.parametrize(
+    ("part", "name", "what"),
+    [
+        ("classifier", "no_such_model", "the classifier that {} names cannot be made (timm has no model"),
+        ("encoder", "no_such_model", "{} has no encoder for test_vit (timm has no model"),
+    ],
+)
+def test_what_a_configuration_names_and_is_not_there(tmp_path, part, name, what):
+    torch.save(timm.create_model("test_vit", num_classes=3).state_dict(), tmp_path / "vit.pth")
+    known = aha.Classifier.from_timm("test_vit", weights=tmp_path / "vit.pth", num_classes=3)
+    path = aha.Explainer.build(known, decoder=TINY_DECODER, evidence=False).save_pretrained(tmp_path) / "config.json"
+    assert aha.Explainer.from_pretrained(tmp_path).classifier.num_classes == 3
+    config = files.read_json(path)
+    config[part] = {**config[part], "kind": "timm", "name": name}
+    files.write_json(path, config)
+    with pytest.raises(ValueError, match=f"^{re.escape(what.format(path))}"):
+        aha.Explainer.from_pretrained(tmp_path)
