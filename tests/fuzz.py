@@ -170,6 +170,14 @@ def _cases(w: World) -> dict[str, Case]:
     photograph = aha.data.Photograph(w.file)
     view = photograph.view(24, "tile")
     folder = aha.data.ImageFolder(w.data, 24)
+    squares = {
+        "image_size": 24,
+        "preprocessing": aha.data.Preprocessing(),
+        "augment": False,
+        "class_names": None,
+        "split": None,
+        "seed": 0,
+    }
     scenes = aha.data.Scenes("val", 4, image_size=32)
     records = aha.evaluation.Records()
     key = aha.evaluation.Key("c", "predicted", "m", "aha", "", "deletion")
@@ -509,17 +517,7 @@ def _cases(w: World) -> dict[str, Case]:
         "aha.regions.Regions.pool": case(grid.pool, maps=maps),
         "aha.regions.Regions.upsampler": case(grid.upsampler, sigma=1.0, kernel=7, device="cpu"),
         # data
-        "aha.data.ImageFolder": case(
-            aha.data.ImageFolder,
-            root=w.data,
-            image_size=24,
-            preprocessing=aha.data.Preprocessing(),
-            augment=False,
-            class_names=None,
-            labels=None,
-            split=None,
-            seed=0,
-        ),
+        "aha.data.ImageFolder": case(aha.data.ImageFolder, root=w.data, labels=None, **squares),
         "aha.data.ImageFolder.identity": case(folder.identity, content=True, indices=[0, 1]),
         "aha.data.Scenes": case(aha.data.Scenes, split="val", size=4, seed=0, image_size=32),
         "aha.data.Scenes.identity": case(scenes.identity, content=True),
@@ -532,20 +530,8 @@ def _cases(w: World) -> dict[str, Case]:
             aha.data.load_image, path=w.file, image_size=24, preprocessing=aha.data.Preprocessing()
         ),
         "aha.data.find_images": case(lambda path: aha.data.find_images(path), path=w.data),
-        "aha.data.Shards": case(
-            aha.data.Shards,
-            root=w.shards,
-            image_size=24,
-            preprocessing=aha.data.Preprocessing(),
-            augment=False,
-            class_names=None,
-            labels=True,
-            split=None,
-            seed=0,
-        ),
-        "aha.data.images_in": case(
-            aha.data.images_in, root=w.shards, labels=True, split=None, masks=None, image_size=24, seed=0
-        ),
+        "aha.data.Shards": case(aha.data.Shards, root=w.shards, labels=True, **squares),
+        "aha.data.images_in": case(aha.data.images_in, root=w.shards, labels=True, masks=None, **squares),
         "aha.data.workers_for": case(aha.data.workers_for, data=folder, asked=2),
         "aha.data.output_names": case(aha.data.output_names, files=["a/x.png", "b/x.png"]),
         "aha.data.fit_labels": case(aha.data.fit_labels, data=scenes, clf=tiny_classifier(10)),

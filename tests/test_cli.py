@@ -19,6 +19,8 @@ from aha.data.photograph import Fit
 from aha.evaluation import Records
 from aha.metrics import PROTOCOLS
 
+from . import launch
+
 pytestmark = pytest.mark.usefixtures("coarse")
 FAST = ["--steps", "2", "--batch-size", "2", "--fractions", "4", "--n-iters", "3", "--targets", "1"]
 NARROW = ["--embedding", "8", "--width", "8", "--head", "8"]
@@ -45,9 +47,7 @@ def aha(*arguments):
 
 def aha_alone(*arguments):
     """The command in a process of its own."""
-    command = [sys.executable, "-m", "aha.cli", *map(str, arguments)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
-    return subprocess.run(command, capture_output=True, text=True, env=environment)
+    return launch.finished([sys.executable, "-m", "aha.cli", *arguments], OMP_NUM_THREADS="1", COLUMNS="200")
 
 
 def fails(done, message):

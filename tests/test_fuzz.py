@@ -8,24 +8,22 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from unittest import mock
 
 import pytest
 
 from . import fuzz
+from .launch import finished
 
-ROOT = Path(__file__).parents[1]
 TIME = 40 * max(1, int(os.environ.get("AHA_FUZZ") or 25) // 25)
 
 
 @pytest.fixture(scope="module")
 def run() -> subprocess.CompletedProcess:
     """The calls, in a process whose memory is limited, and whose crash is only its own."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    environment.setdefault("AHA_FUZZ", "25")
+    calls = os.environ.get("AHA_FUZZ", "25")
     command = [sys.executable, "-m", "tests.fuzz"]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=10 * TIME)
+    return finished(command, timeout=10 * TIME, OMP_NUM_THREADS="1", AHA_FUZZ=calls)
 
 
 def test_every_call_is_answered(run):

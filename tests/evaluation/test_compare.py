@@ -4,7 +4,6 @@ import dataclasses
 import json
 import math
 import os
-import subprocess
 import sys
 
 import PIL.Image
@@ -22,6 +21,7 @@ from aha.metrics import PROTOCOLS, Protocol, Suite, catalog
 from aha.source import Source
 from aha.store import Memory, Packs, pack_maps, unpack_maps
 
+from .. import launch
 from ..toys import SmallNet, wide
 
 SHORT = Protocol("short", points=5)
@@ -423,16 +423,9 @@ if done is not None:
 def test_two_processes_give_exactly_the_numbers_of_one(tmp_path):
     script = tmp_path / "run.py"
     script.write_text(DISTRIBUTED)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     for count in (1, 2):
-        done = subprocess.run(
-            [*command, f"--nproc-per-node={count}", str(script), str(tmp_path / f"{count}")],
-            capture_output=True,
-            text=True,
-            env=environment,
-            timeout=300,
-        )
+        command = [*launch.several(count), script, tmp_path / f"{count}"]
+        done = launch.finished(command, timeout=300, CUDA_VISIBLE_DEVICES="")
         assert done.returncode == 0, done.stderr
         assert len(list((tmp_path / f"{count}").rglob("*.pack"))) == count
     assert (tmp_path / "1" / "table").read_text() == (tmp_path / "2" / "table").read_text()

@@ -31,7 +31,7 @@ from aha.metrics import Protocol
 from aha.source import Source
 from aha.store import Packs
 
-from .. import faults
+from .. import faults, launch
 
 SHORT = Protocol("short", points=4, references=("black",))
 METHODS = ("random", "input_x_gradient")
@@ -177,10 +177,6 @@ def test_a_disk_that_refuses(tmp_path, whole, reason, words):
 
 def kinds(folder):
     return sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
-
-
-def flip(path, at):
-    faults.flipped(path, int(at * 8 * path.stat().st_size))
 
 
 DAMAGE = {
@@ -419,15 +415,13 @@ if done is not None:
 def start(output, *arguments, processes=0, slowly=0.0):
     script = output.parent / "script.py"
     script.write_text(SCRIPT)
-    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes else []
-    environment = {k: v for k, v in os.environ.items() if k != "ACCELERATE_USE_CPU"}
-    environment |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(Path(__file__).parents[2])}
+    launcher = launch.several(processes) if processes else [sys.executable]
     return subprocess.Popen(
-        [sys.executable, *launch, str(script), str(output), str(slowly), *arguments],
+        [*launcher, str(script), str(output), str(slowly), *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env=environment,
+        env=launch.environment(OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES=""),
         start_new_session=True,
     )
 

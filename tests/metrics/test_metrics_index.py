@@ -1,7 +1,6 @@
 """Rows that carry the index of their image: repetitions, order, processes."""
 
 import json
-import os
 import random
 import subprocess
 import sys
@@ -13,6 +12,8 @@ from aha.classifier import Classifier
 from aha.metrics import ConfidenceChange, DeletionInsertion, Localization, Monotonicity, Protocol
 from aha.metrics.state import mean
 from tests.toys import SmallNet
+
+from .. import launch
 
 SHORT = Protocol("short", points=5, metrics=("deletion", "insertion", "ins_minus_del", "adp", "pic", "monotonicity"))
 KINDS = (DeletionInsertion, ConfidenceChange, Monotonicity, Localization)
@@ -150,11 +151,10 @@ torch.distributed.destroy_process_group()
 def test_two_processes_measure_as_one(tmp_path):
     """7 images on 2 processes: one is padded. JSON keeps every bit of a float."""
     written = tmp_path / "two.json"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}
     processes = [
         subprocess.Popen(
             [sys.executable, "-c", SCRIPT, str(tmp_path / "store"), str(rank), str(written)],
-            env=environment,
+            env=launch.environment(OMP_NUM_THREADS="1"),
             stderr=subprocess.PIPE,
             text=True,
         )

@@ -6,8 +6,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import threading
 import warnings
 
@@ -21,7 +19,7 @@ from aha import lock
 from aha.data import ImageFolder
 from aha.training import checkpoint
 
-from .. import faults
+from .. import faults, launch
 from ..toys import TINY_DECODER, tiny_classifier
 from .test_training import Images
 
@@ -381,7 +379,7 @@ import os, signal, sys, torch
 from tests.training.test_faults import Signalled, train
 asked = sys.argv[2] == "asked" and os.environ["RANK"] == "1"  # one of two is told to end
 try:
-    train(sys.argv[1], data=Signalled(signal.SIGTERM, 4 if asked else -1), resume=True, save_every=0)
+    train(sys.argv[1], data=Signalled(signal.SIGTERM, 2 if asked else -1), resume=True, save_every=0)
 finally:
     torch.distributed.destroy_process_group()  # which gloo wants before the interpreter ends
 """
@@ -390,12 +388,10 @@ finally:
 @pytest.mark.slow
 def test_a_signal_to_one_of_two_processes_ends_both_at_one_step(tmp_path):
     (tmp_path / "script.py").write_text(SCRIPT)
-    environment = {**os.environ, "PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 
     def run(output, how):
-        command = [*launch, str(tmp_path / "script.py"), str(output), how]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+        command = [*launch.several(2), tmp_path / "script.py", output, how]
+        done = launch.finished(command, ACCELERATE_USE_CPU="true")
         return done.returncode, done.stderr
 
     code, said = run(tmp_path / "asked", "asked")

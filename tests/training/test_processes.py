@@ -1,14 +1,12 @@
 """Several processes: they train and measure as one does, go on from one another's checkpoints, and end together."""
 
 import json
-import os
 import re
 import signal
 import socket
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,23 +17,17 @@ from aha import processes
 from aha.evaluation import Records
 from aha.training.trainer import places
 
+from .. import launch
+from ..launch import ROOT, environment, finished
 from .together import TRAININGS, measure, train
 
-ROOT = Path(__file__).parents[2]
 HALF = "checkpoints/step_00000010"
 TIMES = {"seconds_per_image", "images_per_second", "data_wait"}
 
 
-def environment(**more):
-    """Nothing that a launcher or a test of accelerate might have left, and no variable but these."""
-    kept = {name: value for name, value in os.environ.items() if name.split("_")[0] not in ("ACCELERATE", "OMP")}
-    return {**kept, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", **more}
-
-
 def torchrun(*arguments):
     """What torchrun prints, of which the launcher's own lines are left out."""
-    command = [sys.executable, "-m", "torch.distributed.run", *map(str, arguments)]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=170, cwd=ROOT)
+    done = finished(launch.torchrun(*arguments))
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
