@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import sys
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -14,12 +17,14 @@ from .terminal import CommandError, failed
 
 if TYPE_CHECKING:
     from .classifier import Classifier
+    from .evaluation import Comparison
     from .explainer import Explainer
     from .source import Source
 
 Fit = Literal["crop", "pad", "tile"]  # that of aha.data.photograph, which is slow to import
 Preset = Literal["fast", "default", "best"]  # those of aha.refinement, likewise
 STEP = 640  # of the overlays of a refinement, which stand side by side
+SINGLE = ("demo", "plan")  # commands that do not share their work
 
 COMMANDS = {
     "demo": "train an explainer for the demo classifier, evaluate it against the baselines, write a report",
@@ -248,15 +253,18 @@ def compare(
         for i in range(len(sources))
     ]
     options: dict[str, Any] = {"strict": not everything, "batch_size": batch_size, "seed": seed}
+    console = terminal.console()
+
+    def write(done: Comparison) -> None:
+        try:
+            pages.write(done, output)
+        except ImportError as error:  # tables and numbers are written before it needs the extra
+            console.print(f"no figures and no report.html: {error}")
+
     with terminal.progress() as bar:
-        done = run(sources, rows, output, settings, target, progress=bar, **options)
+        done = run(sources, rows, output, settings, target, progress=bar, finish=write, **options)
     if done is None:  # another process writes
         return
-    console = terminal.console()
-    try:
-        pages.write(done, output)
-    except ImportError as error:  # tables and numbers are written before it needs the extra
-        console.print(f"no figures and no report.html: {error}")
     for result in done.results.values():
         console.print(tables.of(result).to_rich())
     for line in done.skipped:
@@ -307,11 +315,13 @@ def reproduce(
         raise ValueError(f"{experiment} needs ImageNet: give --data FOLDER, or try --scale small or --dry-run")
     source = "scenes" if small else str(data)
     setting = run.Setting(scale, source, output, weights, encoder_weights, masks, images, batch_size, workers, seed)
+    main = processes.join().is_main_process
     if dry_run:
-        estimate.main(experiment, setting)
+        if main:
+            estimate.main(experiment, setting)
         return
     page = run.reproduce(experiment, setting)
-    if processes.join().is_main_process:
+    if main:
         print(f"results written to {page}")
 
 
@@ -397,26 +407,26 @@ def _evaluate(
     seed: int,
     skipped: list[str],
 ) -> None:
-    from . import processes, terminal
+    from . import lock, processes, terminal
     from .evaluation import evaluate
     from .report import figures, html, tables
 
-    output.mkdir(parents=True, exist_ok=True)  # before hours of measuring
     main = processes.join().is_main_process
-    with terminal.progress(disable=not main) as bar:
-        result = evaluate(classifier, methods, data, target=target, batch_size=batch_size, seed=seed, progress=bar)
-    if not main:  # another process writes
-        return
-    result.write(output)
     console = terminal.console()
-    console.print(tables.of(result).to_rich())
-    try:
-        summary = result.summary()
-        figures.curves(result.curves, output / "figures" / "curves.png", summary=summary)
-        figures.bars(summary, "ins_minus_del", output / "figures" / "ins_minus_del.png")
-        html.write(output)
-    except ImportError as error:  # of the extra
-        console.print(f"no figures and no report.html: {error}")
+    with lock.held(output) if main else nullcontext():  # before hours of measuring
+        with terminal.progress(disable=not main) as bar:
+            result = evaluate(classifier, methods, data, target=target, batch_size=batch_size, seed=seed, progress=bar)
+        if not main:  # another process writes
+            return
+        result.write(output)
+        console.print(tables.of(result).to_rich())
+        try:
+            summary = result.summary()
+            figures.curves(result.curves, output / "figures" / "curves.png", summary=summary)
+            figures.bars(summary, "ins_minus_del", output / "figures" / "ins_minus_del.png")
+            html.write(output)
+        except ImportError as error:  # of the extra
+            console.print(f"no figures and no report.html: {error}")
     for line in skipped:
         console.print(f"skipped {line}")
     console.print(f"results written to {output}")
@@ -501,6 +511,7 @@ def _explain(
     from . import overlays, photograph, processes
     from .checks import check_integer, check_number, check_target
     from .data import find_images, output_names
+    from .files import WriteError, write_atomically, writing
 
     if steps is not None:
         check_integer("steps", steps, 0)
@@ -511,16 +522,21 @@ def _explain(
     if target is not None:
         check_target(target, 1, classifier.num_classes, classifier.device)
     bad: list[str] = []
-    output.mkdir(parents=True, exist_ok=True)
+    with writing(output):
+        output.mkdir(parents=True, exist_ok=True)
     state = processes.join()
     own = list(zip(files, output_names(files), strict=True))[state.process_index :: state.num_processes]
     for file, name in track(own, "explaining", disable=len(files) < 2 or not state.is_main_process):
         try:
             found = photograph.explain(file, classifier, make_maps, target, fit)
             maps = found.maps if every_step else found.maps[-1:]
-            np.save(output / f"{name}.npy", maps if every_step else maps[0])
+            content = io.BytesIO()
+            np.save(content, maps if every_step else maps[0])
+            write_atomically(output / f"{name}.npy", content.getvalue())
             caption, side = found.caption(), STEP if every_step else photograph.LONGEST
             overlays.save_figure(found.picture, maps, output / f"{name}.png", caption, found.kept, side)
+        except WriteError:  # nor could the others be kept
+            raise
         except (ValueError, OSError) as error:  # of this image; the others go on
             bad.append(str(error) if str(file) in str(error) else f"{file}: {error}")
             continue
@@ -559,7 +575,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"aha: no command {name!r}: choose one of {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
     try:
-        _run(name, rest)
+        with _warnings_in_a_line():
+            _run(name, rest)
     except KeyboardInterrupt as error:
         print(f"aha: interrupted{f' by {error}' if str(error) else ''}", file=sys.stderr)
         return 130
@@ -574,6 +591,20 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"aha {name}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
     return 0
+
+
+@contextmanager
+def _warnings_in_a_line() -> Iterator[None]:
+    """Warnings without the place in the code that they come from."""
+
+    def show(message: Warning | str, *_: Any, **__: Any) -> None:
+        print(f"aha: warning: {' '.join(str(message).split())}", file=sys.stderr)
+
+    before, warnings.showwarning = warnings.showwarning, show
+    try:
+        yield
+    finally:
+        warnings.showwarning = before
 
 
 def _run(name: str, arguments: list[str]) -> None:
@@ -597,6 +628,8 @@ def _run(name: str, arguments: list[str]) -> None:
 
         commands["plan"] = command
     if told("WORLD_SIZE") > 1:
+        if name in SINGLE:
+            raise ValueError(f"{name} is the work of one process: start it without torchrun or accelerate launch")
         from . import processes
 
         processes.join()  # which gives each its GPU

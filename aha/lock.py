@@ -41,9 +41,7 @@ def held(folder: str | Path) -> Iterator[None]:
     path = folder / NAME
     with writing(path):
         folder.mkdir(parents=True, exist_ok=True)
-        descriptor = _locked(path) if fcntl is not None else None
-        if descriptor is None:
-            descriptor = _created(path)
+        descriptor = _taken(path)
     _descriptors.add(descriptor)
     try:
         yield
@@ -56,39 +54,47 @@ def held(folder: str | Path) -> Iterator[None]:
             os.close(descriptor)
 
 
-def _locked(path: Path) -> int | None:
-    """A descriptor with the kernel's lock on ``path``; None where the file system has none."""
+def _taken(path: Path) -> int:
+    """A descriptor of ``path`` with the kernel's lock on it.
+
+    Where the file system has none: of a file that was not there, or that names a process of this host that has ended.
+    """
     while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if _same(descriptor, path):  # else its last holder has just removed it
-                _sign(descriptor)
+            descriptor, new = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644), True
+        except FileExistsError:
+            try:
+                descriptor, new = os.open(path, os.O_RDWR), False
+            except FileNotFoundError:  # its last holder has just removed it
+                continue
+        try:
+            if _mine(descriptor, path, new):
+                _sign(descriptor, path)
                 return descriptor
-        except BlockingIOError as error:
+        except BaseException:
             os.close(descriptor)
-            raise _refusal(path) from error
-        except OSError as error:
-            os.close(descriptor)
-            if error.errno in _UNSUPPORTED:
-                return None
             raise
         os.close(descriptor)
 
 
-def _created(path: Path) -> int:
-    """A descriptor of ``path``, which did not exist, or which names a process of this host that has ended."""
-    while True:
-        try:
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
-        except FileExistsError:
-            host, process = _holder(path)
-            if host != socket.gethostname() or _lives(process):
-                raise _refusal(path) from None
-            path.unlink(missing_ok=True)
-            continue
-        _sign(descriptor)
-        return descriptor
+def _mine(descriptor: int, path: Path, new: bool) -> bool:
+    """Whether the open file is this process's lock; else it has been removed."""
+    try:
+        if fcntl is not None:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return _same(descriptor, path)
+    except BlockingIOError as error:
+        raise _refusal(path) from error
+    except OSError as error:
+        if error.errno not in _UNSUPPORTED:
+            raise
+    if new:
+        return True
+    host, process = _holder(path)
+    if host != socket.gethostname() or _lives(process):
+        raise _refusal(path)
+    path.unlink(missing_ok=True)
+    return False
 
 
 def _same(descriptor: int, path: Path) -> bool:
@@ -100,9 +106,14 @@ def _same(descriptor: int, path: Path) -> bool:
     return (here.st_dev, here.st_ino) == (there.st_dev, there.st_ino)
 
 
-def _sign(descriptor: int) -> None:
-    os.ftruncate(descriptor, 0)
-    os.write(descriptor, f"{socket.gethostname()} {os.getpid()}\n".encode())
+def _sign(descriptor: int, path: Path) -> None:
+    try:
+        os.ftruncate(descriptor, 0)
+        os.write(descriptor, f"{socket.gethostname()} {os.getpid()}\n".encode())
+    except OSError:  # one that names nobody would hold for ever where it is itself the lock
+        with suppress(OSError):
+            path.unlink()
+        raise
 
 
 def _holder(path: Path) -> tuple[str, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from .checks import MOST_SIDE, check_integer, checked
+from .files import write_atomically
 from .kernels.messages import short
 
 SMALL = 96  # images up to this side are enlarged by repeating pixels: their pixels are what is ranked
@@ -85,6 +87,7 @@ def save_figure(
 
     Raises:
         ValueError: in one line, for a shape that does not fit, or a map without a finite value.
+        WriteError: in one line, for a full disk or a folder that cannot be written to.
     """
     picture = image if isinstance(image, Image.Image) else Image.fromarray(np.asarray(image))
     picture = picture.convert("RGB")
@@ -105,8 +108,10 @@ def save_figure(
     gap = np.full((len(panels[0]), GAP, 3), 255, dtype=np.uint8)
     body = np.concatenate([part for panel in panels for part in (gap, panel)][1:], axis=1)
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _captioned(body, caption, low, high).save(path, compress_level=3)  # a third of the time of 6, a tenth larger
+    content = io.BytesIO()
+    figure = _captioned(body, caption, low, high)
+    figure.save(content, "PNG", compress_level=3)  # a third of the time of 6, a tenth larger
+    write_atomically(path, content.getvalue())
     return path
 
 

@@ -106,6 +106,32 @@ def gathered(items: list[Any]) -> list[Any]:
         return gather_object(items) if state.num_processes > 1 else items
 
 
+@contextmanager
+def alone() -> Iterator[None]:
+    """What is done inside waits for nobody: that another process has ended is met afterwards."""
+    watch = _watch[0] if _watch else None
+    if watch is None:
+        yield
+        return
+    depth, watch.depth = watch.depth, 0
+    try:
+        yield
+    finally:
+        watch.depth = depth
+
+
+def any_asked(number: int) -> int:
+    """The signal that asks this process to end, which is ``number``, or a few seconds later any other; 0: none does.
+
+    Others hear of it between collectives, each when it asks here; they have to agree in one before they act on it.
+    """
+    watch = _watch[0] if _watch else None
+    if watch is None:
+        return number
+    watch.asked = max(watch.asked, number)
+    return number or watch.heard
+
+
 def _lost(error: BaseException) -> bool:
     """Whether a collective failed for want of a peer; gloo has no type for it."""
     text = str(error)
@@ -121,6 +147,7 @@ class _Watch:
 
     def __init__(self, group: dist.ProcessGroup):
         self.depth = 0
+        self.asked = self.heard = 0  # signals, here and anywhere
         self._over = self._told = self._lost = False
         self._group = group
         self._stop = threading.Event()
@@ -138,13 +165,16 @@ class _Watch:
         """No longer; where it ``failed``, the others hear of it with the next beat, if this process lives that long."""
         self.depth -= 1
         self._over = self._over or failed
+        if self.depth == 0:
+            self.asked = self.heard = 0
 
     def _beat(self) -> None:
         while not self._lost and not self._stop.wait(BEAT):
             try:
-                over = torch.tensor(int(self._over))
-                dist.all_reduce(over, op=dist.ReduceOp.MAX, group=self._group)
-                self._told = bool(over)
+                news = torch.tensor([int(self._over), self.asked])
+                dist.all_reduce(news, op=dist.ReduceOp.MAX, group=self._group)
+                over, heard = news.tolist()
+                self._told, self.heard = bool(over), heard
             except RuntimeError:
                 self._lost = True
 

@@ -4,8 +4,10 @@ import dataclasses
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
+import warnings
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
@@ -13,11 +15,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from aha import cli
+from aha import cli, lock
 from aha.attributors import available
 from aha.data.photograph import Fit
 from aha.evaluation import Records
 from aha.metrics import PROTOCOLS
+from aha.report import html
+
+from . import faults
 
 from . import launch
 
@@ -166,7 +171,7 @@ def test_explain_needs_no_matplotlib(trained, photos, tmp_path):
     arguments = ["explain", *map(str, (photos / "0.png", "--explainer", trained, "--output", tmp_path))]
     code = f"""
 import sys
-from aha import cli
+from aha import cli, lock
 assert cli.main({arguments!r}) == 0
 sys.exit(any(name in sys.modules for name in ("matplotlib", "torchmetrics", "transformers")))
 """
@@ -327,6 +332,60 @@ def test_train_bad_input(photos, tmp_path):
     assert fails(aha(*train, "--encoder", "vit_of_nowhere"), "timm has no model")
     assert fails(aha(*train, "--data", photos, "--holdout", "3"), "cannot hold out 3 of 3")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("command", ["demo", "plan"])
+def test_commands_of_one_process_are_not_done_twice(command, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert fails(aha(command), f"aha {command}: error: {command} is the work of one process: start it without torchrun")
+
+
+def test_a_warning_is_a_line(monkeypatch):
+    shown = warnings.showwarning
+
+    def warn(*_):
+        warnings.warn("what\n  to know", stacklevel=1)
+
+    monkeypatch.setattr(cli, "_run", warn)
+    assert aha("list").stderr == "aha: warning: what to know\n"
+    assert warnings.showwarning is shown
+
+
+def test_one_evaluation_at_a_time_in_a_folder(tmp_path, monkeypatch):
+    evaluate = ["evaluate", "--classifier", "scenes", "--steps", 0, "--limit", 2, "--output", tmp_path]
+    with lock.held(tmp_path):
+        assert fails(aha(*evaluate), f"{tmp_path} is in use by process {os.getpid()}")
+    write = html.write
+    taken = []
+
+    def in_use(folder):
+        taken.append((folder / lock.NAME).is_file())
+        return write(folder)
+
+    monkeypatch.setattr(html, "write", in_use)
+    assert aha(*evaluate).returncode == 0
+    compare = ["compare", "--methods", "random", "--limit", 2, "--output", tmp_path / "compared"]
+    assert aha(*compare).returncode == 0
+    assert taken == [True, True]  # until the last page is there
+    assert not [*tmp_path.rglob(lock.NAME)]
+
+
+@pytest.mark.parametrize("command", [["explain"], ["refine", "--steps", "1"]])
+def test_a_full_disk_keeps_whole_maps_and_ends_the_rest(photos, tmp_path, command):
+    output = tmp_path / "maps"
+    arguments = [*command, photos, "--classifier", "scenes", "--output", output]
+    changes = faults.changes(lambda: aha(*arguments), output)
+    assert sum("replace" in change for change in changes) == 6  # a map and an overlay for each of three
+    for number in range(0, len(changes), 4):
+        shutil.rmtree(output, ignore_errors=True)
+        done = faults.refused(lambda: aha(*arguments), output, number).value
+        assert fails(done, "cannot be written, the disk is full: free some space, or give another folder")
+        assert len(done.stderr.splitlines()) == 1
+        assert not [*output.glob(".*")]
+        for path in output.glob("*.npy"):
+            assert np.isfinite(np.load(path)).any()
+        for path in output.glob("*.png"):
+            Image.open(path).load()
 
 
 def test_explain_with_the_universal_explainer(photos, tmp_path):

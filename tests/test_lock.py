@@ -59,6 +59,16 @@ def test_without_locks_the_file_is_one(tmp_path, other, monkeypatch):
         pass
 
 
+def test_without_locks_a_new_folder_is_taken(tmp_path, monkeypatch):
+    without_locks(monkeypatch)
+    for _ in range(2):
+        with lock.held(tmp_path / "new"):
+            assert lock._holder(tmp_path / "new" / lock.NAME) == (socket.gethostname(), os.getpid())
+            with pytest.raises(lock.FolderInUseError), lock.held(tmp_path / "new"):
+                pass
+    assert not [*(tmp_path / "new").iterdir()]
+
+
 def test_a_process_of_another_host_is_not_taken_for_dead(tmp_path, monkeypatch):
     without_locks(monkeypatch)
     (tmp_path / lock.NAME).write_text("elsewhere 4\n")
@@ -103,3 +113,20 @@ def test_a_folder_that_cannot_be_made(tmp_path):
     with refusal as caught, lock.held(tmp_path / "file"):
         pass
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("locks", [True, False])
+def test_a_full_disk_leaves_no_lock_behind(tmp_path, locks, monkeypatch):
+    if not locks:
+        without_locks(monkeypatch)
+
+    def refuse(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as full:
+        full.setattr(lock.os, "write", refuse)
+        with pytest.raises(OSError, match="the disk is full"), lock.held(tmp_path):
+            pass
+    assert not list(tmp_path.iterdir())
+    with lock.held(tmp_path):
+        pass

@@ -15,7 +15,7 @@ from ..classifier import Classifier, from_name
 from ..data import Scenes
 from ..evaluation import Evaluation, evaluate
 from ..explainer import Explainer
-from ..files import write_json
+from ..files import write_json, writing
 from ..refinement import refine
 from ..report import figures, html, tables
 from ..training import TrainConfig, Trainer
@@ -51,11 +51,12 @@ def main(output: Path, scenes: int = 128, steps: int | None = None, seed: int = 
     """
     console = terminal.console()
     seconds: dict[str, float] = {}
+    with writing(output):
+        (output / "figures").mkdir(parents=True, exist_ok=True)
     clf = from_name("scenes").to("cuda" if torch.cuda.is_available() else "cpu")
     console.rule("1/5 photographs, an ImageNet classifier, and the explainer that ships: nothing is trained")
     with _timed(seconds, "photographs"):
         first = photographs.page(clf.device)
-        (output / "figures").mkdir(parents=True, exist_ok=True)
         picture = photographs.draw(first, output / "figures" / "photographs.png")
     console.print(f"{picture}: insertion − deletion, mean of {len(first.titles)} photographs")
     for name, values in first.scores.items():

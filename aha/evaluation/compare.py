@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import signal
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -91,6 +91,7 @@ def compare(
     seed: int = 0,
     internal_batch_size: int = INTERNAL_BATCH_SIZE,
     progress: Progress | None = None,
+    finish: Callable[[Comparison], object] | None = None,
 ) -> Comparison | None:
     """Measure ``methods`` on the classifiers and images of ``sources``, continuing what ``output`` holds.
 
@@ -112,6 +113,7 @@ def compare(
         seed: of the methods, of the choice of images (``Source.limit``) and of the bootstrap.
         internal_batch_size: perturbed images in one forward pass of the metrics.
         progress: told of what is done, e.g. a bar of `aha.terminal.progress`.
+        finish: what the main process does with the comparison before another may work in ``output``, such as write it.
 
     Returns:
         The comparison, on the main process; None on the others.
@@ -145,7 +147,10 @@ def compare(
                 state.wait_for_everyone()
                 kept, skipped = _measured_all(sources, per_source, setting)
             # the others may end now
-            return _results(kept, skipped, setting)
+            done = _results(kept, skipped, setting)
+            if finish is not None:
+                finish(done)
+            return done
     except BaseException:
         if made:
             with suppress(OSError):  # bad settings leave no empty folder
@@ -162,11 +167,11 @@ def _measured_all(
     """(classifier, target) → the pieces of all processes, and what was skipped."""
     kept: Kept = {}
     skipped: list[str] = []
-    for source, specs in zip(sources, per_source, strict=True):
-        # one classifier at a time: what follows needs none
-        for pieces in _measured(source, specs, setting, {model for model, _ in kept}, skipped):
-            kept.setdefault((pieces.classifier, pieces.target), []).append(pieces)
-    setting.state.wait_for_everyone()
+    with signals.noticed() as asked:
+        for source, specs in zip(sources, per_source, strict=True):
+            # one classifier at a time: what follows needs none
+            for pieces in _measured(source, specs, setting, {model for model, _ in kept}, skipped, asked):
+                kept.setdefault((pieces.classifier, pieces.target), []).append(pieces)
     return kept, skipped
 
 
@@ -201,7 +206,12 @@ class _Setting:
 
 
 def _measured(
-    source: Source, specs: Sequence[MethodSpec], setting: _Setting, known: Collection[str], skipped: list[str]
+    source: Source,
+    specs: Sequence[MethodSpec],
+    setting: _Setting,
+    known: Collection[str],
+    skipped: list[str],
+    asked: signals.Asked,
 ) -> list[Pieces]:
     """The pieces of one classifier: of the first protocol's images, then of those that others crop otherwise."""
     state, presets = setting.state, setting.presets
@@ -245,19 +255,26 @@ def _measured(
                 )
             )
     announce = announcing(setting.progress if state.is_main_process else None, *engines)
-    with signals.noticed() as asked:
 
-        def unless_asked(method: str, images: int) -> None:
-            # called between two records: the one at work is kept
-            announce(method, images)
-            if asked.signal:
-                message = f"{signals.name(asked.signal)}; what was finished is kept, run again to go on"
-                by_hand = asked.signal == signal.SIGINT
-                raise KeyboardInterrupt(message) if by_hand else signals.Interrupted(message)
+    def unless_asked(method: str, images: int) -> None:
+        # called between two records: the one at work is kept
+        announce(method, images)
+        if number := processes.any_asked(asked.signal):
+            asked.signal = number
+            raise _Ended
 
+    with suppress(_Ended):
         for engine in engines:
             engine.run(unless_asked)
+    # every process has finished its record: they end together
+    if number := max(processes.gathered([asked.signal])):
+        message = f"{signals.name(number)}; what was finished is kept, run again to go on"
+        raise KeyboardInterrupt(message) if number == signal.SIGINT else signals.Interrupted(message)
     return [engine.pieces for engine in engines]
+
+
+class _Ended(Exception):
+    """A signal asks the comparison to end."""
 
 
 def by_preprocessing(presets: Sequence[Protocol], source: Source) -> dict[Preprocessing | None, list[Protocol]]:

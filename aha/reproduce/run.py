@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .. import shortcut, terminal
+from .. import processes, shortcut, terminal
 from ..attributors import MethodSpec
 from ..classifier import RANDOM
 from ..data import ImageFolder, Scenes
@@ -16,7 +16,9 @@ from ..demo import shortcut as demo_shortcut
 from ..evaluation import Comparison, compare
 from ..explainer import Explainer
 from ..explainer.decoder import DecoderConfig
+from ..explainer.explainer import CONFIG_FILE
 from ..files import slug, write_json
+from ..lock import held
 from ..report import comparison as pages
 from ..report import figures, html
 from ..source import Source
@@ -132,9 +134,10 @@ def reproduce(name: str, setting: Setting) -> Path:
         done.pieces.update(part.pieces)
         done.skipped += part.skipped
     published = {clf: figures for clf, figures in experiment.published.items() if not setting.small}
-    pages.write(done, folder, title=f"{name}: {experiment.title}", published=published)
-    if experiment.kind == "ablation":
-        _draw_ablation(experiment, done, folder)
+    with held(folder):
+        pages.write(done, folder, title=f"{name}: {experiment.title}", published=published)
+        if experiment.kind == "ablation":
+            _draw_ablation(experiment, done, folder)
     for line in (*done.skipped, *done.failures):
         terminal.console().print(line)
     return folder
@@ -189,7 +192,7 @@ def train(source: Source, setting: Setting, variant: catalog.Variant) -> Path:
     """The folder of the explainer of a classifier, trained or resumed where it is not there yet."""
     label = "-".join(filter(None, (source.classifier, variant.name)))
     folder = setting.output / "explainers" / slug(label)
-    if not (folder / "explainer").is_dir():
+    if not (folder / "explainer" / CONFIG_FILE).is_file():  # written last
         clf = source.load_classifier()
         explainer = Explainer.build(
             clf, encoder(setting), setting.encoder_weights, decoder=decoder(setting), evidence=False
@@ -202,7 +205,10 @@ def train(source: Source, setting: Setting, variant: catalog.Variant) -> Path:
 def _shortcut(experiment: Experiment, setting: Setting, folder: Path) -> Path:
     source = setting.source(experiment.classifiers[0], experiment)
     clf = source.load_classifier()
-    explainer = Explainer.from_pretrained(train(source, setting, experiment.explainers[0]), clf).to(clf.device)
+    trained = train(source, setting, experiment.explainers[0])
+    if not processes.join().is_main_process:
+        return folder
+    explainer = Explainer.from_pretrained(trained, clf).to(clf.device)
     if setting.small:
         found = demo_shortcut.experiment(explainer, clf, scenes=setting.images or 8, seed=setting.seed)
     else:
@@ -210,9 +216,9 @@ def _shortcut(experiment: Experiment, setting: Setting, folder: Path) -> Path:
         held_out = ImageFolder(setting.data, image_size=clf.input_size[0], split="val")
         tuned = shortcut.plant(clf, data, SHORTCUT_CLASS, workers=setting.workers, seed=setting.seed)
         found = shortcut.experiment(explainer, tuned, held_out, SHORTCUT_CLASS, setting.images or 64)
-    folder.mkdir(parents=True, exist_ok=True)
-    figures.refinement(found.images, found.trail, folder / "shortcut.png")
-    write_json(folder / "shortcut.json", found.numbers)
+    with held(folder):
+        figures.refinement(found.images, found.trail, folder / "shortcut.png")
+        write_json(folder / "shortcut.json", found.numbers)
     return folder
 
 

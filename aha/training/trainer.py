@@ -11,7 +11,7 @@ import uuid
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import ExitStack, closing, nullcontext
+from contextlib import ExitStack, closing, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
@@ -49,6 +49,7 @@ from ..regions import Regions, default_cells, draw, grid
 from ..shapley import ShapleyObjective
 from . import checkpoint, signals
 from .checkpoint import Checkpoint
+from .events import Events
 from .schedule import learning_rate, temperature
 
 # (start, end, schedule, noise): `free` as published, `standardized` as measured in bench/results
@@ -430,8 +431,9 @@ class Trainer:
         )
         if self.kept is None or self.kept.name != checkpoint.name(self.step):
             self._save()
-        if self.folder is not None and self.accelerator.is_main_process:
-            self.explainer.save_pretrained(self.folder / "explainer")
+        if self.folder is not None:
+            written = self.folder / "explainer"
+            self._by_main(lambda: self.explainer.save_pretrained(written))
         self.accelerator.wait_for_everyone()
         return self.explainer
 
@@ -602,7 +604,8 @@ class Trainer:
         found, problem = None, None
         if self.accelerator.is_main_process:
             try:
-                found = work()
+                with processes.alone():  # a file that is being written is finished
+                    found = work()
             except (ValueError, OSError) as error:
                 problem = error
         if self.accelerator.num_processes > 1:
@@ -638,18 +641,18 @@ class Trainer:
         if self.folder is None:
             return
         folder = self.folder / "checkpoints"
-        if self.accelerator.is_main_process:
-            found = Checkpoint(
-                run=self.run,
-                step=self.step,
-                made=self._identity(),
-                decoder=self.explainer.decoder.state_dict(),
-                optimizer=self.optimizer.state_dict(),
-                curves=self.curves.state_dict(),
-                failures=failures,
-                world=self.accelerator.num_processes,
-            )
-            checkpoint.save(folder, found)
+        found = Checkpoint(
+            run=self.run,
+            step=self.step,
+            made=self._identity(),
+            decoder=self.explainer.decoder.state_dict(),
+            optimizer=self.optimizer.state_dict(),
+            curves=self.curves.state_dict(),
+            failures=failures,
+            world=self.accelerator.num_processes,
+        )
+        # nobody goes on, or ends, before it is there
+        self._by_main(lambda: checkpoint.save(folder, found))
         self.kept = folder / checkpoint.name(self.step)
 
     def _identity(self) -> dict[str, Any]:
@@ -864,15 +867,13 @@ class Log:
         self.bar = Progress(*columns, TextColumn("{task.fields[note]}"), disable=not progress)
         self.bar.start()
         self.task = self.bar.add_task("training", total=total, completed=step, note="")
-        self.writer = self.file = None
+        self.events = self.file = None
         if folder is not None:
-            from torch.utils.tensorboard import SummaryWriter
-
             path = folder / "log.jsonl"
             with files.writing(path):
                 folder.mkdir(parents=True, exist_ok=True)
                 _forget(path, step)
-                self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+                self.events = Events(folder / "tensorboard", step + 1)
                 self.file = open(path, "a", buffering=1)  # noqa: SIM115 - closed in close()
         self.images, self.waited, self.since = 0, 0.0, time.perf_counter()
 
@@ -895,10 +896,9 @@ class Log:
         passed = max(1e-9, now - self.since)
         values = {**values, "images_per_second": self.images / passed, "data_wait": self.waited / passed}
         self.images, self.waited, self.since = 0, 0.0, now
-        if self.writer is not None and self.file is not None:
+        if self.events is not None and self.file is not None:
             with files.writing(self.file.name):
-                for name, value in values.items():
-                    self.writer.add_scalar(name, value, step)
+                self.events.write(step, values)
                 self.file.write(json.dumps({"step": step, **values}) + "\n")
         note = f"loss {values['loss']:.3g}"
         if {"insertion", "deletion"} <= values.keys():
@@ -908,10 +908,10 @@ class Log:
 
     def close(self) -> None:
         self.bar.stop()
-        if self.writer is not None:
-            self.writer.close()
-        if self.file is not None:
-            self.file.close()
+        for file in (self.events, self.file):
+            if file is not None:
+                with suppress(OSError):  # a line that could not be written was told
+                    file.close()
 
 
 def _forget(path: Path, step: int) -> None:

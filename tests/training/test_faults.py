@@ -15,15 +15,16 @@ import torch
 from PIL import Image
 
 import aha
-from aha import lock
+from aha import files, lock
 from aha.data import ImageFolder
 from aha.training import checkpoint
+from aha.training.trainer import Log
 
 from .. import faults, launch
 from ..toys import TINY_DECODER, tiny_classifier
 from .test_training import Images
 
-pytest.importorskip("torch.utils.tensorboard")  # here, not in every child
+pytest.importorskip("tensorboard.compat.proto.event_pb2")  # here, not in every child
 
 CONFIG = aha.TrainConfig(
     steps=3, batch_size=2, fractions=3, n_iters=3, targets=1, cells=(3, 4), save_every=1, log_every=1, precision="fp32"
@@ -317,6 +318,25 @@ def test_a_killed_worker_is_one_line(tmp_path):
     error = faults.forked(lambda: train(tmp_path, data=data, workers=1).step).error
     assert isinstance(error, ChildProcessError)
     assert re.fullmatch(r"a process that reads images was killed \(.*\), .*: give fewer workers; .*", str(error))
+
+
+def test_a_log_that_cannot_be_written_is_one_line(tmp_path, capfd):
+    os.symlink("/dev/full", tmp_path / "log.jsonl")
+    with pytest.raises(files.WriteError, match=r"log\.jsonl cannot be written, the disk is full: .*; no checkpoint"):
+        train(tmp_path)
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_events_that_cannot_be_written_are_one_line_at_once(tmp_path):
+    log = Log(tmp_path, 0, 2, progress=False)
+    log.write(1, {"loss": 1.0})
+    (path,) = (tmp_path / "tensorboard").iterdir()
+    with open("/dev/full", "wb", buffering=0) as full:
+        os.dup2(full.fileno(), log.events._file.fileno())
+        with pytest.raises(files.WriteError, match="the disk is full"):
+            log.write(2, {"loss": 1.0})
+    log.close()
+    assert path.stat().st_size > 0
 
 
 def test_a_loss_that_is_not_finite_keeps_nothing_bad(tmp_path):

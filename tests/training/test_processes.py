@@ -15,6 +15,7 @@ from PIL import Image
 
 from aha import processes
 from aha.evaluation import Records
+from aha.store import Packs
 from aha.training.trainer import places
 
 from .. import launch
@@ -255,3 +256,82 @@ def test_where_a_process_is_still_the_others_end_with_one_line(tmp_path):
         for process in started:
             process.kill()
     assert (tmp_path / "0.txt").read_text() == f"aha: error: {processes.ENDED}\n"
+
+
+# a run that is asked to end, on a disk that takes longer than the others wait for one that is gone
+ASKED = """
+import os, pathlib, signal, sys, time
+from aha import cli, processes
+from aha.store import Packs
+from aha.training import checkpoint
+
+processes.BEAT, processes.GRACE = 0.2, 0.5
+main, started = os.environ["RANK"] == "0", pathlib.Path(sys.argv[1])
+
+def slowly(work):
+    def call(*arguments):
+        started.with_name(f"{started.name}{os.environ['RANK']}").touch()
+        time.sleep(3 if main else 0.1)
+        return work(*arguments)
+    return call
+
+checkpoint.save, Packs.put = slowly(checkpoint.save), slowly(Packs.put)
+sys.exit(cli.main(sys.argv[2:]))
+"""
+TRAIN = ["train", "--classifier", "scenes", "--batch-size", 2, "--fractions", 3, "--targets", 1, "--limit", 8]
+TRAIN += ["--steps", 500, "--log-every", 1]
+COMPARE = ["compare", "--methods", "random", "--limit", 64, "--batch-size", 2]
+
+
+def asked(tmp_path, command, *more):
+    output = tmp_path / "output"
+    return output, by_hand(2, [sys.executable, "-c", ASKED, tmp_path / "at", *command, "--output", output], tmp_path)
+
+
+@pytest.mark.parametrize("to", [pytest.param((0, 1), marks=pytest.mark.slow), (1,)])
+def test_a_signal_waits_for_what_is_being_written(tmp_path, to):
+    output, started = asked(tmp_path, [*TRAIN, "--save-every", 0])
+    try:
+        waits((output / "log.jsonl").exists)
+        for rank in to:
+            started[rank].send_signal(signal.SIGTERM)
+        assert [process.wait(timeout=60) for process in started] == [75, 75]
+    finally:
+        for process in started:
+            process.kill()
+    (kept,) = (output / "checkpoints").iterdir()
+    for rank in range(2):
+        assert (tmp_path / f"{rank}.txt").read_text().rstrip().endswith(f"resume continues from {kept}")
+
+
+def test_a_checkpoint_at_work_is_finished_where_another_process_is_killed(tmp_path):
+    output, started = asked(tmp_path, [*TRAIN, "--save-every", 2])
+    try:
+        waits((tmp_path / "at0").exists)
+        started[1].send_signal(signal.SIGKILL)
+        assert started[0].wait(timeout=60) == 1
+    finally:
+        for process in started:
+            process.kill()
+    assert [path.name for path in (output / "checkpoints").iterdir()] == ["step_00000002"]
+    assert (tmp_path / "0.txt").read_text().splitlines()[-1] == f"aha train: error: {processes.ENDED}"
+
+
+@pytest.mark.parametrize("to", [pytest.param((0, 1), marks=pytest.mark.slow), (1,)])
+def test_a_signal_waits_for_the_record_of_every_process(tmp_path, to):
+    output, started = asked(tmp_path, COMPARE)
+    try:
+        waits((tmp_path / "at0").exists)
+        for rank in to:
+            started[rank].send_signal(signal.SIGTERM)
+        assert [process.wait(timeout=60) for process in started] == [75, 75]
+    finally:
+        for process in started:
+            process.kill()
+    (root,) = output.glob("cells/*/*")
+    store = Packs(root)
+    # batches in turn: the main process had begun its first one
+    measured = {int(key.split("/")[1]) for key in store._places if key.startswith("images/")}
+    assert {number for number in measured if number % 2 == 0} == {0}
+    assert {1} <= measured
+    assert not (output / ".lock").exists()

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import shutil
 import time
 
 import pytest
@@ -139,10 +140,24 @@ def test_it_learns(tmp_path):
 
 def test_tensorboard_reads_the_log(tmp_path):
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    fit(dataclasses.replace(CONFIG, output=str(tmp_path)))
-    events = accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
-    events.Reload()
-    assert [event.step for event in events.Scalars("loss")] == [2, 4, 6]
+    config = dataclasses.replace(CONFIG, output=str(tmp_path), save_every=4)
+    fit(config)
+
+    def steps():
+        events = accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
+        events.Reload()
+        assert [event.value for event in events.Scalars("loss")] == pytest.approx(
+            [json.loads(line)["loss"] for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+        )
+        return [event.step for event in events.Scalars("loss")]
+
+    assert steps() == [2, 4, 6]
+    (first,) = (tmp_path / "tensorboard").iterdir()
+    first.rename(first.with_name(first.name.replace("tfevents.", "tfevents.0")))  # of a while ago
+    # the steps after the checkpoint are made again, and shown once
+    shutil.rmtree(tmp_path / "checkpoints" / "step_00000006")
+    fit(config, resume=True)
+    assert steps() == [2, 4, 6]
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "checkpoints",
         "explainer",
