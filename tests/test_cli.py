@@ -22,9 +22,7 @@ from aha.evaluation import Records
 from aha.metrics import PROTOCOLS
 from aha.report import html
 
-from . import faults
-
-from . import launch
+from . import faults, launch
 
 pytestmark = pytest.mark.usefixtures("coarse")
 FAST = ["--steps", "2", "--batch-size", "2", "--fractions", "4", "--n-iters", "3", "--targets", "1"]
