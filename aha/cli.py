@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -271,7 +271,7 @@ def compare(
         console.print(f"skipped {line}")
     console.print(f"results written to {output}")
     if done.failures:
-        raise CommandError(f"part of the comparison failed, the rest is written: {done.failures[0]}")
+        raise CommandError(f"part of the comparison failed, the rest is written: {_first(done.failures)}")
 
 
 def reproduce(
@@ -431,7 +431,14 @@ def _evaluate(
         console.print(f"skipped {line}")
     console.print(f"results written to {output}")
     if result.failures:
-        raise CommandError(f"part of the evaluation failed, the rest is written: {result.failures[0].reason}")
+        reasons = [failure.reason for failure in result.failures]
+        raise CommandError(f"part of the evaluation failed, the rest is written: {_first(reasons)}")
+
+
+def _first(failures: Sequence[str]) -> str:
+    """One of them, and how many more there are: a page has all."""
+    more = f" (and {len(failures) - 1} more, see summary.json)" if len(failures) > 1 else ""
+    return f"{failures[0]}{more}"
 
 
 def _source(explainer: Path | None, classifier: str | None, weights: Path | None) -> Source | None:

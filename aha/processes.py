@@ -22,6 +22,7 @@ from .launcher import told
 
 # seconds between two beats, until one that is still counts as ended, and to find that out in a collective
 BEAT, SILENCE, GRACE = 2.0, 30.0, 5.0
+SETTLE = 0.3  # seconds, before the interpreter goes
 # between two collectives a process may read slow files or write results for long: it is the watch that finds the dead
 PATIENCE = timedelta(days=7)
 ENDED = "another process of this run has ended, its own output says why: start them all again"
@@ -200,6 +201,8 @@ class _Watch:
         # a thread that comes back from gloo when the interpreter has gone aborts the process; a beat takes no longer
         for thread in self._threads:
             thread.join(SILENCE + GRACE)
+        # gloo's own threads need the interpreter once more, to let go of the tensors of the last collectives
+        time.sleep(SETTLE)
 
 
 def _watching(state: PartialState) -> _Watch | None:

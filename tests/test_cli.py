@@ -369,6 +369,23 @@ def test_one_evaluation_at_a_time_in_a_folder(tmp_path, monkeypatch):
     assert not [*tmp_path.rglob(lock.NAME)]
 
 
+def test_an_evaluation_counts_what_failed(photos, tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(photos, data)
+    for name in ("bad", "worse"):
+        (data / f"{name}.png").write_bytes(name.encode())
+    evaluate = ["evaluate", "--classifier", "scenes", "--data", data, "--no-labels", "--steps", 0]
+    done = aha(*evaluate, "--output", tmp_path / "out")
+    assert done.returncode == 1
+    assert "part of the evaluation failed, the rest is written: cannot read image" in done.stderr
+    assert done.stderr.endswith("(and 1 more, see summary.json)\n")
+    failures = json.loads((tmp_path / "out" / "summary.json").read_text())["failures"]
+    assert [("bad.png" in failure["reason"], "worse.png" in failure["reason"]) for failure in failures] == [
+        (True, False),
+        (False, True),
+    ]
+
+
 @pytest.mark.parametrize("command", [["explain"], ["refine", "--steps", "1"]])
 def test_a_full_disk_keeps_whole_maps_and_ends_the_rest(photos, tmp_path, command):
     output = tmp_path / "maps"
