@@ -756,7 +756,10 @@ EXCLUDED = {
         )
     },
     **{f"aha.plan.{name}": "by the command: tests/test_plan.py" for name in ("untrained", "read_time", "command")},
-    **{f"aha.processes.{name}": "takes nothing, or a list" for name in ("together", "main_first", "wait", "gathered")},
+    **{
+        f"aha.processes.{name}": "takes nothing, a list, or a signal that was noticed: tests/training/test_processes.py"
+        for name in ("together", "main_first", "wait", "gathered", "alone", "any_asked")
+    },
     "aha.store.Store": "a protocol",
     "aha.store.Memory": "holds what it is given",
     "aha.store.Place": "where a piece lies",

@@ -93,8 +93,8 @@ def test_a_child_that_outlives_its_parent_holds_nothing(tmp_path):
         "import os, sys, time; from aha import lock\n"
         "with lock.held(sys.argv[1]):\n"
         " child = os.fork()\n"
-        " if child == 0: time.sleep(30); os._exit(0)\n"
-        " print(child, flush=True); os.kill(os.getpid(), 9)"
+        " if child == 0: print(os.getpid(), flush=True); time.sleep(30); os._exit(0)\n"
+        " os.kill(os.getpid(), 9)"
     )
     process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True)
     child = int(process.stdout.readline())
