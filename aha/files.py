@@ -9,6 +9,7 @@ import io
 import json
 import os
 import re
+import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -117,8 +118,11 @@ def remove_partials(folder: Path) -> None:
     """Remove what processes that were killed while they wrote left in ``folder``; nobody else may be writing there."""
     with suppress(OSError):
         for path in folder.glob(f".*{PARTIAL}"):
-            with suppress(OSError):
-                path.unlink()
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                with suppress(OSError):
+                    path.unlink()
 
 
 def digest(content: bytes) -> str:

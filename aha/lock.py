@@ -28,7 +28,8 @@ class FolderInUseError(OSError):
 
 @contextmanager
 def held(folder: str | Path) -> Iterator[None]:
-    """The folder is this process's inside: who else asks for it is refused. It is made if it is missing.
+    """The folder is this process's inside: who else asks for it is refused. It is made if it is missing,
+    and does not stay empty where what is done inside fails.
 
     The kernel releases the lock of a process that ends, however it ends. Where the file system knows no locks, the file
     ``.lock`` itself is one: it holds for as long as the process that it names lives.
@@ -38,6 +39,19 @@ def held(folder: str | Path) -> Iterator[None]:
         OSError: in one line, where the folder cannot be made or written to.
     """
     folder = Path(folder)
+    made = not folder.exists()
+    try:
+        with _held(folder):
+            yield
+    except BaseException:
+        if made:
+            with suppress(OSError):  # where something has been kept in it
+                folder.rmdir()
+        raise
+
+
+@contextmanager
+def _held(folder: Path) -> Iterator[None]:
     path = folder / NAME
     with writing(path):
         folder.mkdir(parents=True, exist_ok=True)

@@ -768,11 +768,11 @@ EXCLUDED = {
     "aha.training.checkpoint.Checkpoint": "what load returns",
     **{
         f"aha.training.checkpoint.{name}": "by the trainer: tests/training/test_faults.py"
-        for name in ("name", "save", "remove_partials", "available", "run_of")
+        for name in ("name", "save", "available", "run_of")
     },
     **{
-        f"aha.training.signals.{name}": "not for arguments but for signals: tests/training/test_faults.py"
-        for name in ("Interrupted", "Asked", "noticed", "name", "ignored")
+        f"aha.signals.{name}": "not for arguments but for signals: tests/training/test_faults.py"
+        for name in ("Interrupted", "Asked", "noticed", "ending", "ignored")
     },
     **{
         f"aha.training.trainer.{name}": "by the trainer, with what it has checked"
@@ -797,7 +797,7 @@ BEHIND = (
     "processes",
     "store",
     "training.checkpoint",
-    "training.signals",
+    "signals",
     "training.trainer",
     "weights",
 )

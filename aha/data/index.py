@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import time
@@ -10,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from aha.files import write_atomically
+from aha.files import digest, write_atomically
 
 FORMAT = "aha index 1"
 WORTH = 10_000  # images from which a listing is kept: fewer are listed as fast
@@ -42,8 +41,8 @@ class Index:
 
     def __init__(self, kind: str, root: str | os.PathLike):
         place, real = cache_folder(), os.path.realpath(root)
-        digest = hashlib.sha256(os.fsencode(f"{kind}\0{real}")).hexdigest()[:32]
-        self._file = None if place is None else place / f"{digest}.json"
+        name = digest(os.fsencode(f"{kind}\0{real}"))[:32]
+        self._file = None if place is None else place / f"{name}.json"
         self._known = {} if self._file is None else _read(self._file)
         self._used: dict[str, list[Any]] = {}  # real path: [state, record]
         self._changed = False
@@ -86,7 +85,7 @@ class Index:
         records = self._used if whole else {**self._known, **self._used}
         content = json.dumps(records, separators=(",", ":")).encode("ascii")
         try:
-            write_atomically(self._file, f"{FORMAT} {hashlib.sha256(content).hexdigest()}\n".encode() + content)
+            write_atomically(self._file, f"{FORMAT} {digest(content)}\n".encode() + content)
         except OSError:
             return
         self._changed = False
@@ -96,7 +95,7 @@ def _read(file: Path) -> dict[str, list[Any]]:
     """The records in a file; none where they cannot be had."""
     try:
         head, _, content = file.read_bytes().partition(b"\n")
-        if head.decode("ascii") != f"{FORMAT} {hashlib.sha256(content).hexdigest()}":
+        if head.decode("ascii") != f"{FORMAT} {digest(content)}":
             return {}
         return json.loads(content)
     except (OSError, ValueError):

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import signal
 from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .. import identity, processes
+from .. import identity, processes, signals
 from .._version import __version__
 from ..attributors import MethodSpec
 from ..classifier import Classifier
@@ -23,7 +22,6 @@ from ..metrics import INTERNAL_BATCH_SIZE, Protocol, Suite
 from ..metrics.protocols import get as get_protocol
 from ..source import Source
 from ..store import Packs
-from ..training import signals
 from .engine import TARGETS, Engine, Progress, Row, announcing
 from .evaluate import choose, described
 from .pieces import Pieces
@@ -121,7 +119,7 @@ def compare(
     Raises:
         ValueError: for bad settings in one line, before anything is computed.
         OSError: in one line, where another process works in ``output``, or it cannot be written to, or disappears.
-        aha.training.signals.Interrupted: after SIGTERM or SIGUSR1, which exits with 75; after SIGINT a
+        aha.training.Interrupted: after SIGTERM or SIGUSR1, which exits with 75; after SIGINT a
             KeyboardInterrupt. What was being measured is finished and kept.
     """
     for target in targets:
@@ -139,23 +137,16 @@ def compare(
             state.wait_for_everyone()  # until the folder is held
             _measured_all(sources, per_source, setting)
         return None
-    made = not output.exists()
-    try:
-        with held(output):
-            remove_partials(output)
-            with processes.together():
-                state.wait_for_everyone()
-                kept, skipped = _measured_all(sources, per_source, setting)
-            # the others may end now
-            done = _results(kept, skipped, setting)
-            if finish is not None:
-                finish(done)
-            return done
-    except BaseException:
-        if made:
-            with suppress(OSError):  # bad settings leave no empty folder
-                output.rmdir()
-        raise
+    with held(output):
+        remove_partials(output)
+        with processes.together():
+            state.wait_for_everyone()
+            kept, skipped = _measured_all(sources, per_source, setting)
+        # the others may end now
+        done = _results(kept, skipped, setting)
+        if finish is not None:
+            finish(done)
+        return done
 
 
 Kept = dict[tuple[str, str], list[Pieces]]
@@ -222,14 +213,14 @@ def _measured(
     if not rows:
         skipped.append(f"{clf.name}: none of the methods accepts it")
         return []
-    localisation = get_protocol("localisation")
+    localisation, subject = get_protocol("localisation"), _identity(clf)
     engines = []
     for number, (preprocessing, group) in enumerate(by_preprocessing(presets, source).items()):
         data, indices, about = _images(source, clf, setting.seed, preprocessing)
         if number == 0 and localisation not in presets:
             group = [*group, localisation]
         for target in setting.targets:
-            where = {"classifier": _identity(clf), "target": target, "batch_size": setting.batch_size, **about}
+            where = {"classifier": subject, "target": target, "batch_size": setting.batch_size, **about}
             made_by = identity.of_settings([where, __version__, REVISION])
             folder = setting.output / CELLS / slug(clf.name) / f"{target}-{made_by}"
             store = Packs(folder, state.process_index)
@@ -268,8 +259,7 @@ def _measured(
             engine.run(unless_asked)
     # every process has finished its record: they end together
     if number := max(processes.gathered([asked.signal])):
-        message = f"{signals.name(number)}; what was finished is kept, run again to go on"
-        raise KeyboardInterrupt(message) if number == signal.SIGINT else signals.Interrupted(message)
+        raise signals.ending(number, "; what was finished is kept, run again to go on")
     return [engine.pieces for engine in engines]
 
 

@@ -20,6 +20,7 @@ from ..files import (
     put,
     read_checked,
     read_json,
+    remove_partials,
     sync_folder,
     tensor_bytes,
     write_json,
@@ -115,12 +116,6 @@ def save(folder: Path, checkpoint: Checkpoint) -> Path:
     for old in earlier[: 1 - KEEP]:
         shutil.rmtree(old, ignore_errors=True)
     return final
-
-
-def remove_partials(folder: Path) -> None:
-    """Remove what a killed process left of checkpoints; nobody else may be writing there."""
-    for path in folder.glob(f".*{PARTIAL}"):
-        shutil.rmtree(path, ignore_errors=True)
 
 
 def available(folder: Path) -> list[Path]:

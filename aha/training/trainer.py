@@ -22,7 +22,7 @@ from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_lis
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
-from .. import files, lock, processes, references, shapley
+from .. import files, lock, processes, references, shapley, signals
 from .._version import __version__
 from ..calibration import MeanCurves
 from ..checks import (
@@ -47,7 +47,7 @@ from ..precision import autocast, uses_bf16
 from ..protection import recording
 from ..regions import Regions, default_cells, draw, grid
 from ..shapley import ShapleyObjective
-from . import checkpoint, signals
+from . import checkpoint
 from .checkpoint import Checkpoint
 from .events import Events
 from .schedule import learning_rate, temperature
@@ -400,7 +400,7 @@ class Trainer:
                     if signal or (self.config.save_every and self.step % self.config.save_every == 0):
                         self._save()
                     if signal:
-                        raise self._interrupted(signal)
+                        raise signals.ending(signal, f" at step {self.step} of {self.total}; {self._continued()}")
         except FloatingPointError as error:
             raise FloatingPointError(f"{error}; {self._continued()}") from error
         except files.WriteError as error:
@@ -623,11 +623,6 @@ class Trainer:
         noticed = torch.tensor([asked.signal], device=self.accelerator.device)
         return int(self.accelerator.gather(noticed).max())
 
-    def _interrupted(self, signal: int) -> BaseException:
-        name = signals.name(signal)
-        message = f"{name} at step {self.step} of {self.total}; {self._continued()}"
-        return KeyboardInterrupt(message) if name == "SIGINT" else signals.Interrupted(message)
-
     def _continued(self) -> str:
         """What is kept of this run, for a message."""
         if self.folder is None:
@@ -700,8 +695,7 @@ class Trainer:
                 raise ValueError("resume needs an output folder: set TrainConfig.output")
             return Path(resume) if resume else None
         folder, finished = self.folder / "checkpoints", self.folder / "explainer"
-        checkpoint.remove_partials(folder)
-        for place in (self.folder, finished):
+        for place in (folder, self.folder, finished):
             files.remove_partials(place)
         present = checkpoint.available(folder)
         runs = {run for run in map(checkpoint.run_of, present) if run is not None}

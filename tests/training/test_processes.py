@@ -288,17 +288,22 @@ def asked(tmp_path, command, *more):
     return output, by_hand(2, [sys.executable, "-c", ASKED, tmp_path / "at", *command, "--output", output], tmp_path)
 
 
-@pytest.mark.parametrize("to", [pytest.param((0, 1), marks=pytest.mark.slow), (1,)])
-def test_a_signal_waits_for_what_is_being_written(tmp_path, to):
-    output, started = asked(tmp_path, [*TRAIN, "--save-every", 0])
+def terminated(started, ranks, when):
+    """The exit codes of all processes, of which some got SIGTERM."""
     try:
-        waits((output / "log.jsonl").exists)
-        for rank in to:
+        waits(when)
+        for rank in ranks:
             started[rank].send_signal(signal.SIGTERM)
-        assert [process.wait(timeout=60) for process in started] == [75, 75]
+        return [process.wait(timeout=60) for process in started]
     finally:
         for process in started:
             process.kill()
+
+
+@pytest.mark.parametrize("to", [pytest.param((0, 1), marks=pytest.mark.slow), (1,)])
+def test_a_signal_waits_for_what_is_being_written(tmp_path, to):
+    output, started = asked(tmp_path, [*TRAIN, "--save-every", 0])
+    assert terminated(started, to, (output / "log.jsonl").exists) == [75, 75]
     (kept,) = (output / "checkpoints").iterdir()
     for rank in range(2):
         assert (tmp_path / f"{rank}.txt").read_text().rstrip().endswith(f"resume continues from {kept}")
@@ -320,14 +325,7 @@ def test_a_checkpoint_at_work_is_finished_where_another_process_is_killed(tmp_pa
 @pytest.mark.parametrize("to", [pytest.param((0, 1), marks=pytest.mark.slow), (1,)])
 def test_a_signal_waits_for_the_record_of_every_process(tmp_path, to):
     output, started = asked(tmp_path, COMPARE)
-    try:
-        waits((tmp_path / "at0").exists)
-        for rank in to:
-            started[rank].send_signal(signal.SIGTERM)
-        assert [process.wait(timeout=60) for process in started] == [75, 75]
-    finally:
-        for process in started:
-            process.kill()
+    assert terminated(started, to, (tmp_path / "at0").exists) == [75, 75]
     (root,) = output.glob("cells/*/*")
     store = Packs(root)
     # batches in turn: the main process had begun its first one

@@ -16,7 +16,7 @@ TEMPORARY = 75  # EX_TEMPFAIL of sysexits.h: run it again
 
 
 class Interrupted(SystemExit):
-    """A training that a signal ended, after its step was kept; a program that does not catch it exits with 75."""
+    """A run that a signal ended, after its step was kept; a program that does not catch it exits with 75."""
 
     def __init__(self, message: str):
         super().__init__(TEMPORARY)
@@ -57,9 +57,10 @@ def noticed() -> Iterator[Asked]:
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
 
-def name(number: int) -> str:
-    """Such as SIGTERM."""
-    return signal.Signals(number).name
+def ending(number: int, what: str) -> BaseException:
+    """What a run raises that signal ``number`` has ended: its name, and ``what`` became of the run."""
+    name = signal.Signals(number).name
+    return KeyboardInterrupt(f"{name}{what}") if number == signal.SIGINT else Interrupted(f"{name}{what}")
 
 
 def ignored(_: int = 0) -> None:
