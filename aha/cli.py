@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import tyro
 
 from .launcher import told
+from .signals import TEMPORARY, Interrupted
 from .terminal import CommandError, failed
 
 if TYPE_CHECKING:
@@ -559,8 +560,8 @@ def _explain(
 def main(arguments: list[str] | None = None) -> int:
     """Entry point; returns the exit code.
 
-    0 done, 1 the command failed (one line says why), 2 wrong usage, 75 a training was asked to end by a signal and can
-    be resumed, 130 the same by Ctrl-C.
+    0 done, 1 the command failed (one line says why), 2 wrong usage, 75 a signal asked it to end and it can go
+    on, 130 the same by Ctrl-C.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     for stream in (sys.stdout, sys.stderr):
@@ -587,11 +588,9 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt as error:
         print(f"aha: interrupted{f' by {error}' if str(error) else ''}", file=sys.stderr)
         return 130
-    except SystemExit as error:
-        if not hasattr(error, "message"):  # of the command line's own parser
-            raise
+    except Interrupted as error:
         print(f"aha {name}: ended by {error}", file=sys.stderr)
-        return int(error.code or 0)
+        return TEMPORARY
     except (ValueError, OSError, ImportError, RuntimeError, FloatingPointError) as error:
         if isinstance(error, RuntimeError) and not isinstance(error, CommandError) and type(error) is RuntimeError:
             raise  # a fault of ours: show where
