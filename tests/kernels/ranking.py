@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from aha.kernels import reference
-from aha.kernels.random import gumbel
 
 from .accuracy import assert_accurate
 
@@ -83,7 +82,7 @@ def by_reference(problem: Problem, grad: Tensor, dtype: torch.dtype) -> list[Ten
     optional = (problem.right, problem.start)
     right, start = (None if given is None else given.to(dtype).requires_grad_() for given in optional)
     given = scores, tau, problem.iterations, problem.noise, problem.seed, start
-    out = (reference.log_permutation(*given) if dtype == torch.float64 else _plain_loop(*given)).exp()
+    out = (reference.log_permutation(*given) if dtype == torch.float64 else plain_loop(*given)).exp()
     if problem.left is not None:
         out = problem.left.to(dtype) @ out
     elif right is not None:
@@ -93,13 +92,15 @@ def by_reference(problem: Problem, grad: Tensor, dtype: torch.dtype) -> list[Ten
     return [out.detach(), scores_grad, tau_grad.flatten(), *others]
 
 
-def _plain_loop(scores: Tensor, tau: Tensor, n_iters: int, noise: float, seed: Tensor, start: Tensor | None) -> Tensor:
+def plain_loop(
+    scores: Tensor, tau: Tensor, n_iters: int, noise: float, seed: Tensor, start: Tensor | None = None
+) -> Tensor:
     """log P as a loop of PyTorch has it, squares and all: the float32 that kernels are measured by."""
     centred = scores - 0.5
     ranks = torch.linspace(1, 0, scores.shape[1], dtype=scores.dtype)[:, None] - 0.5
     logits = 2 * ranks * centred[:, None, :]
     if noise:
-        logits = logits + noise * gumbel(tuple(logits.shape), seed).to(scores.dtype)
+        logits = logits + noise * reference.gumbel(tuple(logits.shape), seed, scores.device).to(scores.dtype)
     column = -(centred**2)[:, None, :] / tau if start is None else start[:, None, :]
     logits = logits / tau
     for _ in range(n_iters):

@@ -19,6 +19,8 @@ from aha import kernels, regions
 from aha.kernels import dispatch, random, reference
 from aha.kernels import triton as backend
 
+from .ranking import plain_loop
+
 INTERPRETED = backend.DEVICE == "cpu"
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in the interpreter, started by the first test")
 
@@ -247,18 +249,26 @@ def same_noise():
 
 
 def check_ranking(name, b, k, n_iters, std, tau, noise):
-    """Errors within twice those of the float32 reference, the largest of four draws: one sum may be right by chance."""
+    """Errors within twice those of float32 in PyTorch, the largest of four draws: one sum may be right by chance.
+
+    PyTorch is the reference; for the gradient of tau it is the plain loop, as in the tests of the other backends: that
+    gradient is one number, a sum over matrices of terms of the size of the logits, in another order everywhere.
+    """
     with same_noise():
-        allowed = None
+        allowed = []
         for seed in range(4):
             inputs, f = ranking(name, b, k, n_iters, std, tau, noise, seed)
             truth = outcome(reference, f, inputs, torch.float64)
             single = outcome(reference, f, inputs, torch.float32)
-            errors = [(x - y).abs().max() for x, y in zip(single, truth, strict=True)]
-            allowed = errors if allowed is None else [max(pair) for pair in zip(errors, allowed, strict=True)]
+            if name != "log_sinkhorn":
+                with pytest.MonkeyPatch.context() as patch:
+                    patch.setattr(reference, "log_permutation", plain_loop)
+                    single[2] = outcome(reference, f, inputs, torch.float32)[2]
+            allowed.append([(x - y).abs().max() for x, y in zip(single, truth, strict=True)])
         # of the last draw
         for n, (x, y) in enumerate(zip(outcome(backend.ops, f, inputs, torch.float32), truth, strict=True)):
-            assert (x - y).abs().max() <= 2 * allowed[n] + 1e-6, (n, float((x - y).abs().max()), float(allowed[n]))
+            error, bound = (x - y).abs().max(), 2 * max(draw[n] for draw in allowed) + 1e-6
+            assert error <= bound, f"{n}: error {error:.1e}, allowed {bound:.1e}"
 
 
 OPERATORS = ["gumbel_sinkhorn", "soft_topk_masks", "any weights", "read_left", "read_right", "log_sinkhorn"]
