@@ -17,14 +17,16 @@ def resampled(values: Tensor, seed: int) -> Tensor:
     """(N, M) columns → (RESAMPLES, M) bootstrap means; the same images are drawn for all columns."""
     count = len(values)
     generator = torch.Generator().manual_seed(seed)
-    means = []
-    # in parts: what is drawn never takes more than some ten megabytes
-    step = max(1, 2**20 // count)
-    for start in range(0, RESAMPLES, step):
-        drawn = torch.randint(count, (min(step, RESAMPLES - start), count), generator=generator)
-        times = values.new_zeros(drawn.shape).scatter_add_(1, drawn, values.new_ones(()).expand(drawn.shape))
-        means.append(times @ values / count)
-    return torch.cat(means)
+    means = values.new_empty(RESAMPLES, values.shape[1])
+    # in parts of a megabyte in one place: a heap that megabytes come to and leave grows to many times their size
+    step = min(RESAMPLES, max(1, 2**17 // count))
+    drawn, times = torch.empty(step, count, dtype=torch.int64), values.new_empty(step, count)
+    one = values.new_ones(()).expand(step, count)
+    for part in means.split(step):
+        rows = len(part)
+        torch.randint(count, (rows, count), generator=generator, out=drawn[:rows])
+        torch.matmul(times[:rows].zero_().scatter_add_(1, drawn[:rows], one[:rows]), values, out=part)
+    return means.div_(count)
 
 
 def percentiles(means: Tensor) -> list[list[float]]:

@@ -8,10 +8,11 @@ import statistics
 import pytest
 import torch
 
-from aha import metrics, terminal
+from aha import bootstrap, metrics, terminal
 from aha.classifier import Classifier
 from aha.evaluation import RESAMPLES, Failure, Key, evaluate
 from aha.files import read_columns, read_json
+from aha.memory import peak_bytes
 from aha.metrics import ConfidenceChange, DeletionInsertion, Localization, Protocol
 
 from ..toys import SmallNet, wide
@@ -267,6 +268,17 @@ def test_bootstrap_intervals(clf):
     normal = 2 * 1.96 * statistics.stdev(values) / math.sqrt(len(values))
     assert high - low == pytest.approx(normal, rel=0.15)
     assert evaluation.summary()["methods"] == evaluation.summary()["methods"]  # seeded
+
+
+def test_resampling_takes_the_memory_of_few_images():
+    values = torch.randn(10_000, 20, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    means = bootstrap.resampled(values[:50], 0)
+    assert means.shape == (RESAMPLES, 20)
+    # the draws are those of one generator, however they are cut into parts
+    drawn = torch.randint(50, (RESAMPLES, 50), generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(means, values[drawn].mean(dim=1), rtol=0, atol=1e-14)
+    peak = peak_bytes(lambda: bootstrap.resampled(values, 0), values.device)
+    assert math.isnan(peak) or peak < 8 * 2**20
 
 
 def test_compare_is_paired(clf):
