@@ -68,7 +68,7 @@ def explain(
     lr: float | None = None,
     fit: Fit = "crop",
 ) -> None:
-    """Write an overlay (.png) and the map (.npy) of every image, in the image's own geometry.
+    """Write an overlay (.png) and the map (.npy, and its checksum) of every image, in the image's own geometry.
 
     The overlay names the class and its probability, and outlines the top pixels that keep 90 % of it where the rest is
     blurred. Overlay and map (H, W) have the file's resolution, upright, or a longer side of 2048 pixels; the map is NaN
@@ -519,7 +519,7 @@ def _explain(
     from . import overlays, photograph, processes
     from .checks import check_integer, check_number, check_target
     from .data import find_images, output_names
-    from .files import WriteError, write_atomically, writing
+    from .files import WriteError, write_summed, writing
 
     if steps is not None:
         check_integer("steps", steps, 0)
@@ -540,7 +540,7 @@ def _explain(
             maps = found.maps if every_step else found.maps[-1:]
             content = io.BytesIO()
             np.save(content, maps if every_step else maps[0])
-            write_atomically(output / f"{name}.npy", content.getvalue())
+            write_summed(output / f"{name}.npy", content.getvalue())
             caption, side = found.caption(), STEP if every_step else photograph.LONGEST
             overlays.save_figure(found.picture, maps, output / f"{name}.png", caption, found.kept, side)
         except WriteError:  # nor could the others be kept

@@ -68,6 +68,18 @@ def write_atomically(path: Path, content: bytes) -> None:
         put(descriptor, content)
 
 
+def write_summed(path: Path, content: bytes) -> None:
+    """`write_atomically`, and beside the file its checksum, as sha256sum writes it.
+
+    Raises:
+        WriteError: as of `write_atomically`.
+    """
+    with writing(path):  # of another content, if the process ends between the two
+        _sum_of(path).unlink(missing_ok=True)
+    write_atomically(path, content)
+    _write_sum(path, digest(content))
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[int]:
     """A descriptor of a new file, which takes the place of ``path`` when all that was written to it is on the disk.
@@ -241,7 +253,7 @@ def write_parts(parts: Iterable[Mapping[str, Sequence[Any] | Any]], path: Path) 
         stream = _Summed(descriptor)
         write(iter(parts), stream)
         os.fsync(descriptor)
-    write_atomically(_sum_of(file), f"{stream.digest.hexdigest()}  {file.name}\n".encode())
+    _write_sum(file, stream.digest.hexdigest())
     for other in TABLES:
         if other != ending:
             with writing(path):
@@ -331,6 +343,10 @@ def _content(file: Path) -> bytes:
     if not known.is_file():
         return file.read_bytes()
     return read_checked(file, known.read_text(encoding="utf-8", errors="replace").partition(" ")[0])
+
+
+def _write_sum(file: Path, checksum: str) -> None:
+    write_atomically(_sum_of(file), f"{checksum}  {file.name}\n".encode())
 
 
 def _sum_of(file: Path) -> Path:

@@ -1,6 +1,7 @@
 """The command line as a person uses it; in a process of its own where that could make a difference."""
 
 import dataclasses
+import hashlib
 import io
 import json
 import os
@@ -143,6 +144,8 @@ def test_explain_and_refine(trained, photos, tmp_path):
     assert "0.png: class" in done.stdout and "the crop sees" in done.stdout
     heat = np.load(tmp_path / "maps" / "0.npy")
     assert heat.shape == (80, 90)  # of the file
+    checksum = hashlib.sha256((tmp_path / "maps" / "0.npy").read_bytes()).hexdigest()
+    assert (tmp_path / "maps" / "0.npy.sha256").read_text() == f"{checksum}  0.npy\n"  # sha256sum -c takes it
     seen = 0.875 * 80
     assert np.isfinite(heat).sum() == pytest.approx(seen**2, rel=0.05)
     assert Image.open(tmp_path / "maps" / "0.png").size[1] > 80 * 3
