@@ -26,8 +26,8 @@ from, b·image without workers; its images per second are said where none is.
 
 Memory is weights, gradients and both of AdamW's moments of the decoder, and what two graphs keep for their backward
 passes, counted in one real pass: the decoder's for one part of a batch, and the classifier's for one chunk of perturbed
-images or the evidence of the part. What operations need beside that is the peak of a measured step beyond this sum, and
-is taken to grow with it.
+images or the evidence of the part. What operations need beside that is the peak of a measured step beyond this sum: on
+a GPU tensors, which are taken to grow with it; on a CPU mostly the scratch of libraries, which is taken to stay.
 """
 
 from __future__ import annotations
@@ -99,6 +99,7 @@ class StepTime:
         per_step: w, seconds of the optimizer.
         seconds: of the timed steps, each.
         excess: memory of such a step beyond `training_memory` as a share of it, ≥ 0; None where it cannot be told.
+        scratch: the same in bytes on a CPU: there it is mostly what libraries and the heap hold beside tensors.
     """
 
     device: str
@@ -115,6 +116,7 @@ class StepTime:
     per_step: float
     seconds: tuple[float, ...]
     excess: float | None = None
+    scratch: float | None = None
 
     @property
     def spread(self) -> tuple[float, float]:
@@ -310,16 +312,20 @@ def measure_step(explainer: Explainer, clf: Classifier, config: TrainConfig, sec
         per_image=max(0.0, median(whole) - objective - optimizing) / small.batch_size,
         per_step=optimizing,
         seconds=tuple(whole),
-        excess=_excess(explainer, clf, small, images),
+        **_beyond(explainer, clf, small, images),
     )
 
 
-def _excess(explainer: Explainer, clf: Classifier, config: TrainConfig, images: Any) -> float | None:
+def _beyond(explainer: Explainer, clf: Classifier, config: TrainConfig, images: Any) -> dict[str, float]:
+    """The peak of a step beyond what is counted, as `StepTime` has it."""
     one = dataclasses.replace(config, steps=1)
     planned = training_memory(explainer, clf, one)
+    counted = planned["total"] - planned["weights"]  # the networks are there already
     peak = peak_bytes(lambda: Trainer(explainer, clf, images, one).fit(progress=False), clf.device)
-    # the networks are there already
-    return None if math.isnan(peak) else max(0.0, peak / (planned["total"] - planned["weights"]) - 1)
+    if math.isnan(peak):
+        return {}
+    beyond = max(0.0, peak - counted)
+    return {"excess": beyond / counted} if clf.device.type == "cuda" else {"scratch": beyond}
 
 
 @checked
@@ -381,9 +387,10 @@ def training(
     flops = seen * _training_flops(config, clf, explainer)
     part = Part("training", seen, passes.forward, passes.backward, flops, hours, low, high)
     memory = training_memory(explainer, clf, own)
-    if measured.excess:
-        memory["operations"] = measured.excess * (memory["total"] - memory["weights"])
-        memory["total"] += memory["operations"]
+    operations = (measured.excess or 0.0) * (memory["total"] - memory["weights"]) + (measured.scratch or 0.0)
+    if operations:
+        memory["operations"] = operations
+        memory["total"] += operations
     plan = Plan([part], memory, step, measured, _assumed(measured, config), gpus, price)
     if gpus > 1:
         size = f"{moved / 1e6:,.1f} MB a step and GPU"
@@ -696,6 +703,8 @@ def _assumed(measured: StepTime, config: TrainConfig) -> list[str]:
         "as planned" if asked == (measured.batch, measured.fractions) else f"scaled to batch {asked[0]}, S = {asked[1]}"
     )
     peak = "" if measured.excess is None else f"; peak of a step {measured.excess:+.0%} beyond what was counted"
+    if measured.scratch is not None:
+        peak = f"; peak of a step {measured.scratch / 2**20:,.0f} MiB beyond what was counted"
     return [
         f"measured on {measured.device} in {measured.precision}: {len(measured.seconds)} steps of {size}, {scaled}; "
         f"fastest and slowest {low:.0%} and {high:.0%} of the median{peak}"
@@ -788,8 +797,9 @@ def step_from_json(path: Path) -> StepTime:
             check_number(name, getattr(step, name), 0)
         for seconds in step.seconds or (0.0,):
             check_number("seconds", seconds, 0, above=True)
-        if step.excess is not None:
-            check_number("excess", step.excess, 0)
+        for name in ("excess", "scratch"):
+            if getattr(step, name) is not None:
+                check_number(name, getattr(step, name), 0)
     except FileNotFoundError:
         raise
     except (ValueError, KeyError, TypeError) as error:

@@ -55,6 +55,8 @@ def test_hours_follow_the_law():
     assert wider["operations"] == pytest.approx(extra) and wider["total"] == pytest.approx(
         alone.memory["total"] + extra
     )
+    fixed = plan.training(explainer, clf, config, 160, measured=dataclasses.replace(STEP, scratch=1e6)).memory
+    assert fixed["operations"] == 1e6 and fixed["total"] == pytest.approx(alone.memory["total"] + 1e6)
     # of four processes each takes an image of both parts of a step, and all move 1.5 × the gradients
     many = plan.training(explainer, clf, config, 160, gpus=4, price=3.0, link=1e-3, read_seconds=0.5, measured=STEP)
     gradients = sum(4 * value.numel() for value in explainer.decoder.parameters())
@@ -82,7 +84,7 @@ def test_a_step_is_measured_smaller_where_it_takes_long():
     assert 0 < whole.per_pass < whole.per_image and whole.encoder == "evidence"
     small = plan.measure_step(aha.Explainer.build(clf), clf, config, seconds=1e-6)
     assert (small.batch, small.fractions) == (1, 4)
-    assert whole.excess is None or whole.excess >= 0
+    assert whole.excess is None and (whole.scratch is None or whole.scratch >= 0)
     # and it adds up to what was taken
     made = plan.training(aha.Explainer.build(clf), clf, config, 6, measured=whole)
     assert made.step["compute"] == pytest.approx(sorted(whole.seconds)[1], rel=0.5)
@@ -200,6 +202,7 @@ def test_bad_numbers_are_one_line():
         ("seconds", []),
         ("seconds", [0.0, 0.0]),
         ("excess", {}),
+        ("scratch", -1.0),
         ("more", 1),
     ],
 )
