@@ -7,7 +7,9 @@ Every architecture has the roles, each in its own way:
   signs kept. Constants are left out there: they make it worse, the pixels make it better;
 - ``last``: what the last stage says. AttCAM; of other networks HiResCAM, Σ_c A_c⊙∂s/∂A_c of the last maps;
 - ``activity``: where much happens, whatever the class. The attention of the readout in the last block; of other
-  networks the norm over channels of the last maps.
+  networks the norm over channels of the last maps;
+- ``early`` and ``late``: the parts of the full gradient that its first and its last third of cuts make;
+- ``biases``: the part that constants make. Absent where the full gradient leaves them out.
 
 Gradients are LibraGrad's where it has the rules, plain ones elsewhere. The methods alone are in `aha.attributors`.
 """
@@ -33,7 +35,7 @@ from .protection import protected, undisturbed
 from .stages import find_stages
 from .structure import transformer
 
-ROLES = ("gradient", "last", "activity")
+ROLES = ("gradient", "last", "activity", "early", "late", "biases")
 
 
 class Evidence(NamedTuple):
@@ -156,7 +158,9 @@ def _of_tokens(clf: Classifier) -> Read | None:
         by_target: list[list[Tensor | None]] = []
         for number, score in enumerate(scores, 1):
             terms.trace(score, again=number < len(scores))
-            maps: list[Tensor | None] = [terms.total[:, patches], None, None]
+            maps: list[Tensor | None] = [terms.total, None, None, *_ends(terms.inputs)]
+            maps.append(terms.biases if isinstance(terms.biases, Tensor) else None)
+            maps = [None if m is None else m[:, patches] for m in maps]
             if len(weights) == len(blocks):
                 maps[2] = read_out[0]
                 if len(blocks) > 1:
@@ -167,6 +171,12 @@ def _of_tokens(clf: Classifier) -> Read | None:
         return by_target, logits, target
 
     return read
+
+
+def _ends(cuts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """The sums over the first and over the last third of the cuts, one at least."""
+    third = max(1, len(cuts) // 3)
+    return torch.stack(tuple(cuts[:third])).sum(dim=0), torch.stack(tuple(cuts[-third:])).sum(dim=0)
 
 
 def _enlarged(maps: Tensor, size: tuple[int, int]) -> Tensor:
@@ -183,8 +193,8 @@ def _of_maps(clf: Classifier) -> Read:
 
     def read(images: Tensor, target: Tensor | None) -> tuple[list[list[Tensor | None]], Tensor, Tensor]:
         size = (int(images.shape[-2]), int(images.shape[-1]))
-        # of the backward pass that is going on
-        total = torch.zeros_like(images[:, :1])
+        # of the backward pass that is going on, which meets the last cut first
+        by_cut: list[Tensor] = []
         last: list[Tensor | None] = [None, None]
 
         def cut(module: nn.Module, _args: Any, output: Tensor) -> None:
@@ -195,7 +205,7 @@ def _of_maps(clf: Classifier) -> Read:
                 if (maps := as_maps(kept * gradient, size)) is None:
                     return
                 here = _enlarged(maps.sum(dim=1, keepdim=True), size)
-                total.add_(here)
+                by_cut.append(here)
                 if module is cuts[-1] and (features := as_maps(kept, size)) is not None:
                     strength = torch.linalg.vector_norm(features, dim=1, keepdim=True)
                     last[:] = [here, _enlarged(strength, size)]
@@ -211,9 +221,11 @@ def _of_maps(clf: Classifier) -> Read:
         scores, target = _chosen(logits, target)
         by_target: list[list[Tensor | None]] = []
         for number, score in enumerate(scores, 1):
-            total.zero_()
+            by_cut.clear()
             (gradient,) = torch.autograd.grad(score, pixels, retain_graph=number < len(scores))
-            by_target.append([total + (pixels.detach() * gradient).sum(dim=1, keepdim=True), *last])
+            by_cut.append((pixels.detach() * gradient).sum(dim=1, keepdim=True))
+            late, early = _ends(by_cut)
+            by_target.append([torch.stack(by_cut).sum(dim=0), *last, early, late, None])
         return by_target, logits, target
 
     return read

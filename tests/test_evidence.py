@@ -10,6 +10,8 @@ from aha.attributors import libra
 from aha.attributors.passes import count_passes
 from aha.classifier import Classifier
 from aha.evidence import ROLES, Evident
+from aha.full_gradient import full_gradient
+from aha.structure import transformer
 
 from .attributors.architectures import MIXERS, PYRAMIDS, TRANSFORMERS, make, pictures
 
@@ -26,7 +28,7 @@ def test_roles_of_transformers_are_the_methods_alone(kind):
     found = Evident(clf)(images, target)
     alone = [("libragrad", {"base": "fullgrad_plus"}), ("libragrad", {"base": "attcam"}), ("raw_attention", {})]
     expected = 1 if kind in MIXERS else 3
-    assert found.present.tolist() == [n < expected for n in range(len(ROLES))]
+    assert found.present.tolist() == [n < expected or n >= 3 for n in range(len(ROLES))]
     for n, (name, options) in enumerate(alone):
         if n >= expected:
             assert not found.maps[:, n].any()
@@ -36,12 +38,39 @@ def test_roles_of_transformers_are_the_methods_alone(kind):
     assert torch.equal(found.best, found.maps[:, :1])
 
 
+@pytest.mark.parametrize("kind", [*TRANSFORMERS, *MIXERS])
+def test_parts_of_the_gradient_of_tokens(kind):
+    clf = make(kind)
+    images, target = pictures(clf, 2), torch.tensor([3, 1])
+    found = Evident(clf)(images, target)
+    structure = transformer(clf.module, mixers=True)
+    rows, cols = structure.grid(*images.shape[-2:])
+
+    def enlarged(tokens):
+        maps = tokens[:, structure.prefix :].reshape(-1, 1, rows, cols)
+        return F.interpolate(maps, images.shape[-2:], mode="bilinear", align_corners=False)
+
+    # each cut by a pass of its own
+    with libra(clf.module):
+        terms = [full_gradient(clf, images, target, at=block).inputs.sum(dim=-1) for block in structure.blocks]
+    third = max(1, len(terms) // 3)
+    total = attributors.create("libragrad", clf, base="fullgrad_plus").attribute(images, target)
+    expected = {
+        "early": enlarged(sum(terms[:third])),
+        "late": enlarged(sum(terms[-third:])),
+        "biases": total - enlarged(sum(terms) / len(terms)),
+    }
+    for role, maps in expected.items():
+        n = ROLES.index(role)
+        assert torch.allclose(found.maps[:, n : n + 1], standardized(maps), atol=1e-3), role
+
+
 @pytest.mark.parametrize("kind", PYRAMIDS)
 def test_roles_of_other_networks(kind):
     clf = make(kind)
     images, target = pictures(clf, 2), torch.tensor([3, 1])
     found = Evident(clf)(images, target)
-    assert found.present.all()
+    assert found.present.tolist() == [role != "biases" for role in ROLES]
     # HiResCAM by hand, its sign kept
     layer = attributors.create("hirescam", clf)
     with libra(clf.module):
@@ -72,8 +101,11 @@ def test_the_gradient_of_a_convolutional_network_sums_over_its_resolutions():
         cuts.append(hidden)
     module[4](hidden.mean(dim=(2, 3)))[:, 1].sum().backward()
     terms = ((cut.detach() * cut.grad).sum(dim=1, keepdim=True) for cut in cuts)
-    expected = sum(F.interpolate(term, (16, 16), mode="bilinear", align_corners=False) for term in terms)
-    assert torch.allclose(Evident(clf)(images, 1).best, standardized(expected), atol=1e-4)
+    early, middle, late = (F.interpolate(term, (16, 16), mode="bilinear", align_corners=False) for term in terms)
+    maps = Evident(clf)(images, 1).maps
+    for role, expected in (("gradient", early + middle + late), ("early", early), ("late", late)):
+        n = ROLES.index(role)
+        assert torch.allclose(maps[:, n : n + 1], standardized(expected), atol=1e-4), role
 
 
 @pytest.mark.parametrize("kind", ["vit", "mixer", "resnet", "swin", "cait"])
@@ -117,12 +149,12 @@ def test_maps_have_one_scale_and_flat_ones_are_0():
         clf.module.head.weight.mul_(1e-12)  # gradients of any unit
     images = pictures(clf, 2)
     maps = Evident(clf)(images).maps
-    assert torch.allclose(maps.mean(dim=(2, 3)), torch.zeros(2, 3), atol=1e-4)
-    assert torch.allclose(maps.std(dim=(2, 3), correction=0), torch.ones(2, 3), atol=1e-3)
+    assert torch.allclose(maps.mean(dim=(2, 3)), torch.zeros(2, len(ROLES)), atol=1e-4)
+    assert torch.allclose(maps.std(dim=(2, 3), correction=0), torch.ones(2, len(ROLES)), atol=1e-3)
     with torch.no_grad():
         clf.module.head.weight.zero_()
     maps = Evident(clf)(images).maps
-    assert not maps[:, :2].any() and maps[:, 2].any()
+    assert [ROLES[n] for n in range(len(ROLES)) if maps[:, n].any()] == ["activity"]
     assert len(blocks)
 
 
@@ -132,5 +164,5 @@ def test_networks_without_rules_have_plain_gradients():
     evident = Evident(clf)
     assert not evident._libra
     found = evident(pictures(clf, 2))
-    assert found.present.all()
+    assert found.present.sum() == len(ROLES) - 1
     assert found.maps[:, :1].any()

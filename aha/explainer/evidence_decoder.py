@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +12,8 @@ from torch import Tensor, nn
 from ..checks import check_integer
 from ..kernels.messages import short
 from .decoder import WIDEST, Head
+
+STEM = "sight.stem.weight"  # (width, 2 · roles, 3, 3): the maps, then whether they are there
 
 
 @dataclass(frozen=True)
@@ -90,6 +93,16 @@ class Sight(nn.Module):
         x = self.stem(seen)
         pixels = self.pixels(F.pad(4 * images - 2, _overhang(images, stride), mode="replicate"))
         return self.first(x + pixels[..., : x.shape[-2], : x.shape[-1]])
+
+
+def with_roles(state: Mapping[str, Tensor], roles: int) -> dict[str, Tensor]:
+    """Weights for ``roles`` of evidence: those that were saved when there were fewer do not see the later ones."""
+    state = dict(state)
+    stem = state.get(STEM)
+    if stem is not None and stem.ndim == 4 and stem.shape[1] % 2 == 0 and stem.shape[1] < 2 * roles:
+        maps, flags = stem.chunk(2, dim=1)
+        state[STEM] = torch.cat([F.pad(part, (0, 0, 0, 0, 0, roles - part.shape[1])) for part in (maps, flags)], dim=1)
+    return state
 
 
 class Unit(nn.Module):

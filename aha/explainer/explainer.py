@@ -27,7 +27,7 @@ from .config import EVIDENCE, FORMAT, WEIGHTS, ExplainerConfig, portable
 from .decoder import Decoder, DecoderConfig, upsample
 from .encoder import Encoder
 from .encoder import build as build_encoder
-from .evidence_decoder import EvidenceConfig, EvidenceDecoder, Sight
+from .evidence_decoder import EvidenceConfig, EvidenceDecoder, Sight, with_roles
 
 CONFIG_FILE = "config.json"
 COLOURS = 3  # channels of the images that the universal explainer was trained on
@@ -308,6 +308,7 @@ class Explainer(nn.Module):
         if config.checksum is not None and weights.is_file():
             read_checked(weights, config.checksum)
         state, _ = read_weights(weights)
+        state = with_roles(state, len(ROLES))
         given = classifier is not None
         if classifier is None:
             try:

@@ -5,11 +5,14 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import aha
 from aha.classifier import from_name
 from aha.explainer.decoder import Decoder
+from aha.explainer.evidence_decoder import STEM
 from aha.explainer.explainer import UNIVERSAL, head_rows
+from aha.files import read_json, write_json
 from aha.source import Source
 from aha.training import universal
 from aha.training.command import Universal, train
@@ -56,6 +59,27 @@ def test_encoder_and_evidence_together(name, tmp_path):
         method = aha.attributors.create("aha", clf, explainer=explainer)
         method.attribute(images, 1)
     assert seen == 2 * method.passes(images)
+
+
+@pytest.mark.parametrize("encoder", [None, "classifier"])
+def test_an_explainer_of_three_roles_sees_three(encoder, tmp_path):
+    clf = make("vit")
+    images = pictures(clf, 2)
+    explainer = aha.Explainer.build(clf, encoder, decoder=TINY_DECODER if encoder else None)
+    torch.nn.init.normal_(explainer.decoder.head[-1].weight)
+    # as if the later ones did not matter; saved without them, as they were before there were six
+    weight = explainer.decoder.sight.stem.weight.data
+    weight[:, 3:6], weight[:, 9:] = 0, 0
+    maps = explainer.eval().attribute(images, 1)
+    explainer.save_pretrained(tmp_path)
+    file = next(tmp_path.glob("*.safetensors"))
+    state = load_file(file)
+    state[STEM] = torch.cat([state[STEM][:, :3], state[STEM][:, 6:9]], dim=1)
+    save_file(state, file)
+    config = read_json(tmp_path / "config.json")
+    del config["weights"]  # the checksum of the others
+    write_json(tmp_path / "config.json", config)
+    assert torch.equal(aha.Explainer.from_pretrained(tmp_path, clf).attribute(images, 1), maps)
 
 
 def test_the_class_embedding_is_a_linear_map_of_the_heads_rows():
