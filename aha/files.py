@@ -346,7 +346,8 @@ def _content(file: Path) -> bytes:
 
 
 def _write_sum(file: Path, checksum: str) -> None:
-    write_atomically(_sum_of(file), f"{checksum}  {file.name}\n".encode())
+    # a name may be bytes that are no text
+    write_atomically(_sum_of(file), f"{checksum}  ".encode() + os.fsencode(file.name) + b"\n")
 
 
 def _sum_of(file: Path) -> Path:

@@ -394,7 +394,8 @@ def test_a_full_disk_keeps_whole_maps_and_ends_the_rest(photos, tmp_path, comman
     output = tmp_path / "maps"
     arguments = [*command, photos, "--classifier", "scenes", "--output", output]
     changes = faults.changes(lambda: aha(*arguments), output)
-    assert sum("replace" in change for change in changes) == 6  # a map and an overlay for each of three
+    # a map, its checksum and an overlay for each of three
+    assert sum("replace" in change for change in changes) == 9
     for number in range(0, len(changes), 4):
         shutil.rmtree(output, ignore_errors=True)
         done = faults.refused(lambda: aha(*arguments), output, number).value
@@ -403,6 +404,9 @@ def test_a_full_disk_keeps_whole_maps_and_ends_the_rest(photos, tmp_path, comman
         assert not [*output.glob(".*")]
         for path in output.glob("*.npy"):
             assert np.isfinite(np.load(path)).any()
+        for path in output.glob("*.sha256"):
+            checksum, name = path.read_text().split()
+            assert hashlib.sha256((output / name).read_bytes()).hexdigest() == checksum
         for path in output.glob("*.png"):
             Image.open(path).load()
 
