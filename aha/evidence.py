@@ -173,10 +173,10 @@ def _of_tokens(clf: Classifier) -> Read | None:
     return read
 
 
-def _ends(cuts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+def _ends(cuts: list[Tensor]) -> tuple[Tensor, Tensor]:
     """The sums over the first and over the last third of the cuts, one at least."""
     third = max(1, len(cuts) // 3)
-    return torch.stack(tuple(cuts[:third])).sum(dim=0), torch.stack(tuple(cuts[-third:])).sum(dim=0)
+    return torch.stack(cuts[:third]).sum(dim=0), torch.stack(cuts[-third:]).sum(dim=0)
 
 
 def _enlarged(maps: Tensor, size: tuple[int, int]) -> Tensor:

@@ -99,7 +99,8 @@ def with_roles(state: Mapping[str, Tensor], roles: int) -> dict[str, Tensor]:
     """Weights for ``roles`` of evidence: those that were saved when there were fewer do not see the later ones."""
     state = dict(state)
     stem = state.get(STEM)
-    if stem is not None and stem.ndim == 4 and stem.shape[1] % 2 == 0 and stem.shape[1] < 2 * roles:
+    # of no channels a file may claim any number, which cost memory once there are some
+    if stem is not None and stem.ndim == 4 and stem.shape[1] in range(2, 2 * roles, 2):
         maps, flags = stem.chunk(2, dim=1)
         state[STEM] = torch.cat([F.pad(part, (0, 0, 0, 0, 0, roles - part.shape[1])) for part in (maps, flags)], dim=1)
     return state

@@ -82,6 +82,19 @@ def test_an_explainer_of_three_roles_sees_three(encoder, tmp_path):
     assert torch.equal(aha.Explainer.from_pretrained(tmp_path, clf).attribute(images, 1), maps)
 
 
+@pytest.mark.parametrize("shape", [(10**12, 0, 3, 3), (48, 7, 3, 3), (48, 14, 3, 3), (48, 6)])
+def test_a_stem_of_another_shape_is_refused(shape, tmp_path):
+    clf = make("vit")
+    aha.Explainer.build(clf).save_pretrained(tmp_path)
+    file = next(tmp_path.glob("*.safetensors"))
+    save_file({**load_file(file), STEM: torch.empty(shape)}, file)
+    config = read_json(tmp_path / "config.json")
+    del config["weights"]
+    write_json(tmp_path / "config.json", config)
+    with pytest.raises(ValueError, match=r"does not fit EvidenceDecoder: .*of another shape \(sight\.stem\.weight"):
+        aha.Explainer.from_pretrained(tmp_path, clf)
+
+
 def test_the_class_embedding_is_a_linear_map_of_the_heads_rows():
     clf = tiny_classifier()
     rows = head_rows(clf)
