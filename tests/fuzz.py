@@ -732,7 +732,16 @@ EXCLUDED = {
     **{f"aha.files.{name}": "an error" for name in ("WriteError", "DamagedError")},
     **{
         f"aha.files.{name}": "writes what its caller made: tests/test_files.py, tests/test_faults.py"
-        for name in ("writing", "write_atomically", "replacing", "put", "sync_folder", "remove_partials", "write_json")
+        for name in (
+            "writing",
+            "write_atomically",
+            "write_summed",
+            "replacing",
+            "put",
+            "sync_folder",
+            "remove_partials",
+            "write_json",
+        )
     },
     **{
         f"aha.files.{name}": "as write_json"
