@@ -141,15 +141,14 @@ def _torch_cuda() -> str:
 def _cpu() -> dict[str, Any]:
     import torch
 
-    from .precision import uses_bf16
+    from .precision import cpu_multiplies, uses_bf16
 
     affinity = getattr(os, "sched_getaffinity", None)
-    amx = getattr(torch.cpu, "_is_amx_tile_supported", None)
     return {
         "model": _try(_cpu_model),
         "cores": f"{len(affinity(0)) if affinity else os.cpu_count()} usable of {os.cpu_count()}",
         "threads": torch.get_num_threads(),
-        "amx": bool(amx and amx()),
+        "multiplies bf16 by": ", ".join(way for way, has in cpu_multiplies().items() if has) or "nothing",
         "precision auto": _precision(uses_bf16("auto", torch.device("cpu"))),
     }
 

@@ -14,18 +14,22 @@ PRECISIONS = ("auto", "bf16", "fp32")
 def uses_bf16(precision: str, device: torch.device) -> bool:
     """Whether ``precision`` means bfloat16 on ``device``.
 
-    ``auto`` takes it where the hardware multiplies it natively: CUDA from sm_80, CPUs with AMX tiles. Elsewhere
-    bfloat16 is emulated and several times slower than float32.
+    ``auto`` takes it where the hardware multiplies it natively: CUDA from sm_80, CPUs with AMX tiles or AVX512-BF16,
+    whose passes take half the time (bench/results/layouts_cpu.json). Elsewhere bfloat16 is emulated and several times
+    slower than float32.
     """
     check_choice("precision", precision, PRECISIONS)
     if precision != "auto":
         return precision == "bf16"
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
-    if device.type == "cpu":
-        supported = getattr(torch.cpu, "_is_amx_tile_supported", None)
-        return bool(supported and supported())
-    return False
+    return device.type == "cpu" and any(cpu_multiplies().values())
+
+
+def cpu_multiplies() -> dict[str, bool]:
+    """Which of its ways to multiply bfloat16 this CPU has."""
+    ways = {"AMX": "_is_amx_tile_supported", "AVX512-BF16": "_is_avx512_bf16_supported"}
+    return {way: bool(getattr(torch.cpu, name, bool)()) for way, name in ways.items()}
 
 
 def autocast(precision: str, device: torch.device) -> contextlib.AbstractContextManager:

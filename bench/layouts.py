@@ -1,10 +1,10 @@
-"""Memory layout and torch.compile of a classifier's passes: `python -m bench.layouts`.
+"""Memory layout, bfloat16 and torch.compile of a classifier's passes: `python -m bench.layouts`.
 
 Channels come last in the pixels alone, as `aha.Classifier` gives them to networks of timm on a CPU, or in the weights,
-which then no longer save as they are. A pass is what the objective makes most of: forward, and backward to the pixels,
-of random weights in evaluation mode; and forward alone, as the metrics make it. Every variant gets the same pixels,
-channels first, as `aha.kernels.perturb` gives them. Times are medians of interleaved rounds; differences are to the
-plain network, relative to its largest value.
+which then no longer save as they are. bfloat16 is that of training and refinement, by autocast. A pass is what the
+objective makes most of: forward, and backward to the pixels, of random weights in evaluation mode; and forward alone,
+as the metrics make it. Every variant gets the same pixels, channels first, as `aha.kernels.perturb` gives them. Times
+are medians of interleaved rounds; differences are to the plain network, relative to its largest value.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from aha import plan
 from aha.files import write_atomically
+from aha.precision import autocast, in_fast_layout, stepwise_attention
 
 from . import timing
 
@@ -32,10 +33,17 @@ MODELS = ("tf_efficientnet_lite0", "resnet18", "vit_tiny_patch16_224")
 def variants(module: nn.Module, compiled: bool) -> dict[str, Callable[[Tensor], Tensor]]:
     """Name → the network in that way."""
     last = copy.deepcopy(module).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def half(pixels: Tensor) -> Tensor:
+        pixels = in_fast_layout(pixels)
+        with autocast("bf16", pixels.device), stepwise_attention(module, pixels.device.type == "cpu"):
+            return module(pixels).float()
+
     found: dict[str, Callable[[Tensor], Tensor]] = {
         "plain": module,
         "pixels_last": lambda pixels: module(pixels.contiguous(memory_format=torch.channels_last)),
         "weights_last": last,
+        "bf16": half,
     }
     return {**found, "compiled": torch.compile(copy.deepcopy(module))} if compiled else found
 

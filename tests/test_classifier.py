@@ -9,6 +9,7 @@ import torch
 import aha
 from aha.classifier import _of_imagenet, from_name, from_source
 from aha.evidence import Evident
+from aha.info import collect
 from aha.precision import uses_bf16
 from aha.recipes import RECIPES, recipe
 
@@ -175,9 +176,16 @@ def test_a_classifier_enters_its_name(monkeypatch):
 def test_precision():
     assert uses_bf16("bf16", torch.device("cpu"))
     assert not uses_bf16("fp32", torch.device("cpu"))
-    assert isinstance(uses_bf16("auto", torch.device("cpu")), bool)
     with pytest.raises(ValueError, match="auto, bf16, fp32"):
         uses_bf16("fp16", torch.device("cpu"))
+
+
+@pytest.mark.parametrize("has", ["_is_amx_tile_supported", "_is_avx512_bf16_supported", None])
+def test_a_cpu_computes_in_bf16_where_it_multiplies_it(monkeypatch, has):
+    for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"):
+        monkeypatch.setattr(torch.cpu, name, lambda name=name: name == has)
+    assert uses_bf16("auto", torch.device("cpu")) is (has is not None)
+    assert collect()["cpu"]["precision auto"] == ("fp32" if has is None else "bf16")
 
 
 @pytest.mark.parametrize("name", ["test_resnet", "test_efficientnet", "test_convnext", "test_vit"])
