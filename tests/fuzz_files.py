@@ -340,10 +340,10 @@ def readers(w: World) -> dict[str, Reader]:
     sum(p.sum() for p in decoder.parameters()).backward()
     optimizer.step()
     curves = {"total": torch.rand(2, 4), "images": 3}
+    mean = {"mean": {"weight": torch.rand(3)}, "steps": 2}
     plain_made = {"seed": 1, "data": {"size": 4}}
-    kept = checkpoint.save(
-        folder(), checkpoint.Checkpoint("run", 3, plain_made, decoder.state_dict(), optimizer.state_dict(), curves)
-    )
+    states = decoder.state_dict(), optimizer.state_dict(), curves, mean
+    kept = checkpoint.save(folder(), checkpoint.Checkpoint("run", 3, plain_made, *states))
 
     def checked(path: Path) -> Any:
         return {key: value for key, value in vars(checkpoint.load(path)).items() if key != "version"}

@@ -39,7 +39,7 @@ class Checkpoint:
         run: what tells runs apart: made when a run starts, and kept by all that continue it.
         step: steps made so far.
         made: what a run that continues it must share, in JSON types.
-        decoder, optimizer, curves: their state dicts.
+        decoder, optimizer, curves, mean: their state dicts.
         failures: one line for every image that could not be read so far.
         world: how many processes made it; as many, more or fewer can continue it.
         version: of the library.
@@ -51,6 +51,7 @@ class Checkpoint:
     decoder: Mapping[str, Tensor]
     optimizer: Mapping[str, Any]
     curves: Mapping[str, Any]
+    mean: Mapping[str, Any]
     failures: list[str] = field(default_factory=list)
     world: int = 1
     version: str = __version__
@@ -72,6 +73,7 @@ def save(folder: Path, checkpoint: Checkpoint) -> Path:
     final = folder / name(checkpoint.step)
     optimizer = checkpoint.optimizer
     tensors = {f"decoder.{key}": value for key, value in checkpoint.decoder.items()}
+    tensors |= {f"mean.{key}": value for key, value in checkpoint.mean["mean"].items()}
     plain: dict[str, dict[str, Any]] = {}
     for index, values in optimizer["state"].items():
         for key, value in values.items():
@@ -91,6 +93,7 @@ def save(folder: Path, checkpoint: Checkpoint) -> Path:
         "failures": checkpoint.failures,
         "optimizer": {"groups": optimizer["param_groups"], "values": plain},
         "curves": {"images": checkpoint.curves["images"]},
+        "mean": {"steps": checkpoint.mean["steps"]},
         "files": {_STATE: digest(content)},
     }
     with writing(final):
@@ -162,7 +165,7 @@ def _tensors(content: bytes) -> dict[str, Tensor]:
 
 
 def _from_record(record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Checkpoint:
-    parts: dict[str, dict[str, Tensor]] = {"decoder": {}, "optimizer": {}, "curves": {}}
+    parts: dict[str, dict[str, Tensor]] = {"decoder": {}, "optimizer": {}, "curves": {}, "mean": {}}
     for key, value in tensors.items():
         part, _, inner = key.partition(".")
         parts[part][inner] = value
@@ -183,6 +186,7 @@ def _from_record(record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Ch
         decoder=parts["decoder"],
         optimizer={"state": state, "param_groups": groups},
         curves={"total": parts["curves"].get("total"), "images": record["curves"]["images"]},
+        mean={"mean": parts["mean"], "steps": record["mean"]["steps"]},
         failures=list(record["failures"]),
         world=record["world"],
         version=record["aha"],

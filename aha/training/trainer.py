@@ -48,6 +48,7 @@ from ..protection import recording
 from ..regions import Regions, default_cells, draw, grid
 from ..shapley import ShapleyObjective
 from . import checkpoint
+from .averaging import MeanWeights
 from .checkpoint import Checkpoint
 from .events import Events
 from .schedule import learning_rate, temperature
@@ -57,6 +58,9 @@ TEMPERATURES = {"standardized": (0.05, 0.005, "geometric", 0.0), "free": (1.0, 0
 
 # of standardized scores, to train a trained explainer further: its order is there already, and soft ranks would blur it
 CONTINUED = (0.015, 0.005)
+
+# without an encoder: from few images the last step's weights are worse than those the training began with
+AVERAGE = 2 / 3
 
 # images of a batch whose maps are looked at for the log
 DIAGNOSED = 4
@@ -92,6 +96,7 @@ _NUMBERS = (
     "weight_insertion",
     "weight_regularizer",
     "dropped_roles",
+    "average",
 )
 
 
@@ -120,6 +125,8 @@ class TrainConfig:
             vit_shapley drops tokens and takes none.
         coalitions: sets of players per image and step, for the Shapley values.
         players: (rows, cols) of fastshap's grid; default: the patches of a vision transformer, else 16 px at 224.
+        average: share of the steps, the last ones, whose mean weights the explainer gets; 0 takes the last step's.
+            Default: ⅔ without an encoder (ours), 0 with one (published).
         dropped_roles: how often the decoder has to do without a role of the evidence, in [0, 1).
         chunk: perturbed images in memory at a time.
         precision: of encoder and classifier, "auto" | "bf16" | "fp32".
@@ -159,6 +166,7 @@ class TrainConfig:
     references: tuple[str, ...] | None = None
     coalitions: int = 32
     players: tuple[int, int] | None = None
+    average: float | None = None
     dropped_roles: float = 0.0
     chunk: int = 128
     precision: str = "auto"
@@ -195,8 +203,9 @@ class TrainConfig:
         uses_bf16(self.precision, torch.device("cpu"))
         if self.dropped_roles >= 1:
             raise ValueError(f"dropped_roles={self.dropped_roles}: give a share below 1")
-        if self.warmup > 1:
-            raise ValueError(f"warmup={self.warmup}: give a share of the steps, at most 1")
+        for name in ("warmup", "average"):
+            if (getattr(self, name) or 0) > 1:
+                raise ValueError(f"{name}={getattr(self, name)}: give a share of the steps, at most 1")
         check_seed(self.seed)
         if self.output is not None and not isinstance(self.output, (str, Path)):
             raise ValueError(f"output={self.output!r}: give a folder")
@@ -347,6 +356,9 @@ class Trainer:
         # with fewer roles now and then, a decoder learns to serve classifiers that lack them
         self.drops = len(ROLES) if explainer.encoder is None and config.dropped_roles else 0
         self.step = 0
+        average = config.average if config.average is not None else AVERAGE if explainer.encoder is None else 0
+        self.averaged_from = self.total - round(average * self.total)
+        self.mean = MeanWeights()
         self.curves = MeanCurves()  # of the second half, when the maps are worth it
         self.folder = Path(config.output) if config.output else None
         self.run = ""  # what tells this run from others in its folder
@@ -393,6 +405,8 @@ class Trainer:
                     if not math.isfinite(record["loss"]):
                         raise FloatingPointError(f"the loss is {record['loss']} at step {self.step}")
                     self.step += 1
+                    if self.step > self.averaged_from:
+                        self.mean.add(self.explainer.decoder)
                     if self.step % self.config.log_every == 0 or self.step == self.total:
                         log.write(self.step, {**self._averaged(record), **self._diagnose(batch)})
                     log.advance(self.config.batch_size)
@@ -416,6 +430,9 @@ class Trainer:
         finally:
             log.close()
         self.failures = list(dict.fromkeys(processes.gathered(self.failures)))
+        if self.kept is None or self.kept.name != checkpoint.name(self.step):
+            self._save()
+        self.mean.give(self.explainer.decoder)
         self.explainer.eval()
         if self.explainer.encoder is None:
             self.explainer.turn_to(self.classifier)
@@ -429,8 +446,6 @@ class Trainer:
             data=self._made_from["data"],
             **self.objective.settings(),
         )
-        if self.kept is None or self.kept.name != checkpoint.name(self.step):
-            self._save()
         if self.folder is not None:
             written = self.folder / "explainer"
             self._by_main(lambda: self.explainer.save_pretrained(written))
@@ -643,6 +658,7 @@ class Trainer:
             decoder=self.explainer.decoder.state_dict(),
             optimizer=self.optimizer.state_dict(),
             curves=self.curves.state_dict(),
+            mean=self.mean.state_dict(),
             failures=failures,
             world=self.accelerator.num_processes,
         )
@@ -737,6 +753,7 @@ class Trainer:
         self.explainer.decoder.load_state_dict(found.decoder)
         self.optimizer.load_state_dict(found.optimizer)
         self.curves.load_state_dict(found.curves)
+        self.mean.load_state_dict(found.mean, self.explainer.decoder)
         self.failures = list(dict.fromkeys([*found.failures, *self.failures]))
         self.run, self.step, self.kept = found.run, found.step, path
 

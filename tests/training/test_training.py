@@ -96,6 +96,40 @@ def test_resume_finds_the_newest_and_a_killed_run_loses_nothing(tmp_path):
     assert all(torch.equal(value, resumed[key]) for key, value in whole.items())
 
 
+@pytest.mark.parametrize(("average", "steps"), [(None, 4), (0.5, 3), (1, 6), (0, 0)])
+def test_the_explainer_gets_the_mean_of_the_last_weights(tmp_path, average, steps):
+    clf = tiny_classifier()
+    config = dataclasses.replace(CONFIG, average=average, output=str(tmp_path), save_every=4)
+    trainer = aha.Trainer(aha.Explainer.build(clf), clf, Images(), config)
+    step, path = trainer._train_step, []
+
+    def followed(batch):
+        record = step(batch)
+        state = trainer.explainer.decoder.state_dict()
+        path.append({name: value.double() for name, value in state.items() if value.is_floating_point()})
+        return record
+
+    trainer._train_step = followed
+    made = trainer.fit(progress=False).decoder.state_dict()
+    last = path[-max(1, steps) :]
+    for name in path[0]:
+        torch.testing.assert_close(made[name].double(), torch.stack([of[name] for of in last]).mean(dim=0))
+    # a run goes on from where it is, not from the mean, before and after its last step
+    kept = checkpoint.load(tmp_path / "checkpoints" / "step_00000006")
+    assert all(torch.equal(kept.decoder[name].double(), value) for name, value in path[-1].items())
+    for number in (4, 6):
+        again = aha.Trainer(aha.Explainer.build(clf), clf, Images(), dataclasses.replace(config, output=None))
+        resumed = again.fit(resume=tmp_path / f"checkpoints/step_{number:08d}", progress=False).decoder.state_dict()
+        assert all(torch.equal(value, resumed[name]) for name, value in made.items())
+
+
+def test_with_an_encoder_the_last_weights_are_taken_as_published():
+    explainer, clf = fresh()
+    trainer = aha.Trainer(explainer, clf, Images(), CONFIG)
+    trainer.fit(progress=False)
+    assert not trainer.mean.steps
+
+
 def test_accumulation_is_the_mean_over_the_parts():
     # the head's batch norm sees smaller parts, so only the objective's own averaging can be compared: freeze it
     def run(accumulate):
@@ -262,6 +296,7 @@ def test_default_cells():
                 "coalitions": (0,),
                 "players": (3, (0, 1)),
                 "dropped_roles": (-1, 1, math.nan),
+                "average": (-0.1, 1.1, math.nan),
                 "chunk": (0, "x"),
                 "workers": (-1, 10**9),
                 "log_every": (0,),
