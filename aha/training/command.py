@@ -47,8 +47,8 @@ def train(
     """Train an explainer; writes OUTPUT/explainer, checkpoints, log.jsonl and TensorBoard files.
 
     OUTPUT is runs/train unless given. Without an encoder the explainer sees what the classifier says of its target and
-    starts from the universal weights: thirty steps on fifty images pay. Several processes (torchrun --nproc-per-node N
-    -m aha.cli train …) share every batch.
+    starts from the universal weights (docs/training.md has what that brings). Several processes (torchrun
+    --nproc-per-node N -m aha.cli train …) share every batch.
 
     Args:
         encoder: a timm name, hf: and a transformers name or folder, or classifier: the classifier's own features.
