@@ -23,7 +23,7 @@ from ..training.trainer import CONTINUED
 from . import photographs, shortcut
 
 TRAINING = TrainConfig(
-    steps=100, batch_size=16, fractions=8, targets=1, lr=1e-3, cells=(7, 28), tau=CONTINUED, save_every=0, log_every=20
+    steps=100, batch_size=16, fractions=8, targets=1, lr=2e-4, cells=(7, 28), tau=CONTINUED, save_every=0, log_every=20
 )
 BASELINES = (
     "random",
