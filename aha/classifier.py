@@ -266,6 +266,13 @@ class Classifier(nn.Module):
             finite.append(torch.isfinite(logits.detach()).all())
         return logits if logits.dtype == torch.float64 else logits.float()
 
+    def own_answer(self, out: Any) -> Tensor:
+        """The tensor in what the network returned that `read` reads, as it is: what gradients come back to.
+
+        (B, classes); of a network with one logit (B, 1) or (B,). Of one logit, or half precision, `read` gives a copy.
+        """
+        return self._reads.own(out)
+
     @contextmanager
     @checked
     def watched(self, by: str) -> Iterator[None]:
@@ -382,9 +389,14 @@ class Reading:
     place: str | int = ""
     binary: bool = False
 
+    def own(self, out: Any) -> Tensor:
+        """The network's own tensor."""
+        if isinstance(out, Tensor):  # a head alone gives a tensor, whatever the network makes of it
+            return out
+        return out[self.place] if isinstance(self.place, int) or isinstance(out, Mapping) else out.logits
+
     def __call__(self, out: Any) -> Tensor:
-        if not isinstance(out, Tensor):  # a head alone gives a tensor, whatever the network makes of it
-            out = out[self.place] if isinstance(self.place, int) or isinstance(out, Mapping) else out.logits
+        out = self.own(out)
         if not self.binary:
             return out
         logit = out.reshape(len(out), 1)

@@ -661,6 +661,7 @@ EXCLUDED = {
     "aha.Classifier.forward_normalized": "trusts its caller, as it says",
     "aha.Explainer.features": "trusts its caller, as it says",
     "aha.Explainer.forward": "trusts its caller, as it says",
+    "aha.Classifier.own_answer": "trusts its caller: what a network returned",
     "aha.Classifier.read": "trusts its caller: what a network returned",
     "aha.Classifier.watched": "for callers that hold the lock",
     "aha.Classifier.train": "that of torch.nn.Module",

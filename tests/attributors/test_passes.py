@@ -126,6 +126,18 @@ def test_features_of_transformers_models_count():
     assert method.passes(pictures(clf)) == attributors.Passes(1)
 
 
+@pytest.mark.parametrize("kind", ["bf16", "half", "one logit", "one logit, flat"])
+def test_backward_passes_are_seen_where_the_logits_that_are_read_are_a_copy(kind):
+    width = 1 if kind.startswith("one") else 3
+    layers = [nn.Flatten(), nn.Linear(48, width), *[nn.Flatten(0)] * kind.endswith("flat")]
+    module = nn.Sequential(*layers).to(torch.bfloat16 if kind == "half" else torch.float32)
+    clf = Classifier.wrap(module, input_size=(4, 4))
+    pixels = torch.rand(5, 3, 4, 4, requires_grad=True)
+    with attributors.count_passes(clf) as seen, torch.autocast("cpu", torch.bfloat16, enabled=kind == "bf16"):
+        clf.forward_normalized(pixels)[:, 1].sum().backward()
+    assert seen == attributors.Passes(5, 5)
+
+
 def test_counting_leaves_no_hooks():
     clf = make("vit")
     with attributors.count_passes(clf):
