@@ -221,9 +221,8 @@ def test_runs_are_not_mixed(finished, tmp_path):
 def test_a_checkpoint_is_never_removed_as_it_is_written(tmp_path):
     empty = {"state": {}, "param_groups": []}
     for step in (10, 20, 3):  # the run has gone back, as after a damaged checkpoint
-        found = checkpoint.Checkpoint(
-            "a", step, {}, {"w": torch.ones(2)}, empty, {"total": None, "images": 0.0}, ["one"]
-        )
+        states = {"w": torch.ones(2)}, empty, {"total": None, "images": 0.0}, {"mean": {}, "steps": 0}
+        found = checkpoint.Checkpoint("a", step, {}, *states, ["one"])
         checkpoint.save(tmp_path, found)
     assert [path.name for path in checkpoint.available(tmp_path)] == [checkpoint.name(step) for step in (3, 10, 20)]
     assert checkpoint.load(tmp_path / checkpoint.name(3)).failures == ["one"]
