@@ -14,16 +14,16 @@ PRECISIONS = ("auto", "bf16", "fp32")
 def uses_bf16(precision: str, device: torch.device) -> bool:
     """Whether ``precision`` means bfloat16 on ``device``.
 
-    ``auto`` takes it where the hardware multiplies it natively: CUDA from sm_80, CPUs with AMX tiles or AVX512-BF16,
-    whose passes take half the time (bench/results/layouts_cpu.json). Elsewhere bfloat16 is emulated and several times
-    slower than float32.
+    ``auto`` takes it where the hardware multiplies it natively: CUDA from sm_80, CPUs with AMX tiles. With
+    AVX512-BF16 passes take half the time too (bench/results/layouts_cpu.json), by precision="bf16". Elsewhere bfloat16
+    is emulated and several times slower than float32.
     """
     check_choice("precision", precision, PRECISIONS)
     if precision != "auto":
         return precision == "bf16"
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
-    return device.type == "cpu" and any(cpu_multiplies().values())
+    return device.type == "cpu" and cpu_multiplies()["AMX"]
 
 
 def cpu_multiplies() -> dict[str, bool]:

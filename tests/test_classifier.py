@@ -181,11 +181,11 @@ def test_precision():
 
 
 @pytest.mark.parametrize("has", ["_is_amx_tile_supported", "_is_avx512_bf16_supported", None])
-def test_a_cpu_computes_in_bf16_where_it_multiplies_it(monkeypatch, has):
+def test_a_cpu_computes_in_bf16_where_it_has_amx(monkeypatch, has):
     for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"):
         monkeypatch.setattr(torch.cpu, name, lambda name=name: name == has)
-    assert uses_bf16("auto", torch.device("cpu")) is (has is not None)
-    assert collect()["cpu"]["precision auto"] == ("fp32" if has is None else "bf16")
+    assert uses_bf16("auto", torch.device("cpu")) is (has == "_is_amx_tile_supported")
+    assert collect()["cpu"]["precision auto"] == ("bf16" if has == "_is_amx_tile_supported" else "fp32")
 
 
 @pytest.mark.parametrize("name", ["test_resnet", "test_efficientnet", "test_convnext", "test_vit"])
