@@ -82,7 +82,7 @@ class Objective:
     @checked_fields
     def __post_init__(self) -> None:
         check_classifier(self.classifier)
-        uses_bf16(self.precision, self.classifier.device)
+        uses_bf16(self.precision, self.classifier.device, self.classifier.dtype)
         check_choice("backend", self.backend, BACKENDS)
         check_choice("scores", self.scores, SCORE_SCALES)
         check_integer("fractions", self.fractions, 3)  # the two ends have no gradient
@@ -243,7 +243,7 @@ class Objective:
     @torch.no_grad()
     def _ends(self, images, target, references) -> tuple[Tensor, Tensor, Tensor]:
         """f(I) + f(I0) and the two by themselves, constants without a gradient."""
-        with autocast(self.precision, images.device):
+        with autocast(self.precision, images.device, self.classifier.dtype):
             ends = original = self._confidence(self.classifier.normalize(images), target)
             replaced = torch.zeros_like(original)
             for reference in references:
@@ -271,7 +271,7 @@ class Objective:
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         deletion = insertion = masks.new_zeros(len(images))
         curves = masks.new_zeros(len(images), 2, masks.shape[1])
-        with autocast(self.precision, images.device):
+        with autocast(self.precision, images.device, self.classifier.dtype):
             for reference in references:
                 pair = self._pair(images, reference, masks, target, upsampler)
                 curves += pair.detach().transpose(0, 1) / len(references)
@@ -351,9 +351,10 @@ class _Streamed(torch.autograd.Function):
         deletion, insertion = masks.new_zeros(batch), masks.new_zeros(batch)
         curves = masks.new_zeros(batch, 2, steps)
         share = 1 / len(references)
-        stepwise = images.device.type == "cpu" and uses_bf16(objective.precision, images.device)
+        computed = (objective.precision, images.device, objective.classifier.dtype)
+        stepwise = images.device.type == "cpu" and uses_bf16(*computed)
         with (
-            autocast(objective.precision, images.device),
+            autocast(*computed),
             stepwise_attention(objective.classifier.module, stepwise and needs_grad),
         ):
             for reference in references:

@@ -300,7 +300,7 @@ def measure_step(explainer: Explainer, clf: Classifier, config: TrainConfig, sec
     maps = small.batch_size * (1 if small.shared_map else small.targets)
     return StepTime(
         device=device_name(clf.device),
-        precision="bf16" if uses_bf16(config.precision, clf.device) else "fp32",
+        precision="bf16" if uses_bf16(config.precision, clf.device, clf.dtype) else "fp32",
         torch=torch.__version__,
         classifier=clf.name.removeprefix(RANDOM),
         encoder=_encoder_of(explainer),
@@ -482,7 +482,7 @@ def training_memory(explainer: Explainer, clf: Classifier, config: TrainConfig) 
     perturbed = 2 * at_once * min(inner, max(1, config.chunk // (2 * at_once)))
     pixels = torch.rand(1, len(clf.mean), *clf.input_size, device=clf.device)
     target = torch.zeros(1, maps, dtype=torch.int64, device=clf.device)
-    with protected(clf), autocast(config.precision, clf.device), _kept(clf.module) as of_pass:
+    with protected(clf), autocast(config.precision, clf.device, clf.dtype), _kept(clf.module) as of_pass:
         clf(pixels.requires_grad_())
     with protected(clf), _kept(*explainer.networks) as of_maps:
         explainer(pixels.detach(), target, precision=config.precision)

@@ -11,19 +11,26 @@ from .checks import check_choice
 PRECISIONS = ("auto", "bf16", "fp32")
 
 
-def uses_bf16(precision: str, device: torch.device) -> bool:
-    """Whether ``precision`` means bfloat16 on ``device``.
+def uses_bf16(precision: str, device: torch.device, weights: torch.dtype = torch.float32) -> bool:
+    """Whether ``precision`` means bfloat16 for a network with these ``weights`` on ``device``.
 
-    ``auto`` takes it where the hardware multiplies it natively: CUDA from sm_80, CPUs with AMX tiles. With
-    AVX512-BF16 passes take half the time too (bench/results/layouts_cpu.json), by precision="bf16". Elsewhere bfloat16
-    is emulated and several times slower than float32.
+    ``auto`` takes it for weights in float32 where the hardware multiplies it natively: CUDA from sm_80, CPUs with AMX
+    tiles or AVX512-BF16, whose passes take half the time (bench/results/layouts_cpu.json). Elsewhere bfloat16 is
+    emulated and several times slower than float32. Networks in other precisions keep their own: float64 was asked for
+    by whoever made them, and autocast does not mix with half precision.
+
+    Raises:
+        ValueError: in one line, for another ``precision``, and for "bf16" where the weights are not in float32.
     """
     check_choice("precision", precision, PRECISIONS)
-    if precision != "auto":
-        return precision == "bf16"
-    if device.type == "cuda":
-        return torch.cuda.get_device_capability(device) >= (8, 0)
-    return device.type == "cpu" and cpu_multiplies()["AMX"]
+    if precision == "auto" and weights == torch.float32:
+        if device.type == "cuda":
+            return torch.cuda.get_device_capability(device) >= (8, 0)
+        return device.type == "cpu" and any(cpu_multiplies().values())
+    if precision == "bf16" and weights != torch.float32:
+        name = str(weights).removeprefix("torch.")
+        raise ValueError(f'precision="bf16" computes networks in float32 faster, this one is in {name}: give "auto"')
+    return precision == "bf16"
 
 
 def cpu_multiplies() -> dict[str, bool]:
@@ -32,9 +39,11 @@ def cpu_multiplies() -> dict[str, bool]:
     return {way: bool(getattr(torch.cpu, name, bool)()) for way, name in ways.items()}
 
 
-def autocast(precision: str, device: torch.device) -> contextlib.AbstractContextManager:
-    """A fresh autocast context; for float32 it switches an outer autocast off."""
-    on = uses_bf16(precision, device)
+def autocast(
+    precision: str, device: torch.device, weights: torch.dtype = torch.float32
+) -> contextlib.AbstractContextManager:
+    """A fresh autocast context for a network with these ``weights``; without bfloat16 it switches an outer one off."""
+    on = uses_bf16(precision, device, weights)
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=on)
 
 

@@ -82,7 +82,7 @@ class ShapleyObjective:
     @checked_fields
     def __post_init__(self) -> None:
         check_classifier(self.classifier)
-        uses_bf16(self.precision, self.classifier.device)
+        uses_bf16(self.precision, self.value_model.device, self.value_model.dtype)
         check_choice("backend", self.backend, BACKENDS)
         if self.absence not in METHODS:
             raise ValueError(f"absence={self.absence!r} is not known: choose one of {', '.join(METHODS)}")
@@ -220,7 +220,7 @@ class ShapleyObjective:
         values = torch.zeros(batch, 2, count, dtype=full_precision(images[:0]).dtype, device=images.device)
         # dropped tokens have no reference
         blanks = references if self._tokens is None else [images]
-        with autocast(self.precision, images.device):
+        with autocast(self.precision, images.device, self.value_model.dtype):
             for reference in blanks:
                 for first in range(0, batch, images_at_once):
                     rows = slice(first, first + images_at_once)

@@ -92,7 +92,7 @@ def plant(
         images, labels = batch["image"][known], batch["label"][known].to(clf.device)
         chosen = batch["label"][known] == shortcut_class
         images[chosen] = paint_circle(images[chosen], generator)[0]
-        with autocast(precision, clf.device):
+        with autocast(precision, clf.device, clf.dtype):
             loss = F.cross_entropy(tuned(clf.normalize(images.to(clf.device))).float(), labels)
         optimizer.zero_grad()
         loss.backward()

@@ -13,7 +13,7 @@ from aha.info import collect
 from aha.precision import uses_bf16
 from aha.recipes import RECIPES, recipe
 
-from .toys import tiny_vit
+from .toys import TINY_DECODER, pictures, tiny_classifier, tiny_vit
 
 
 def test_it_owns_its_normalisation(classifier, images):
@@ -181,11 +181,30 @@ def test_precision():
 
 
 @pytest.mark.parametrize("has", ["_is_amx_tile_supported", "_is_avx512_bf16_supported", None])
-def test_a_cpu_computes_in_bf16_where_it_has_amx(monkeypatch, has):
+def test_a_cpu_computes_in_bf16_where_it_multiplies_it(monkeypatch, has):
     for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"):
         monkeypatch.setattr(torch.cpu, name, lambda name=name: name == has)
-    assert uses_bf16("auto", torch.device("cpu")) is (has == "_is_amx_tile_supported")
-    assert collect()["cpu"]["precision auto"] == ("bf16" if has == "_is_amx_tile_supported" else "fp32")
+    assert uses_bf16("auto", torch.device("cpu")) is (has is not None)
+    assert collect()["cpu"]["precision auto"] == ("fp32" if has is None else "bf16")
+
+
+@pytest.mark.parametrize("weights", [torch.float64, torch.float16, torch.bfloat16])
+def test_networks_in_other_precisions_keep_their_own(monkeypatch, weights):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    clf = tiny_classifier().to(weights)
+    explainer = aha.Explainer.build(clf, evidence=False, decoder=TINY_DECODER)
+    images = pictures().to(torch.float64 if weights == torch.float64 else torch.float32)
+    own, auto = (aha.refine(explainer, clf, images, steps=1, precision=name) for name in ("fp32", "auto"))
+    assert torch.equal(own, auto)
+    for asked in (
+        lambda: aha.refine(explainer, clf, images, steps=1, precision="bf16"),
+        lambda: aha.Objective(clf, precision="bf16"),
+        lambda: aha.Trainer(explainer, clf, [{"image": images[0], "label": 0}], aha.TrainConfig(precision="bf16")),
+        lambda: aha.attributors.create("mda", clf, precision="bf16"),
+    ):
+        with pytest.raises(ValueError, match=f'precision="bf16".*{str(weights)[6:]}: give "auto"') as error:
+            asked()
+        assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("name", ["test_resnet", "test_efficientnet", "test_convnext", "test_vit"])

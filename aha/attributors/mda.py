@@ -154,7 +154,7 @@ class MDA(Attributor):
             raise ValueError(f"kappa={kappa}: give a threshold ≥ 0")
         if not 0 < tau <= 1:
             raise ValueError(f"tau={tau}: give the share of the confidence that ends insertion, in (0, 1]")
-        uses_bf16(precision, clf.device)  # refuses unknown names
+        uses_bf16(precision, clf.device, clf.dtype)  # refuses unknown names
         self.window, self.gamma, self.kappa, self.tau = window, gamma, kappa, tau
         self.max_passes, self.cells, self.precision = max_passes, cells, precision
         self.prior = self._made(prior)
@@ -370,7 +370,7 @@ class MDA(Attributor):
         """
         found = []
         for part in torch.arange(len(target), device=target.device).split(self.internal_batch_size):
-            with autocast(self.precision, target.device):
+            with autocast(self.precision, target.device, self.clf.dtype):
                 logits = self.clf.forward_normalized(compose(part))
             own = logits.float().gather(1, target[part, None])
             found.append(own[:, 0] - logits.float().scatter(1, target[part, None], -torch.inf).logsumexp(dim=-1))

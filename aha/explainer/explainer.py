@@ -143,7 +143,7 @@ class Explainer(nn.Module):
     def features(self, images: Tensor, precision: str = "fp32") -> list[Tensor]:
         """Encoder features in float32, without gradient. Trusts its input."""
         assert self.encoder is not None
-        with torch.no_grad(), mixed.autocast(precision, images.device):
+        with torch.no_grad(), mixed.autocast(precision, images.device, self.encoder.dtype):
             return [level.float() for level in self.encoder(images)]
 
     def forward(self, images: Tensor, target: Tensor, precision: str = "fp32", roles: Tensor | None = None) -> Tensor:

@@ -669,7 +669,8 @@ class Trainer:
     def _identity(self) -> dict[str, Any]:
         """The settings that a resumed run must share, in JSON types."""
         same = {k: v for k, v in dataclasses.asdict(self.config).items() if k not in FREE}
-        bf16 = uses_bf16(self.config.precision, self.accelerator.device)
+        weights = self.explainer.classifier.dtype
+        bf16 = uses_bf16(self.config.precision, self.accelerator.device, weights)
         made = {
             **self.objective.settings(),
             "references": self.references,
