@@ -31,6 +31,7 @@ from .checks import (
 )
 from .classifier import Classifier, check_classifier
 from .kernels.messages import describe, is_plain, short
+from .memory import per_pass
 from .precision import confidence
 from .protection import protected
 from .ranks import rank_pixels
@@ -216,7 +217,7 @@ def calibrated(
     maps: Tensor,
     target: Tensor | Sequence[int] | int | None = None,
     scale: str = "calibrated",
-    internal_batch_size: int = 64,
+    internal_batch_size: int | None = None,
 ) -> Tensor:
     """Maps on another scale, in the same order.
 
@@ -228,7 +229,7 @@ def calibrated(
         target: class per image, one int for all, or None: the classifier's prediction.
         scale: "raw" as they are; "calibrated" by the response that the explainer learnt while training, the same for
             all images, without a pass; "measured" by that of each image, 20 forward passes.
-        internal_batch_size: perturbed images per pass, ≥ 2.
+        internal_batch_size: perturbed images per pass, ≥ 2; default: `aha.memory.per_pass`.
 
     Returns:
         (B,1,H,W) float32; but for "raw" in units of probability, see `Response.apply`.
@@ -269,7 +270,7 @@ def measure(
     images: Tensor,
     maps: Tensor,
     target: Tensor | Sequence[int] | int | None = None,
-    internal_batch_size: int = 64,
+    internal_batch_size: int | None = None,
 ) -> Response:
     """The response of every image to its own map: deletion to a blurred copy and insertion from it, `MEASURED_AT`.
 
@@ -279,13 +280,14 @@ def measure(
         images: (B,C,H,W) RGB in [0,1].
         maps: (B,1,H,W) finite attributions.
         target: class per image, one int for all, or None: the classifier's prediction.
-        internal_batch_size: perturbed images per pass, ≥ 2.
+        internal_batch_size: perturbed images per pass, ≥ 2; default: `aha.memory.per_pass`.
 
     Raises:
         ValueError: in one line, for arguments that do not fit, and where the classifier is not finite.
     """
-    size = check_integer("internal_batch_size", internal_batch_size, 2)
-    images = check_classifier(classifier).check(images).detach()
+    size = per_pass(check_classifier(classifier).device, 64) if internal_batch_size is None else internal_batch_size
+    check_integer("internal_batch_size", size, 2)
+    images = classifier.check(images).detach()
     ranks = rank_pixels(check_maps(maps, images).view(len(images), *images.shape[-2:]))
     count = ranks[0].numel()
     inner = _inner(count)

@@ -583,6 +583,9 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"aha: no command {name!r}: choose one of {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
     try:
+        from .memory import keep_freed
+
+        keep_freed()
         with _warnings_in_a_line():
             _run(name, rest)
     except KeyboardInterrupt as error:

@@ -1,4 +1,4 @@
-"""Peak memory of a call."""
+"""Memory: how much goes through a network at a time, what freed memory is for, and the peak of a call."""
 
 from __future__ import annotations
 
@@ -6,11 +6,39 @@ import ctypes
 import gc
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:  # the command line starts without it
+    import torch
 
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-_MMAP_THRESHOLD = -3  # glibc's M_MMAP_THRESHOLD
+_TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4  # glibc's parameters of these names
+_USUAL = {_MMAP_THRESHOLD: 2**25, _MMAP_MAX: 2**16}  # the most that glibc's own adjustment allows, and its default
+PER_PASS = 16  # whatever the number of threads: results of one process and of many are the same bit for bit
+
+_kept = False
+
+
+def per_pass(device: torch.device, most: int = 128) -> int:
+    """Images in one pass of a network where nobody says how many: ``most`` on an accelerator, at most 16 on a CPU.
+
+    There more are no faster: what is between two layers no longer fits the caches, and glibc has every large block
+    cleared anew by the system (bench/results/allocator_cpu.json).
+    """
+    return most if device.type != "cpu" else min(most, PER_PASS)
+
+
+def keep_freed() -> bool:
+    """Let freed memory stay with this process; whether it does, which takes glibc.
+
+    By default glibc gives large blocks back to the system when they are freed, and what goes through a network is made
+    of such blocks: the system clears the same pages again in every layer. With memory that stays, passes on a CPU
+    take a tenth to almost half less time (bench/results/allocator_cpu.json); the process goes on holding what it held
+    at its peak. The command line does this; a program of one's own may, once, at its start.
+    """
+    global _kept
+    _kept = _set({_MMAP_MAX: 0, _TRIM_THRESHOLD: -1})
+    return _kept
 
 
 def peak_bytes(call: Callable[[], object], device: torch.device) -> float:
@@ -20,6 +48,8 @@ def peak_bytes(call: Callable[[], object], device: torch.device) -> float:
     glibc has given back what earlier calls freed and while it gives large blocks back at once. Small tensors may
     still fit into what is left, so this is a lower bound where it is a few MiB.
     """
+    import torch
+
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         before = torch.cuda.memory_allocated(device)
@@ -28,23 +58,34 @@ def peak_bytes(call: Callable[[], object], device: torch.device) -> float:
         torch.cuda.synchronize(device)
         return float(torch.cuda.max_memory_allocated(device) - before)
     gc.collect()
-    known = _return_blocks_above(2**17)
+    known = _trimmed() and _set({**_USUAL, _MMAP_THRESHOLD: 2**17})
     try:
         known = known and _reset_peak()
         before = _resident("VmRSS") if known else 0
         call()
         return float(_resident("VmHWM") - before) if known else float("nan")
     finally:
-        _return_blocks_above(2**25)  # the most that glibc's own adjustment allows
+        _trimmed()
+        _set(_USUAL)
+        if _kept:
+            keep_freed()
 
 
-def _return_blocks_above(size: int) -> bool:
+def _set(parameters: dict[int, int]) -> bool:
+    """Of glibc's allocator; whether there is one that takes them all."""
     try:
-        libc = ctypes.CDLL(None)
-        libc.malloc_trim(0)
-        return bool(libc.mallopt(_MMAP_THRESHOLD, size))
+        return all(ctypes.CDLL(None).mallopt(name, value) for name, value in parameters.items())
     except (OSError, AttributeError, TypeError):  # not glibc
         return False
+
+
+def _trimmed() -> bool:
+    """Give freed memory back; whether that can be asked for."""
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (OSError, AttributeError, TypeError):
+        return False
+    return True
 
 
 def _reset_peak() -> bool:

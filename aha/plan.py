@@ -64,7 +64,7 @@ from .explainer import Explainer
 from .explainer.decoder import DecoderConfig
 from .files import read_json
 from .kernels.messages import short
-from .memory import peak_bytes
+from .memory import peak_bytes, per_pass
 from .metrics import PROTOCOLS, Protocol, Suite
 from .metrics.protocols import get as get_protocol
 from .objective import Objective
@@ -270,8 +270,9 @@ def measure_step(explainer: Explainer, clf: Classifier, config: TrainConfig, sec
     Args:
         seconds: a step that would take longer is made with fewer images, then with fewer fractions.
     """
-    _ranking(config, clf)
-    once, backward = time_of_a_pass(clf, min(8, config.chunk), min(1.0, seconds))
+    chunk = _ranking(config, clf).chunk
+    assert chunk is not None
+    once, backward = time_of_a_pass(clf, min(8, chunk), min(1.0, seconds))
     small = _affordable(config, explainer, clf, once, backward, seconds)
     images = [{"image": torch.rand(len(clf.mean), *clf.input_size)} for _ in range(small.batch_size)]
     clock = _Clock(make_objective(small, clf), clf.device)
@@ -356,6 +357,8 @@ def training(
             check_number(name, value, 0, above=name == "link")
     objective = _ranking(config, clf)
     measured = measured or measure_step(explainer, clf, config)
+    if config.chunk is None and measured.excess is not None:  # of a GPU, wherever the plan is made
+        config = dataclasses.replace(config, chunk=per_pass(torch.device("cuda")))
     maps = 1 if config.shared_map else config.targets
     if (found := (measured.classifier, measured.encoder, measured.maps)) != (
         expected := (clf.name.removeprefix(RANDOM), _encoder_of(explainer), maps)
@@ -477,9 +480,10 @@ def training_memory(explainer: Explainer, clf: Classifier, config: TrainConfig) 
     maps = 1 if config.shared_map else config.targets
     part = config.batch_size // config.accumulate
     objective = _ranking(config, clf)
-    at_once = min(part * maps, config.chunk // 2)
+    assert objective.chunk is not None
+    at_once = min(part * maps, objective.chunk // 2)
     inner = objective.passes[1] // 2
-    perturbed = 2 * at_once * min(inner, max(1, config.chunk // (2 * at_once)))
+    perturbed = 2 * at_once * min(inner, max(1, objective.chunk // (2 * at_once)))
     pixels = torch.rand(1, len(clf.mean), *clf.input_size, device=clf.device)
     target = torch.zeros(1, maps, dtype=torch.int64, device=clf.device)
     with protected(clf), autocast(config.precision, clf.device, clf.dtype), _kept(clf.module) as of_pass:

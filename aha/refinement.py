@@ -20,6 +20,7 @@ from . import references as reference_images
 from .checks import check_integer, check_number, checked, finite_maps
 from .classifier import Classifier, check_classifier
 from .explainer import Explainer
+from .memory import per_pass
 from .objective import Objective, strata
 from .protection import protected
 from .regions import Regions, default_cells, grid
@@ -85,7 +86,7 @@ def refine(
     references: Sequence[str] = reference_images.REFERENCES,
     cells: Sequence[int] | None = None,
     fractions: int | None = None,
-    chunk: int = 128,
+    chunk: int | None = None,
     precision: str = "auto",
     every_step: bool = False,
     internal_batch_size: int = 32,
@@ -111,7 +112,7 @@ def refine(
             fits one grid alone. Default: 3/4, 7/8 and all of the finest grid of the training. docs/large_k.md measures
             what finer ones bring.
         fractions: S ≥ 1, points on either curve that a step looks at; in place of the preset's.
-        chunk: perturbed images in memory at a time.
+        chunk: perturbed images in memory at a time; default: `aha.memory.per_pass`.
         precision: of the classifier's passes, "auto" | "bf16" | "fp32".
         every_step: return the maps for T = 0, 1, …, ``steps``, (T+1,B,1,H,W).
         internal_batch_size: images refined at a time; memory is set by it, results are not.
@@ -146,7 +147,8 @@ def refine(
             start = explainer.attribute(image, classes)
             if chosen.steps:
                 settings = explainer.settings
-                objective = Objective(classifier, scores=settings["scores"], chunk=chunk, precision=precision)
+                held = per_pass(classifier.device) if chunk is None else chunk
+                objective = Objective(classifier, scores=settings["scores"], chunk=held, precision=precision)
                 height, width = image.shape[-2:]
                 finest = (settings.get("cells") or default_cells(height, width))[1]
                 sides = cells or (round(3 / 4 * finest), round(7 / 8 * finest), finest)

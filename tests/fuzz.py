@@ -700,7 +700,6 @@ EXCLUDED = {
     "aha.kernels.BackendError": "an error",
     "aha.kernels.Choice": "what explain returns",
     "aha.kernels.Upsampler": "a pair of Taps, checked by perturb",
-    "aha.metrics.INTERNAL_BATCH_SIZE": "a number",
     "aha.metrics.PROTOCOLS": "a table",
     **{f"aha.metrics.{name}": "a result" for name in ("Cost", "Endpoints", "Response", "Scores", "Sweep")},
     "aha.metrics.Protocol.references_of": "for rows of the catalogue",

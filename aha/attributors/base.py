@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..checks import check_arguments, check_integer, check_seed, checked, finite_maps
 from ..classifier import Classifier, check_classifier
 from ..kernels.messages import short
+from ..memory import per_pass
 from ..protection import protected
 from .passes import Passes, count_passes
 
@@ -49,7 +50,8 @@ class Attributor(ABC):
 
     Args:
         clf: the classifier to explain.
-        internal_batch_size: images in one pass of the classifier, ≥ 1; memory is set by it, results are not.
+        internal_batch_size: images in one pass of the classifier, ≥ 1; memory is set by it, results are not. Default:
+            `aha.memory.per_pass`.
         seed: of whatever is random; the same seed gives the same maps.
     """
 
@@ -63,10 +65,11 @@ class Attributor(ABC):
     # forward and backward passes for one image, where neither options nor images change them
     per_image: ClassVar[Passes | None] = None
 
-    def __init__(self, clf: Classifier, internal_batch_size: int = 64, seed: int = 0):
+    def __init__(self, clf: Classifier, internal_batch_size: int | None = None, seed: int = 0):
         check_classifier(clf).require(self.name, self.needs_gradients, self.looks_inside)
         self.clf = clf
-        self.internal_batch_size = check_integer("internal_batch_size", internal_batch_size, 1)
+        size = per_pass(clf.device, 64) if internal_batch_size is None else internal_batch_size
+        self.internal_batch_size = check_integer("internal_batch_size", size, 1)
         self.seed = check_seed(seed)
 
     @property

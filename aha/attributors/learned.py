@@ -41,7 +41,7 @@ class LearnedAttributor(Attributor):
         self,
         clf: Classifier,
         explainer: Explainer | str | Path | None = None,
-        internal_batch_size: int = 32,
+        internal_batch_size: int | None = None,
         seed: int = 0,
     ):
         super().__init__(clf, internal_batch_size, seed)
@@ -111,7 +111,7 @@ class AHA(LearnedAttributor):
         clf: Classifier,
         explainer: Explainer | str | Path | None = None,
         steps: int | None = 0,
-        internal_batch_size: int = 32,
+        internal_batch_size: int | None = None,
         seed: int = 0,
         scale: str | None = None,
         **refinement: Any,
@@ -154,7 +154,7 @@ class ShapleyAttributor(LearnedAttributor):
         clf: Classifier,
         explainer: Explainer | str | Path | None = None,
         surrogate: Classifier | None = None,
-        internal_batch_size: int = 32,
+        internal_batch_size: int | None = None,
         seed: int = 0,
     ):
         super().__init__(clf, explainer, internal_batch_size, seed)
@@ -170,7 +170,7 @@ class ShapleyAttributor(LearnedAttributor):
             absence=next(absence for absence, name in METHODS.items() if name == self.objective),
             players=(players[0], players[1]) if players else None,
             surrogate=surrogate,
-            chunk=max(2, internal_batch_size),
+            chunk=max(2, self.internal_batch_size),
         )
 
     @property

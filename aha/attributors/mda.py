@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..checks import check_maps
 from ..classifier import Classifier
+from ..memory import per_pass
 from ..precision import autocast, uses_bf16
 from ..protection import locked, protected
 from ..references import adaptive_blur
@@ -114,7 +115,7 @@ class MDA(Attributor):
         cells: rows, or (rows, columns) of a grid; None is the patches of a timm vision transformer, and 14 along the
             shorter side for others.
         precision: "fp32", "bf16" or "auto", of the classifier's passes, not the prior's.
-        internal_batch_size: perturbed images in one pass; None is 8 on a CPU, where more are no faster, else 128.
+        internal_batch_size: perturbed images in one pass; default: `aha.memory.per_pass`.
     """
 
     needs_gradients = False
@@ -143,9 +144,7 @@ class MDA(Attributor):
         internal_batch_size: int | None = None,
         seed: int = 0,
     ):
-        if internal_batch_size is None:
-            internal_batch_size = 8 if clf.device.type == "cpu" else 128
-        super().__init__(clf, internal_batch_size, seed)
+        super().__init__(clf, per_pass(clf.device) if internal_batch_size is None else internal_batch_size, seed)
         if window is not None and window < 1:
             raise ValueError(f"window={window}: give at least one candidate per step")
         if not 0 <= gamma <= 1:

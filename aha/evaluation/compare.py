@@ -18,7 +18,7 @@ from ..data import Part, Preprocessing, fit_labels
 from ..data import identity as identity_of
 from ..files import remove_partials, slug, write_json
 from ..lock import held
-from ..metrics import INTERNAL_BATCH_SIZE, Protocol, Suite
+from ..metrics import Protocol, Suite
 from ..metrics.protocols import get as get_protocol
 from ..source import Source
 from ..store import Packs
@@ -87,7 +87,7 @@ def compare(
     strict: bool = True,
     batch_size: int = 32,
     seed: int = 0,
-    internal_batch_size: int = INTERNAL_BATCH_SIZE,
+    internal_batch_size: int | None = None,
     progress: Progress | None = None,
     finish: Callable[[Comparison], object] | None = None,
 ) -> Comparison | None:
@@ -109,7 +109,7 @@ def compare(
         strict: raise if a method does not accept a classifier; else it is skipped and named.
         batch_size: images at a time.
         seed: of the methods, of the choice of images (``Source.limit``) and of the bootstrap.
-        internal_batch_size: perturbed images in one forward pass of the metrics.
+        internal_batch_size: perturbed images in one forward pass of the metrics; default: `aha.memory.per_pass`.
         progress: told of what is done, e.g. a bar of `aha.terminal.progress`.
         finish: what the main process does with the comparison before another may work in ``output``, such as write it.
 
@@ -191,7 +191,7 @@ class _Setting:
     strict: bool
     batch_size: int
     seed: int
-    internal_batch_size: int
+    internal_batch_size: int | None
     progress: Progress | None
     state: PartialState
 

@@ -11,7 +11,7 @@ from .. import processes
 from ..checks import check_integer, check_seed, checked
 from ..classifier import Classifier
 from ..data import fit_labels
-from ..metrics import INTERNAL_BATCH_SIZE, Protocol, Suite
+from ..metrics import Protocol, Suite
 from ..store import Memory
 from .engine import Engine, Method, Progress, Row, announcing
 from .result import Evaluation
@@ -28,7 +28,7 @@ def evaluate(
     limit: int | None = None,
     seed: int = 0,
     progress: Progress | None = None,
-    internal_batch_size: int = INTERNAL_BATCH_SIZE,
+    internal_batch_size: int | None = None,
 ) -> Evaluation:
     """Measure attribution methods on the images of a data set.
 
@@ -52,7 +52,7 @@ def evaluate(
         limit: number of images, drawn at random with ``seed``; None is all.
         seed: of that draw and of the bootstrap. Methods have seeds of their own.
         progress: told of what is done by the main process, e.g. a bar of `aha.terminal.progress`.
-        internal_batch_size: perturbed images in one forward pass of the metrics.
+        internal_batch_size: perturbed images in one forward pass of the metrics; default: `aha.memory.per_pass`.
 
     Raises:
         ValueError: for bad arguments, in one line, or if no image could be measured by any method, also because none

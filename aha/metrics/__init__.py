@@ -4,12 +4,11 @@ from ..ranks import rank_pixels
 from . import catalog
 from .classes import ConfidenceChange, DeletionInsertion, Localization, MagnitudeAlignment, Monotonicity
 from .curves import area, monotone_response
-from .perturbed import INTERNAL_BATCH_SIZE, Endpoints, Response, Sweep, endpoints, sweep
+from .perturbed import Endpoints, Response, Sweep, endpoints, sweep
 from .protocols import PROTOCOLS, Cost, Protocol, pixel_counts
 from .suite import Scores, Suite
 
 __all__ = [
-    "INTERNAL_BATCH_SIZE",
     "PROTOCOLS",
     "ConfidenceChange",
     "Cost",

@@ -14,7 +14,7 @@ from ..classifier import Classifier
 from ..protection import protected
 from . import catalog, protocols
 from .localization import Located, check_masks
-from .perturbed import INTERNAL_BATCH_SIZE, Endpoints
+from .perturbed import Endpoints
 from .protocols import Protocol
 from .state import PerImage, check_index, mean, measured
 from .suite import Named, Suite, arranged, scored
@@ -85,7 +85,7 @@ class ByReference(Averaged):
     Args:
         clf: the classifier that the maps explain.
         protocol: a preset's name or a `Protocol`; None is the class's own.
-        internal_batch_size: perturbed images in one forward pass, ≥ 2.
+        internal_batch_size: perturbed images in one forward pass, ≥ 2; default: `aha.memory.per_pass`.
 
     Raises:
         ValueError: for a protocol that lists none of the metrics.
@@ -98,7 +98,7 @@ class ByReference(Averaged):
         self,
         clf: Classifier,
         protocol: str | Protocol | None = None,
-        internal_batch_size: int = INTERNAL_BATCH_SIZE,
+        internal_batch_size: int | None = None,
         **options: Any,
     ):
         super().__init__(**options)
@@ -116,7 +116,7 @@ class ByReference(Averaged):
         )
         # past nn.Module, which would put the classifier's weights into the metric's state_dict
         object.__setattr__(self, "clf", clf)
-        self.internal_batch_size = internal_batch_size
+        self.internal_batch_size = self._suite.internal_batch_size
         self.layout = tuple((row.key, name) for row in rows for name in self.protocol.references_of(row))
         self.drawn = tuple(
             (name, curve) for row in rows for curve in row.curves for name in self.protocol.references_of(row)

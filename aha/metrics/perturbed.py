@@ -12,6 +12,7 @@ from torch import Tensor
 from .. import kernels, references
 from ..checks import check_answers, check_integer, check_maps, check_target, checked
 from ..classifier import Classifier
+from ..memory import per_pass
 from ..precision import autocast, confidence
 from ..protection import protected
 from ..ranks import rank_pixels
@@ -20,7 +21,6 @@ from .curves import density
 from .localization import Located
 from .protocols import Protocol, pixel_counts
 
-INTERNAL_BATCH_SIZE = 128  # perturbed images in one forward pass
 _SIDES = ("deleted", "inserted")  # of a `Probe`
 
 
@@ -94,7 +94,7 @@ def endpoints(
     images: Tensor,
     target: Tensor | Sequence[int] | int | None = None,
     protocol: str | Protocol = "aha",
-    internal_batch_size: int = INTERNAL_BATCH_SIZE,
+    internal_batch_size: int | None = None,
     labels: Tensor | Sequence[int] | None = None,
 ) -> Endpoints:
     """What all methods share on a batch: f(I) and f(I0) of ``images`` (B,C,H,W) in [0,1], in (1 + R)·B forward passes.
@@ -115,7 +115,7 @@ def endpoints(
     if target is not None:
         target = clf.resolve_target(images, target)
     truth = _labels(clf, protocol, labels, images) if "label" in protocol.needs else None
-    size = internal_batch_size
+    size = internal_batch_size or per_pass(clf.device)
     with protected(clf), torch.no_grad():
         logits = check_answers(torch.cat([clf(part) for part in images.split(size)]), clf.name)
         predicted = logits.argmax(dim=-1)
@@ -178,7 +178,7 @@ def sweep(
     target: Tensor,
     reference: Tensor,
     points: int = 21,
-    chunk: int = INTERNAL_BATCH_SIZE,
+    chunk: int | None = None,
     ends: tuple[Response, Response] | None = None,
 ) -> Sweep:
     """One sweep of perturbed images gives all four curves.
@@ -192,9 +192,10 @@ def sweep(
         target: (B,) int64.
         reference: (B, C, H, W) reference images I0.
         points: S fractions in [0, 1], both ends included.
-        chunk: perturbed images in one forward pass, ≥ 2; memory is set by it.
+        chunk: perturbed images in one forward pass, ≥ 2; memory is set by it. None: `aha.memory.per_pass`.
         ends: responses (B,) to ``images`` and to ``reference``, where they are known already.
     """
+    chunk = per_pass(clf.device) if chunk is None else chunk
     check_integer("chunk", chunk, 2)  # one deleted and one inserted image
     images, reference = clf.check(images).detach(), clf.check(reference).detach()
     ranks = rank_pixels(check_maps(maps, images))

@@ -10,11 +10,12 @@ from torch import Tensor
 
 from ..checks import check_integer, check_maps, checked
 from ..classifier import Classifier, check_classifier
+from ..memory import per_pass
 from ..protection import protected
 from . import catalog, protocols
 from .catalog import Metric
 from .localization import Located, check_masks
-from .perturbed import INTERNAL_BATCH_SIZE, Endpoints, Probe, endpoints
+from .perturbed import Endpoints, Probe, endpoints
 from .protocols import Protocol
 
 Named = dict[str, dict[str, Tensor]]  # two levels of names, then one value per image
@@ -48,18 +49,16 @@ class Suite:
     Args:
         clf: the classifier that the maps explain.
         protocol: a preset's name or a `Protocol`.
-        internal_batch_size: perturbed images in one forward pass, ≥ 2.
+        internal_batch_size: perturbed images in one forward pass, ≥ 2; default: `aha.memory.per_pass`.
 
     Attributes:
         protocol: what is measured; its ``needs`` is what `begin` must be given besides the images.
     """
 
-    def __init__(
-        self, clf: Classifier, protocol: str | Protocol = "aha", internal_batch_size: int = INTERNAL_BATCH_SIZE
-    ):
-        check_integer("internal_batch_size", internal_batch_size, 2)
-        check_classifier(clf)
-        self.clf, self.internal_batch_size = clf, internal_batch_size
+    def __init__(self, clf: Classifier, protocol: str | Protocol = "aha", internal_batch_size: int | None = None):
+        self.clf = check_classifier(clf)
+        size = per_pass(clf.device) if internal_batch_size is None else internal_batch_size
+        self.internal_batch_size = check_integer("internal_batch_size", size, 2)
         self.protocol = protocols.get(protocol)
 
     @checked

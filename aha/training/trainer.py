@@ -42,6 +42,7 @@ from ..evidence import ROLES
 from ..explainer import Explainer
 from ..identity import fingerprint
 from ..kernels.messages import short
+from ..memory import per_pass
 from ..objective import Objective
 from ..precision import autocast, uses_bf16
 from ..protection import recording
@@ -128,7 +129,7 @@ class TrainConfig:
         average: share of the steps, the last ones, whose mean weights the explainer gets; 0 takes the last step's.
             Default: ⅔ without an encoder (ours), 0 with one (published).
         dropped_roles: how often the decoder has to do without a role of the evidence, in [0, 1).
-        chunk: perturbed images in memory at a time.
+        chunk: perturbed images in memory at a time; default: `aha.memory.per_pass`.
         precision: of encoder and classifier, "auto" | "bf16" | "fp32".
         workers: processes that read images; None: for images on disk one per core but one, at most 8
             (`aha.data.workers_for`), else none.
@@ -168,7 +169,7 @@ class TrainConfig:
     players: tuple[int, int] | None = None
     average: float | None = None
     dropped_roles: float = 0.0
-    chunk: int = 128
+    chunk: int | None = None
     precision: str = "auto"
     seed: int = 42
     workers: int | None = None
@@ -179,7 +180,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name, (low, high) in _INTEGERS.items():
             value = getattr(self, name)
-            if value is not None or name not in ("steps", "workers"):
+            if value is not None or name not in ("steps", "workers", "chunk"):
                 check_integer(name, value, low, high)
         for name in _POSITIVE:
             check_number(name, getattr(self, name), 0, above=True)
@@ -261,13 +262,14 @@ class TrainingObjective(Protocol):
 def make_objective(config: TrainConfig, classifier: Classifier) -> Objective | ShapleyObjective:
     """The objective that ``config`` names."""
     absence = OBJECTIVES[config.objective]
+    chunk = per_pass(classifier.device) if config.chunk is None else config.chunk
     if absence is not None:
         return ShapleyObjective(
             classifier,
             absence=absence,
             coalitions=config.coalitions,
             players=config.players,
-            chunk=config.chunk,
+            chunk=chunk,
             precision=config.precision,
         )
     return Objective(
@@ -278,7 +280,7 @@ def make_objective(config: TrainConfig, classifier: Classifier) -> Objective | S
         weight_regularizer=config.weight_regularizer,
         scores=config.scores,
         n_iters=config.n_iters,
-        chunk=config.chunk,
+        chunk=chunk,
         precision=config.precision,
         ends=config.ends,
         smooth=config.smooth,

@@ -90,7 +90,7 @@ def test_the_default_range():
 def test_blocks_outside_the_range():
     clf = make("vit", depth=4)
     images = pictures(clf, 2)
-    method = create(clf, first=1, last=2)
+    method = create(clf, first=1, last=2, internal_batch_size=32)
     executed = []
     handles = [b.norm1.register_forward_hook(lambda *_, i=i: executed.append(i)) for i, b in enumerate(method.blocks)]
     maps = method.attribute(images, 0)
