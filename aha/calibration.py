@@ -285,7 +285,7 @@ def measure(
     Raises:
         ValueError: in one line, for arguments that do not fit, and where the classifier is not finite.
     """
-    size = per_pass(check_classifier(classifier).device, 64) if internal_batch_size is None else internal_batch_size
+    size = per_pass(check_classifier(classifier).device, internal_batch_size, most=64)
     check_integer("internal_batch_size", size, 2)
     images = classifier.check(images).detach()
     ranks = rank_pixels(check_maps(maps, images).view(len(images), *images.shape[-2:]))

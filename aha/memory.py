@@ -19,12 +19,14 @@ PER_PASS = 16  # whatever the number of threads: results of one process and of m
 _kept = False
 
 
-def per_pass(device: torch.device, most: int = 128) -> int:
-    """Images in one pass of a network where nobody says how many: ``most`` on an accelerator, at most 16 on a CPU.
+def per_pass(device: torch.device, asked: int | None = None, *, most: int = 128) -> int:
+    """Images in one pass of a network: as ``asked``, else ``most`` on an accelerator and at most 16 on a CPU.
 
     There more are no faster: what is between two layers no longer fits the caches, and glibc has every large block
     cleared anew by the system (bench/results/allocator_cpu.json).
     """
+    if asked is not None:
+        return asked
     return most if device.type != "cpu" else min(most, PER_PASS)
 
 

@@ -132,6 +132,7 @@ def refine(
     if not isinstance(explainer, Explainer):
         raise ValueError(f"explainer is a {type(explainer).__name__}: give an aha.Explainer")
     check_classifier(classifier).require("refinement", gradients=chosen.steps > 0, inside=False)
+    chunk = per_pass(classifier.device, chunk)
     images = classifier.check(images).detach()
     explainer = explainer.of(classifier)
     known = explainer.classifier.num_classes
@@ -147,8 +148,7 @@ def refine(
             start = explainer.attribute(image, classes)
             if chosen.steps:
                 settings = explainer.settings
-                held = per_pass(classifier.device) if chunk is None else chunk
-                objective = Objective(classifier, scores=settings["scores"], chunk=held, precision=precision)
+                objective = Objective(classifier, scores=settings["scores"], chunk=chunk, precision=precision)
                 height, width = image.shape[-2:]
                 finest = (settings.get("cells") or default_cells(height, width))[1]
                 sides = cells or (round(3 / 4 * finest), round(7 / 8 * finest), finest)

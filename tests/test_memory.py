@@ -21,6 +21,14 @@ def test_images_in_a_pass():
     assert per_pass(torch.device("cpu"), 5) == 5
     assert per_pass(torch.device("cuda")) == 128
     assert per_pass(torch.device("cuda"), 64) == 64
+    assert per_pass(torch.device("cpu"), most=5) == 5
+    assert per_pass(torch.device("cpu"), 2 * PER_PASS) == 2 * PER_PASS
+    assert per_pass(torch.device("cuda"), most=64) == 64
+
+
+def test_no_image_in_a_pass_is_refused():
+    with pytest.raises(ValueError, match="internal_batch_size=0: give an integer ≥ 1"):
+        aha.metrics.endpoints(tiny_classifier(), pictures(2), internal_batch_size=0)
 
 
 @pytest.fixture

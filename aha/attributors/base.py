@@ -68,7 +68,7 @@ class Attributor(ABC):
     def __init__(self, clf: Classifier, internal_batch_size: int | None = None, seed: int = 0):
         check_classifier(clf).require(self.name, self.needs_gradients, self.looks_inside)
         self.clf = clf
-        size = per_pass(clf.device, 64) if internal_batch_size is None else internal_batch_size
+        size = per_pass(clf.device, internal_batch_size, most=64)
         self.internal_batch_size = check_integer("internal_batch_size", size, 1)
         self.seed = check_seed(seed)
 

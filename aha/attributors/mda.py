@@ -144,7 +144,7 @@ class MDA(Attributor):
         internal_batch_size: int | None = None,
         seed: int = 0,
     ):
-        super().__init__(clf, per_pass(clf.device) if internal_batch_size is None else internal_batch_size, seed)
+        super().__init__(clf, per_pass(clf.device, internal_batch_size), seed)
         if window is not None and window < 1:
             raise ValueError(f"window={window}: give at least one candidate per step")
         if not 0 <= gamma <= 1:

@@ -115,7 +115,7 @@ def endpoints(
     if target is not None:
         target = clf.resolve_target(images, target)
     truth = _labels(clf, protocol, labels, images) if "label" in protocol.needs else None
-    size = internal_batch_size or per_pass(clf.device)
+    size = check_integer("internal_batch_size", per_pass(clf.device, internal_batch_size), 1)
     with protected(clf), torch.no_grad():
         logits = check_answers(torch.cat([clf(part) for part in images.split(size)]), clf.name)
         predicted = logits.argmax(dim=-1)
@@ -195,8 +195,7 @@ def sweep(
         chunk: perturbed images in one forward pass, ≥ 2; memory is set by it. None: `aha.memory.per_pass`.
         ends: responses (B,) to ``images`` and to ``reference``, where they are known already.
     """
-    chunk = per_pass(clf.device) if chunk is None else chunk
-    check_integer("chunk", chunk, 2)  # one deleted and one inserted image
+    chunk = check_integer("chunk", per_pass(clf.device, chunk), 2)  # one deleted and one inserted image
     images, reference = clf.check(images).detach(), clf.check(reference).detach()
     ranks = rank_pixels(check_maps(maps, images))
     target = check_target(target, len(images), clf.num_classes, images.device)

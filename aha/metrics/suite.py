@@ -57,8 +57,7 @@ class Suite:
 
     def __init__(self, clf: Classifier, protocol: str | Protocol = "aha", internal_batch_size: int | None = None):
         self.clf = check_classifier(clf)
-        size = per_pass(clf.device) if internal_batch_size is None else internal_batch_size
-        self.internal_batch_size = check_integer("internal_batch_size", size, 2)
+        self.internal_batch_size = check_integer("internal_batch_size", per_pass(clf.device, internal_batch_size), 2)
         self.protocol = protocols.get(protocol)
 
     @checked

@@ -262,7 +262,7 @@ class TrainingObjective(Protocol):
 def make_objective(config: TrainConfig, classifier: Classifier) -> Objective | ShapleyObjective:
     """The objective that ``config`` names."""
     absence = OBJECTIVES[config.objective]
-    chunk = per_pass(classifier.device) if config.chunk is None else config.chunk
+    chunk = per_pass(classifier.device, config.chunk)
     if absence is not None:
         return ShapleyObjective(
             classifier,
