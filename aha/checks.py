@@ -232,11 +232,13 @@ def check_integer(name: str, value: Any, low: int, high: int | None = None) -> i
     return int(value)
 
 
-def check_number(name: str, value: Any, low: float, above: bool = False) -> float:
-    """Return ``value`` as a finite float ≥ ``low``, or greater if ``above``."""
+def check_number(name: str, value: Any, low: float, above: bool = False, high: float | None = None) -> float:
+    """Return ``value`` as a finite float ≥ ``low``, or greater if ``above``, and ≤ ``high`` if given."""
     real = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    if not real or not (value > low if above else value >= low) or value == float("inf"):
-        raise ValueError(f"{name}={short(value)}: give a finite number {'>' if above else '≥'} {low}")
+    most = math.nextafter(math.inf, 0) if high is None else high
+    if not real or not (low < value <= most if above else low <= value <= most):
+        accepted = f"{'>' if above else '≥'} {low}" + ("" if high is None else f" and ≤ {high}")
+        raise ValueError(f"{name}={short(value)}: give a finite number {accepted}")
     return float(value)
 
 

@@ -12,6 +12,12 @@ Every architecture has the roles, each in its own way:
 - ``biases``: the part that constants make. Absent where the full gradient leaves them out.
 
 Gradients are LibraGrad's where it has the rules, plain ones elsewhere. The methods alone are in `aha.attributors`.
+
+They are of the target's logit less ``contrast`` times those of the other classes, each with its softmax weight among
+the others: deletion and insertion measure a probability, which falls when another class gains as when the target loses.
+The weights are constants to the backward pass, so the score is a class's logit like any other, of which the full
+gradient is complete. With 1 the gradient is that of the log-odds, which of a sure decision shows the closest rival more
+than the target; with 0 that of the target's logit alone.
 """
 
 from __future__ import annotations
@@ -24,7 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .checks import check_answers, check_target
+from .checks import check_answers, check_number, check_target
 from .classifier import Classifier
 from .full_gradient import TokenTerms
 from .geometry import as_maps
@@ -36,6 +42,7 @@ from .stages import find_stages
 from .structure import transformer
 
 ROLES = ("gradient", "last", "activity", "early", "late", "biases")
+CONTRAST = 0.5  # what explainers are built with (docs/training.md)
 
 
 class Evidence(NamedTuple):
@@ -67,12 +74,14 @@ class Evident:
 
     Args:
         clf: any classifier with gradients and hooks.
+        contrast: the weight of the other classes, in [0, 1].
     """
 
-    def __init__(self, clf: Classifier):
+    def __init__(self, clf: Classifier, contrast: float = CONTRAST):
         clf.require("evidence", True, True)
         self.clf = clf
-        self._read = _of_tokens(clf) or _of_maps(clf)
+        self.contrast = check_number("contrast", contrast, 0, high=1)
+        self._read = _of_tokens(clf, self._scores) or _of_maps(clf, self._scores)
         self._libra = self._has_rules()
 
     def __call__(self, images: Tensor, target: Tensor | Sequence[int] | int | None = None) -> Evidence:
@@ -101,6 +110,15 @@ class Evident:
         stacked = each[0] if len(each) == 1 else torch.stack(each, dim=1).flatten(0, 1)
         return Evidence(stacked, present, logits.detach(), target.flatten())
 
+    def _scores(self, logits: Tensor, target: Tensor | None) -> tuple[list[Tensor], Tensor]:
+        """The sums over the images of their first, second … target's score, and the targets (B, M)."""
+        target = logits.argmax(dim=1, keepdim=True) if target is None else target
+        scores = []
+        for chosen in target.split(1, dim=1):
+            others = logits.detach().scatter(1, chosen, -torch.inf).softmax(dim=1)
+            scores.append((logits.gather(1, chosen) - self.contrast * (others * logits).sum(dim=1, keepdim=True)).sum())
+        return scores, target
+
     def _rules(self) -> AbstractContextManager:
         return libra(self.clf.module) if self._libra else nullcontext()
 
@@ -116,6 +134,8 @@ class Evident:
 
 # images and targets (B, M), or None → for each of the M the roles' maps (B, 1, H, W), and logits and targets
 Read = Callable[[Tensor, Tensor | None], tuple[list[list[Tensor | None]], Tensor, Tensor]]
+# logits and targets → what is traced back, and the targets
+Scores = Callable[[Tensor, Tensor | None], tuple[list[Tensor], Tensor]]
 
 
 def _standardized(maps: Tensor) -> Tensor:
@@ -124,13 +144,7 @@ def _standardized(maps: Tensor) -> Tensor:
     return (standardize(maps / torch.where(most > 0, most, 1)) - 0.5) / 0.29
 
 
-def _chosen(logits: Tensor, target: Tensor | None) -> tuple[list[Tensor], Tensor]:
-    """The sums over the images of their first, second … target's logit, and the targets (B, M)."""
-    target = logits.argmax(dim=1, keepdim=True) if target is None else target
-    return list(logits.gather(1, target).sum(dim=0)), target
-
-
-def _of_tokens(clf: Classifier) -> Read | None:
+def _of_tokens(clf: Classifier, scores_of: Scores) -> Read | None:
     found = transformer(clf.module, mixers=True)
     if found is None or found.joined_late:
         return None
@@ -154,7 +168,7 @@ def _of_tokens(clf: Classifier) -> Read | None:
         hooks = [(module, watch) for module in softmaxes or ()]
         with undisturbed(clf, hooks, unfused=True), terms.recorded():
             logits = clf(images)
-        scores, target = _chosen(logits, target)
+        scores, target = scores_of(logits, target)
         by_target: list[list[Tensor | None]] = []
         for number, score in enumerate(scores, 1):
             terms.trace(score, again=number < len(scores))
@@ -183,7 +197,7 @@ def _enlarged(maps: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(maps, size, mode="bilinear", align_corners=False)
 
 
-def _of_maps(clf: Classifier) -> Read:
+def _of_maps(clf: Classifier, scores_of: Scores) -> Read:
     blank = torch.zeros(2, len(clf.mean), *clf.input_size, device=clf.device)
     try:
         with protected(clf), torch.no_grad():
@@ -218,7 +232,7 @@ def _of_maps(clf: Classifier) -> Read:
             for module in cuts:
                 stack.callback(module.register_forward_hook(cut).remove)
             logits = clf.forward_normalized(pixels)
-        scores, target = _chosen(logits, target)
+        scores, target = scores_of(logits, target)
         by_target: list[list[Tensor | None]] = []
         for number, score in enumerate(scores, 1):
             by_cut.clear()

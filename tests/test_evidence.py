@@ -1,4 +1,7 @@
-"""Evidence: every role of every architecture, equal to the methods alone, of one forward and one backward pass."""
+"""Evidence: every role of every architecture, equal to the methods alone, of one forward and one backward pass.
+
+The methods alone are of the target's logit, contrast 0; what contrast adds follows from them, for they are linear.
+"""
 
 import pytest
 import torch
@@ -25,7 +28,7 @@ def standardized(maps):
 def test_roles_of_transformers_are_the_methods_alone(kind):
     clf = make(kind)
     images, target = pictures(clf, 2), torch.tensor([3, 1])
-    found = Evident(clf)(images, target)
+    found = Evident(clf, contrast=0)(images, target)
     alone = [("libragrad", {"base": "fullgrad_plus"}), ("libragrad", {"base": "attcam"}), ("raw_attention", {})]
     expected = 1 if kind in MIXERS else 3
     assert found.present.tolist() == [n < expected or n >= 3 for n in range(len(ROLES))]
@@ -42,7 +45,7 @@ def test_roles_of_transformers_are_the_methods_alone(kind):
 def test_parts_of_the_gradient_of_tokens(kind):
     clf = make(kind)
     images, target = pictures(clf, 2), torch.tensor([3, 1])
-    found = Evident(clf)(images, target)
+    found = Evident(clf, contrast=0)(images, target)
     structure = transformer(clf.module, mixers=True)
     rows, cols = structure.grid(*images.shape[-2:])
 
@@ -69,7 +72,7 @@ def test_parts_of_the_gradient_of_tokens(kind):
 def test_roles_of_other_networks(kind):
     clf = make(kind)
     images, target = pictures(clf, 2), torch.tensor([3, 1])
-    found = Evident(clf)(images, target)
+    found = Evident(clf, contrast=0)(images, target)
     assert found.present.tolist() == [role != "biases" for role in ROLES]
     # HiResCAM by hand, its sign kept
     layer = attributors.create("hirescam", clf)
@@ -102,10 +105,57 @@ def test_the_gradient_of_a_convolutional_network_sums_over_its_resolutions():
     module[4](hidden.mean(dim=(2, 3)))[:, 1].sum().backward()
     terms = ((cut.detach() * cut.grad).sum(dim=1, keepdim=True) for cut in cuts)
     early, middle, late = (F.interpolate(term, (16, 16), mode="bilinear", align_corners=False) for term in terms)
-    maps = Evident(clf)(images, 1).maps
+    maps = Evident(clf, contrast=0)(images, 1).maps
     for role, expected in (("gradient", early + middle + late), ("early", early), ("late", late)):
         n = ROLES.index(role)
         assert torch.allclose(maps[:, n : n + 1], standardized(expected), atol=1e-4), role
+
+
+@pytest.mark.parametrize("contrast", [0.5, 1])
+@pytest.mark.parametrize("kind", [*TRANSFORMERS, *MIXERS])
+def test_contrast_takes_the_maps_of_the_other_classes_away(kind, contrast):
+    clf = make(kind)
+    images, target = pictures(clf, 2), torch.tensor([3, 1])
+    found = Evident(clf, contrast)(images, target)
+    # a pass of its own for every class, each with its share of what is not the target's probability
+    method = attributors.create("libragrad", clf, base="fullgrad_plus")
+    maps = torch.stack([method.attribute(images, c) for c in range(clf.num_classes)], dim=1).double()
+    shares = clf(images).double().softmax(dim=1).scatter(1, target[:, None], 0)
+    shares = shares / shares.sum(dim=1, keepdim=True)
+    rivals = torch.einsum("bk,bkchw->bchw", shares, maps)
+    expected = standardized(maps[torch.arange(2), target] - contrast * rivals)
+    assert torch.allclose(found.best, expected, atol=2e-3)
+
+
+@pytest.mark.parametrize("kind", PYRAMIDS)
+def test_contrast_of_other_networks(kind):
+    clf = make(kind)
+    images, target = pictures(clf, 2), torch.tensor([3, 1])
+    found = Evident(clf, 1)(images, target)
+    # of the log-odds, by autograd
+    layer = attributors.create("hirescam", clf)
+    with libra(clf.module):
+        captured = layer.capture(images)
+        chances = captured.logits.log_softmax(dim=1).gather(1, target[:, None])
+        odds = chances - torch.log1p(-chances.exp())
+        (gradient,) = torch.autograd.grad(odds.sum(), captured.output)
+    maps, gradient = (layer.maps(values, images).detach() for values in (captured.output, gradient))
+    enlarged = F.interpolate((maps * gradient).sum(dim=1, keepdim=True), images.shape[-2:], mode="bilinear")
+    assert torch.allclose(found.maps[:, 1:2], standardized(enlarged), atol=2e-3)
+
+
+def test_contrast_is_of_two_classes_and_of_a_sure_decision():
+    clf = make("vit")
+    with torch.no_grad():
+        clf.module.head.weight.mul_(1e3)  # probabilities of 0 and 1, where a gradient of them vanishes
+    images = pictures(clf, 2)
+    target = clf(images).argmax(dim=1)
+    sure, alone = (Evident(clf, contrast)(images, target) for contrast in (0.5, 0))
+    assert sure.maps.isfinite().all()
+    assert not torch.allclose(sure.best, alone.best, atol=1e-2)
+    for contrast in (-0.1, 1.1, float("nan"), "half"):
+        with pytest.raises(ValueError, match=r"contrast=.*: give a finite number ≥ 0 and ≤ 1"):
+            Evident(clf, contrast)
 
 
 @pytest.mark.parametrize("kind", ["vit", "mixer", "resnet", "swin", "cait"])

@@ -20,9 +20,9 @@ FORMAT = 1
 EVIDENCE = {"kind": "evidence"}  # where another explainer's encoder is described
 WEIGHTS = ("decoder.safetensors", "decoder.1.safetensors")  # in turn, so that the old file is whole until its end
 SCORES = ("standardized", "free")
-# settings: what refinement continues with, and what training adds
+# settings: what refinement continues with, what evidence is of, and what training adds
 REFINED_WITH = ("temperature", "scores", "cells")
-TRAINED_FOR = ("objective", "references", "players", "surrogate", "data", "response")
+OPTIONAL = ("contrast", "objective", "references", "players", "surrogate", "data", "response")
 
 _CLASSES, _SIDE = 10**7, 4096
 # of a timm model's options: a number, and what would load or overwrite files
@@ -168,7 +168,7 @@ def _weights(content: Mapping[str, Any]) -> tuple[str, str | None]:
 
 
 def _settings(content: Mapping[str, Any]) -> dict[str, Any]:
-    found = {name: content[name] for name in TRAINED_FOR if name in content}
+    found = {name: content[name] for name in OPTIONAL if name in content}
     for name in REFINED_WITH:
         if name not in content:
             raise ValueError(f"{name} is missing")
@@ -176,6 +176,8 @@ def _settings(content: Mapping[str, Any]) -> dict[str, Any]:
     check_number("temperature", found["temperature"], 0, above=True)
     if found["scores"] not in SCORES:
         raise ValueError(f"scores={short(found['scores'])}: give {' or '.join(SCORES)}")
+    if "contrast" in found:
+        check_number("contrast", found["contrast"], 0, high=1)
     for name in ("cells", "players"):
         if found.get(name) is not None:
             _pair(name, found[name], _SIDE)

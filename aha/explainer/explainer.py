@@ -18,7 +18,7 @@ from .._version import __version__
 from ..calibration import calibrated, check_scale
 from ..checks import check_integer, check_seed, checked, finite_maps
 from ..classifier import Classifier, check_classifier, from_source
-from ..evidence import ROLES, Evident
+from ..evidence import CONTRAST, ROLES, Evident
 from ..files import DamagedError, digest, read_checked, read_json, tensor_bytes, write_atomically, write_json
 from ..identity import fingerprint
 from ..protection import protected
@@ -48,7 +48,7 @@ class Explainer(nn.Module):
         settings: what it was trained with and refinement continues with: ``temperature`` (final τ), ``scores`` and
             ``cells``; and where known the ``objective`` it was trained for, with its ``references``, ``players`` and
             ``surrogate`` (see `aha.shapley`), what identifies the ``data``, and the mean ``response`` to its maps (see
-            `aha.calibration`).
+            `aha.calibration`). With evidence also its ``contrast`` (see `aha.evidence`).
     """
 
     def __init__(
@@ -100,6 +100,8 @@ class Explainer(nn.Module):
         check_classifier(classifier)
         check_seed(seed)
         settings = {"temperature": 0.005, "scores": "standardized", "cells": None}
+        if evidence:
+            settings["contrast"] = CONTRAST
         alone = evidence and encoder is None
         kind = EvidenceConfig if alone else DecoderConfig
         if decoder is not None and not isinstance(decoder, kind):
@@ -183,7 +185,8 @@ class Explainer(nn.Module):
         # a classifier is looked at once, also where an explainer is trained on several in turn
         found = self._evident.get(id(self.classifier))
         if found is None:
-            found = self._evident[id(self.classifier)] = Evident(self.classifier)
+            contrast = self.settings.get("contrast", 0)  # before there was one
+            found = self._evident[id(self.classifier)] = Evident(self.classifier, contrast)
         return found
 
     def turn_to(self, classifier: Classifier) -> None:

@@ -681,6 +681,7 @@ class Trainer:
                 **dataclasses.asdict(self.explainer.decoder.config),
             },
             "evidence": self.explainer.sees_evidence,
+            **{k: v for k, v in self.explainer.settings.items() if k == "contrast"},
             **self._made_from,
         }
         return json.loads(json.dumps({**same, **made, "total": self.total, "bf16": bf16}))

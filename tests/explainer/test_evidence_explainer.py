@@ -1,10 +1,12 @@
 """Explainers that see evidence: what they are before training, what they learn, what is kept of them."""
 
+import json
+
 import pytest
 import torch
 
 import aha
-from aha.evidence import Evident
+from aha.evidence import CONTRAST, Evident
 from aha.explainer.decoder import DecoderConfig
 from aha.explainer.evidence_decoder import EvidenceConfig, EvidenceDecoder
 from aha.source import Source
@@ -61,6 +63,43 @@ def test_trained_saved_and_refined(tmp_path):
     # two targets of an image are two images
     pair = explainer(images[:1], torch.tensor([[0, 1]]))
     assert torch.allclose(pair, torch.cat([explainer(images[:1], torch.tensor([n])) for n in (0, 1)]), atol=1e-5)
+
+
+def test_the_contrast_goes_with_the_explainer(tmp_path):
+    clf = make("vit")
+    images = pictures(clf, 2)
+    explainer = aha.Explainer.build(clf)
+    assert explainer.settings["contrast"] == CONTRAST
+    config = json.loads((explainer.save_pretrained(tmp_path) / "config.json").read_text())
+    del config["sha256"]  # of the content, which changes
+
+    def loaded(contrast):
+        content = {k: v for k, v in config.items() if k != "contrast"}
+        if contrast is not None:
+            content["contrast"] = contrast
+        (tmp_path / "config.json").write_text(json.dumps(content))
+        return aha.Explainer.from_pretrained(tmp_path, clf)
+
+    # explainers of before there was one see the evidence that they were trained on
+    for saved, contrast in ((CONTRAST, CONTRAST), (1, 1), (None, 0)):
+        again = loaded(saved)
+        assert torch.equal(again.attribute(images, 1), Evident(clf, contrast)(images, 1).best)
+        assert torch.equal(again.of(make("resnet")).of(clf).attribute(images, 1), again.attribute(images, 1))
+    for wrong in (-1, 2, "much", True):
+        with pytest.raises(ValueError, match=r"contrast=.*: give a finite number ≥ 0 and ≤ 1"):
+            loaded(wrong)
+
+
+def test_a_run_is_not_resumed_with_another_contrast(tmp_path):
+    clf = make("vit")
+    images = [{"image": image} for image in pictures(clf, 4)]
+    config = aha.TrainConfig(steps=1, batch_size=2, fractions=4, cells=(2, 4), save_every=1, output=str(tmp_path))
+    explainer = aha.Explainer.build(clf, decoder=EvidenceConfig(8))
+    aha.Trainer(explainer, clf, images, config).fit(progress=False)
+    other = aha.Explainer.build(clf, decoder=EvidenceConfig(8))
+    other.settings["contrast"] = 0
+    with pytest.raises(ValueError, match=r"made with other settings \(contrast\)"):
+        aha.Trainer(other, clf, images, config).fit(progress=False, resume=True)
 
 
 def test_one_explainer_serves_any_classifier(tmp_path, recwarn):
