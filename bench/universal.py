@@ -21,6 +21,7 @@ from aha.classifier import Classifier, from_name
 from aha.data import ImageFolder, Part, hold_out
 from aha.evaluation import Evaluation, evaluate
 from aha.explainer import Explainer
+from aha.structure import transformer
 from aha.training import universal
 
 METRIC = "ins_minus_del"
@@ -44,7 +45,7 @@ def folds() -> dict[str, tuple[str, ...]]:
 
 def methods(clf: Classifier, explainers: Mapping[str, Path]) -> dict[str, Attributor]:
     """The rows: every single pass of the registry, the base map alone, and the explainers."""
-    names = CNN_METHODS if clf.name.startswith("EfficientNet") else TRANSFORMER_METHODS
+    names = TRANSFORMER_METHODS if transformer(clf.module) else CNN_METHODS
     rows: dict[str, Attributor] = {name: MethodSpec.parse(name).create(clf, 0) for name in names}
     rows["base map, untrained"] = AHA(clf, Explainer.build(clf))
     for name, path in explainers.items():
