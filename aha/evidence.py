@@ -16,8 +16,7 @@ Gradients are LibraGrad's where it has the rules, plain ones elsewhere. The meth
 They are of the target's logit less ``contrast`` times those of the other classes, each with its softmax weight among
 the others: deletion and insertion measure a probability, which falls when another class gains as when the target loses.
 The weights are constants to the backward pass, so the score is a class's logit like any other, of which the full
-gradient is complete. With 1 the gradient is that of the log-odds, which of a sure decision shows the closest rival more
-than the target; with 0 that of the target's logit alone.
+gradient is complete. With 1 the gradient is that of the log-odds, with 0 that of the target's logit alone.
 """
 
 from __future__ import annotations
