@@ -79,8 +79,8 @@ class Evident:
     def __init__(self, clf: Classifier, contrast: float = CONTRAST):
         clf.require("evidence", True, True)
         self.clf = clf
-        self.contrast = check_number("contrast", contrast, 0, high=1)
-        self._read = _of_tokens(clf, self._scores) or _of_maps(clf, self._scores)
+        contrast = check_number("contrast", contrast, 0, high=1)
+        self._read = _of_tokens(clf, contrast) or _of_maps(clf, contrast)
         self._libra = self._has_rules()
 
     def __call__(self, images: Tensor, target: Tensor | Sequence[int] | int | None = None) -> Evidence:
@@ -109,15 +109,6 @@ class Evident:
         stacked = each[0] if len(each) == 1 else torch.stack(each, dim=1).flatten(0, 1)
         return Evidence(stacked, present, logits.detach(), target.flatten())
 
-    def _scores(self, logits: Tensor, target: Tensor | None) -> tuple[list[Tensor], Tensor]:
-        """The sums over the images of their first, second … target's score, and the targets (B, M)."""
-        target = logits.argmax(dim=1, keepdim=True) if target is None else target
-        scores = []
-        for chosen in target.split(1, dim=1):
-            others = logits.detach().scatter(1, chosen, -torch.inf).softmax(dim=1)
-            scores.append((logits.gather(1, chosen) - self.contrast * (others * logits).sum(dim=1, keepdim=True)).sum())
-        return scores, target
-
     def _rules(self) -> AbstractContextManager:
         return libra(self.clf.module) if self._libra else nullcontext()
 
@@ -133,8 +124,6 @@ class Evident:
 
 # images and targets (B, M), or None → for each of the M the roles' maps (B, 1, H, W), and logits and targets
 Read = Callable[[Tensor, Tensor | None], tuple[list[list[Tensor | None]], Tensor, Tensor]]
-# logits and targets → what is traced back, and the targets
-Scores = Callable[[Tensor, Tensor | None], tuple[list[Tensor], Tensor]]
 
 
 def _standardized(maps: Tensor) -> Tensor:
@@ -143,7 +132,17 @@ def _standardized(maps: Tensor) -> Tensor:
     return (standardize(maps / torch.where(most > 0, most, 1)) - 0.5) / 0.29
 
 
-def _of_tokens(clf: Classifier, scores_of: Scores) -> Read | None:
+def _scores(logits: Tensor, target: Tensor | None, contrast: float) -> tuple[list[Tensor], Tensor]:
+    """The sums over the images of their first, second … target's score, and the targets (B, M)."""
+    target = logits.argmax(dim=1, keepdim=True) if target is None else target
+    scores = []
+    for chosen in target.split(1, dim=1):
+        others = logits.detach().scatter(1, chosen, -torch.inf).softmax(dim=1)
+        scores.append((logits.gather(1, chosen) - contrast * (others * logits).sum(dim=1, keepdim=True)).sum())
+    return scores, target
+
+
+def _of_tokens(clf: Classifier, contrast: float) -> Read | None:
     found = transformer(clf.module, mixers=True)
     if found is None or found.joined_late:
         return None
@@ -167,7 +166,7 @@ def _of_tokens(clf: Classifier, scores_of: Scores) -> Read | None:
         hooks = [(module, watch) for module in softmaxes or ()]
         with undisturbed(clf, hooks, unfused=True), terms.recorded():
             logits = clf(images)
-        scores, target = scores_of(logits, target)
+        scores, target = _scores(logits, target, contrast)
         by_target: list[list[Tensor | None]] = []
         for number, score in enumerate(scores, 1):
             terms.trace(score, again=number < len(scores))
@@ -196,7 +195,7 @@ def _enlarged(maps: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(maps, size, mode="bilinear", align_corners=False)
 
 
-def _of_maps(clf: Classifier, scores_of: Scores) -> Read:
+def _of_maps(clf: Classifier, contrast: float) -> Read:
     blank = torch.zeros(2, len(clf.mean), *clf.input_size, device=clf.device)
     try:
         with protected(clf), torch.no_grad():
@@ -231,7 +230,7 @@ def _of_maps(clf: Classifier, scores_of: Scores) -> Read:
             for module in cuts:
                 stack.callback(module.register_forward_hook(cut).remove)
             logits = clf.forward_normalized(pixels)
-        scores, target = scores_of(logits, target)
+        scores, target = _scores(logits, target, contrast)
         by_target: list[list[Tensor | None]] = []
         for number, score in enumerate(scores, 1):
             by_cut.clear()

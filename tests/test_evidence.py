@@ -144,7 +144,7 @@ def test_contrast_of_other_networks(kind):
     assert torch.allclose(found.maps[:, 1:2], standardized(enlarged), atol=2e-3)
 
 
-def test_contrast_is_of_two_classes_and_of_a_sure_decision():
+def test_contrast_of_a_sure_decision_and_what_it_may_be():
     clf = make("vit")
     with torch.no_grad():
         clf.module.head.weight.mul_(1e3)  # probabilities of 0 and 1, where a gradient of them vanishes
