@@ -440,5 +440,5 @@ def test_photographs_leave_out_what_takes_more_passes(monkeypatch, tmp_path):
     setting = faithfulness.on_photographs(tmp_path, None)
     monkeypatch.setattr(faithfulness, "trained", lambda objective, *_: tmp_path / objective)
     shown = {spec.label for spec in faithfulness.rows(tmp_path, clf, setting, 0)}
-    assert {"rollout", "attention_ig", "bi_attention, token"} <= shown
+    assert {"rollout", "attention_ig", "bi_attention, token", "aha T=0", "aha T=6"} <= shown
     assert not {"rise", "lime", "mda", "tis"} & shown
