@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 import io
+import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -444,7 +447,10 @@ def _first(failures: Sequence[str]) -> str:
 
 def _source(explainer: Path | None, classifier: str | None, weights: Path | None) -> Source | None:
     """The classifier that is asked for; None: that of the explainer."""
-    from .source import Source
+    with _importing():
+        import timm  # noqa: F401, with torch most of the time until a photograph's map
+
+        from .source import Source
 
     if classifier is None:
         if explainer is None:
@@ -602,6 +608,41 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
+def console() -> None:
+    """The command ``aha``: `main`, and out without taking torch's modules apart, which takes most of a second.
+
+    What is registered with atexit from here on is done before: the first registered comes last.
+    """
+    status = 1
+
+    def leave() -> None:
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(AttributeError, OSError, ValueError):  # closed: nobody reads it any more
+                stream.flush()
+        os._exit(status)
+
+    atexit.register(leave)
+    try:
+        status = main()
+    except SystemExit as error:  # wrong usage
+        status = error.code if isinstance(error.code, int) else 1
+        raise
+
+
+@contextmanager
+def _importing() -> Iterator[None]:
+    """Imports without the garbage collector, which goes through all that came again and again; all of it stays."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if not gc.get_freeze_count():  # once: garbage of a caller's own work would stay as well
+            gc.freeze()
+        if enabled:
+            gc.enable()
+
+
 @contextmanager
 def _warnings_in_a_line() -> Iterator[None]:
     """Warnings without the place in the code that they come from."""
@@ -646,4 +687,4 @@ def _run(name: str, arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    console()

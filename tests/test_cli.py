@@ -85,6 +85,30 @@ def test_in_a_process_of_its_own(tmp_path):
     assert aha_alone("explode").returncode == 2
 
 
+def test_nothing_is_lost_at_the_end_of_the_process(tmp_path):
+    """The command leaves without Python's own end: what is printed, registered to be done and returned is kept."""
+    code = """
+import atexit, sys
+from aha import cli
+work = cli.main
+def main():
+    atexit.register(lambda: print("the page " * 50_000))
+    return work()
+cli.main = main
+sys.argv = ["aha", *sys.argv[1:]]
+"""
+    empty = ["report", "--folder", tmp_path]
+    for arguments, expected in ((["--version"], 0), (["explode"], 2), (["list", "--no-such"], 2), (empty, 1)):
+        plain = launch.finished([sys.executable, "-c", code + "sys.exit(cli.main())", *arguments])
+        done = launch.finished([sys.executable, "-c", code + "cli.console()", *arguments])
+        assert done.returncode == plain.returncode == expected
+        assert (done.stdout, done.stderr) == (plain.stdout, plain.stderr)
+        assert done.stdout.count("the page") == 50_000
+    done = launch.finished([sys.executable, "-c", code + "work = lambda: 1 / 0; cli.console()"])
+    assert done.returncode == 1
+    assert done.stderr.rstrip().endswith("ZeroDivisionError: division by zero")
+
+
 def test_help_and_version():
     done = aha("--help")
     assert done.returncode == 0
