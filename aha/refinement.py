@@ -22,6 +22,7 @@ from .classifier import Classifier, check_classifier
 from .explainer import Explainer
 from .memory import per_pass
 from .objective import Objective, strata
+from .patches import by_patch
 from .protection import protected
 from .regions import Regions, default_cells, grid
 
@@ -150,6 +151,7 @@ def refine(
                 settings = explainer.settings
                 objective = Objective(classifier, scores=settings["scores"], chunk=chunk, precision=precision)
                 height, width = image.shape[-2:]
+                patches = explainer.patches(height, width)
                 finest = (settings.get("cells") or default_cells(height, width))[1]
                 sides = cells or (round(3 / 4 * finest), round(7 / 8 * finest), finest)
                 grids = [grid(height, width, side) for side in sides]
@@ -157,7 +159,8 @@ def refine(
                 if objective.scores == "standardized":
                     tau = max(tau, TEMPERATURE)
                 blank = [reference_images.make(name, image, classifier.mean_colour) for name in references]
-                trail = _refined(chosen, objective, image, start, classes, blank, grids, tau)
+                residual = Residual(start, max(grids, key=lambda regions: regions.count), patches)
+                trail = _refined(chosen, objective, image, residual, classes, blank, grids, tau)
             else:
                 trail = start[None]
             parts.append(trail if every_step else trail[-1])
@@ -168,15 +171,14 @@ def _refined(
     chosen: Plan,
     objective: Objective,
     images: Tensor,
-    start: Tensor,
+    residual: Residual,
     target: Tensor,
     blank: Sequence[Tensor],
     grids: Sequence[Regions],
     tau: float,
 ) -> Tensor:
     """(T+1,B,1,H,W): the maps after 0 … T steps, for checked arguments."""
-    residual = Residual(start, max(grids, key=lambda regions: regions.count))
-    trail = [start]
+    trail = [residual.start]
     turn = 0
     for _ in range(chosen.steps):
         with torch.enable_grad():
@@ -203,9 +205,11 @@ class Residual:
 
     Coarse ones move whole objects, fine ones their outlines. Steps are Adam's: only the order of a map counts, so a
     gradient has no unit, and cells where it is small are as far from where they belong as others.
+
+    Where maps rank ``patches`` as a whole, what is added does.
     """
 
-    def __init__(self, start: Tensor, finest: Regions):
+    def __init__(self, start: Tensor, finest: Regions, patches: Regions | None = None):
         height, width = start.shape[-2:]
         spread = start.std(dim=(1, 2, 3), keepdim=True, correction=0)
         self.start, self.scale = start, spread.where(spread > 0, 1)
@@ -215,17 +219,23 @@ class Residual:
         self.mean = [torch.zeros_like(values) for values in self.values]
         self.square = [torch.zeros_like(values) for values in self.values]
         self.steps = 0
+        self.patches = patches
 
     def __call__(self) -> Tensor:
         parts = [down @ values @ across.T for values, (down, across) in zip(self.values, self.enlarge, strict=True)]
-        return self.start + self.scale * torch.stack(parts).sum(dim=0)
+        return self.start + self.scale * self._whole(torch.stack(parts).sum(dim=0))
+
+    def _whole(self, maps: Tensor) -> Tensor:
+        """Symmetric as a matrix: the same for maps and for gradients."""
+        return maps if self.patches is None else by_patch(maps, self.patches)
 
     def descend(self, gradient: Tensor, lr: float) -> None:
         """One step against the gradient (B,1,H,W) to the maps."""
         self.steps += 1
         first, second = (1 - beta**self.steps for beta in MOMENTA)
+        gradient = self._whole(self.scale * gradient)
         for level, (down, across) in enumerate(self.enlarge):
-            piece = down.T @ (self.scale * gradient) @ across
+            piece = down.T @ gradient @ across
             self.mean[level].lerp_(piece, 1 - MOMENTA[0])
             self.square[level].lerp_(piece.square(), 1 - MOMENTA[1])
             size = (self.square[level] / second).sqrt()

@@ -21,7 +21,9 @@ from ..classifier import Classifier, check_classifier, from_source
 from ..evidence import CONTRAST, ROLES, Evident
 from ..files import DamagedError, digest, read_checked, read_json, tensor_bytes, write_atomically, write_json
 from ..identity import fingerprint
+from ..patches import by_patch, find_patches
 from ..protection import protected
+from ..regions import Regions
 from ..weights import fitting_weights, load_weights, read_weights
 from .config import EVIDENCE, FORMAT, WEIGHTS, ExplainerConfig, portable
 from .decoder import Decoder, DecoderConfig, upsample
@@ -48,7 +50,8 @@ class Explainer(nn.Module):
         settings: what it was trained with and refinement continues with: ``temperature`` (final τ), ``scores`` and
             ``cells``; and where known the ``objective`` it was trained for, with its ``references``, ``players`` and
             ``surrogate`` (see `aha.shapley`), what identifies the ``data``, and the mean ``response`` to its maps (see
-            `aha.calibration`). With evidence also its ``contrast`` (see `aha.evidence`).
+            `aha.calibration`). With evidence also its ``contrast`` (see `aha.evidence`), and ``by_patch``: whether maps
+            of a classifier that reads images by patches rank whole patches (see `aha.patches`).
     """
 
     def __init__(
@@ -101,7 +104,7 @@ class Explainer(nn.Module):
         check_seed(seed)
         settings = {"temperature": 0.005, "scores": "standardized", "cells": None}
         if evidence:
-            settings["contrast"] = CONTRAST
+            settings |= {"contrast": CONTRAST, "by_patch": True}
         alone = evidence and encoder is None
         kind = EvidenceConfig if alone else DecoderConfig
         if decoder is not None and not isinstance(decoder, kind):
@@ -189,6 +192,12 @@ class Explainer(nn.Module):
             found = self._evident[id(self.classifier)] = Evident(self.classifier, contrast)
         return found
 
+    def patches(self, height: int, width: int) -> Regions | None:
+        """What maps of height×width pixels rank as a whole: patches of the classifier; None: single pixels."""
+        if not self.settings.get("by_patch", False):  # before there was a choice
+            return None
+        return find_patches(self.classifier.module, len(self.classifier.mean), height, width)
+
     def turn_to(self, classifier: Classifier) -> None:
         """Explain this classifier from now on; only an explainer with evidence can."""
         if classifier is self.classifier:
@@ -242,6 +251,8 @@ class Explainer(nn.Module):
             target = self.classifier.resolve_target(images, target, size)
             parts = zip(images.split(size), target.split(size), strict=True)
             maps = torch.cat([self(image, classes).float() for image, classes in parts])
+            if patches := self.patches(*maps.shape[-2:]):
+                maps = by_patch(maps, patches)
             maps = finite_maps(maps, "the explainer's maps")
             return calibrated(self.classifier, self, images, maps, target, scale, max(2, size))
 
