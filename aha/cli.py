@@ -447,18 +447,18 @@ def _first(failures: Sequence[str]) -> str:
 
 def _source(explainer: Path | None, classifier: str | None, weights: Path | None) -> Source | None:
     """The classifier that is asked for; None: that of the explainer."""
-    with _importing():
-        import timm  # noqa: F401, with torch most of the time until a photograph's map
-
-        from .source import Source
-
     if classifier is None:
         if explainer is None:
             raise ValueError("no classifier: give --classifier NAME, for example lite0, or --explainer with a folder")
         if weights is not None:
             raise ValueError(f"--weights {weights} without --classifier: name the classifier that they are of")
-        return None
-    return Source(classifier, weights)
+
+    with _importing():
+        import timm  # noqa: F401, with torch most of the time until a photograph's map
+
+        from .source import Source
+
+    return None if classifier is None else Source(classifier, weights)
 
 
 def _load(folder: Path | None, source: Source | None) -> tuple[Explainer, Classifier]:

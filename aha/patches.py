@@ -1,7 +1,8 @@
 """Patches: what a vision transformer reads its image by, and maps that rank them one after the other.
 
 Half of a patch still tells a transformer what its token says. A map that removes or shows whole patches changes what
-the classifier sees sooner, at the same share of the pixels: deletion and insertion both gain.
+the classifier sees sooner, at the same share of the pixels: insertion gains much, deletion loses a little
+(docs/patches.md).
 """
 
 from __future__ import annotations
@@ -37,7 +38,12 @@ def find_patches(module: nn.Module, channels: int, height: int, width: int) -> R
     return Regions(rows, cols, int(rows[-1]) + 1, int(cols[-1]) + 1)
 
 
-def by_patch(maps: Tensor, patches: Regions) -> Tensor:
-    """Maps (B,1,H,W) that rank whole patches by their mean, and within them pixels as before."""
+def by_patch(maps: Tensor, patches: Regions | None) -> Tensor:
+    """Maps (B,1,H,W) that rank whole patches by their mean, and within them pixels as before; None: as they are.
+
+    Symmetric as a matrix: a gradient to what it returns, by patch, is the gradient to ``maps``.
+    """
+    if patches is None:
+        return maps
     means = patches.pool(maps)[:, patches.cell_index().to(maps.device)][:, None]
     return torch.lerp(means, maps, WITHIN)

@@ -223,17 +223,13 @@ class Residual:
 
     def __call__(self) -> Tensor:
         parts = [down @ values @ across.T for values, (down, across) in zip(self.values, self.enlarge, strict=True)]
-        return self.start + self.scale * self._whole(torch.stack(parts).sum(dim=0))
-
-    def _whole(self, maps: Tensor) -> Tensor:
-        """Symmetric as a matrix: the same for maps and for gradients."""
-        return maps if self.patches is None else by_patch(maps, self.patches)
+        return self.start + self.scale * by_patch(torch.stack(parts).sum(dim=0), self.patches)
 
     def descend(self, gradient: Tensor, lr: float) -> None:
         """One step against the gradient (B,1,H,W) to the maps."""
         self.steps += 1
         first, second = (1 - beta**self.steps for beta in MOMENTA)
-        gradient = self._whole(self.scale * gradient)
+        gradient = by_patch(self.scale * gradient, self.patches)
         for level, (down, across) in enumerate(self.enlarge):
             piece = down.T @ gradient @ across
             self.mean[level].lerp_(piece, 1 - MOMENTA[0])

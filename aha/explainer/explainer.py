@@ -251,8 +251,7 @@ class Explainer(nn.Module):
             target = self.classifier.resolve_target(images, target, size)
             parts = zip(images.split(size), target.split(size), strict=True)
             maps = torch.cat([self(image, classes).float() for image, classes in parts])
-            if patches := self.patches(*maps.shape[-2:]):
-                maps = by_patch(maps, patches)
+            maps = by_patch(maps, self.patches(*maps.shape[-2:]))
             maps = finite_maps(maps, "the explainer's maps")
             return calibrated(self.classifier, self, images, maps, target, scale, max(2, size))
 

@@ -19,8 +19,7 @@ from ..attributors.architectures import make, pictures
 def best(clf, images, target=None, contrast=CONTRAST):
     """The best single map, as an explainer gives it: by whole patches where the classifier reads those."""
     maps = Evident(clf, contrast)(images, target).best
-    patches = find_patches(clf.module, 3, *maps.shape[-2:])
-    return maps if patches is None else by_patch(maps, patches)
+    return by_patch(maps, find_patches(clf.module, 3, *maps.shape[-2:]))
 
 
 @pytest.mark.parametrize("kind", ["vit", "oblong", "mixer", "resnet", "swin"])
