@@ -38,6 +38,15 @@ def find_patches(module: nn.Module, channels: int, height: int, width: int) -> R
     return Regions(rows, cols, int(rows[-1]) + 1, int(cols[-1]) + 1)
 
 
+def aligned(regions: Regions, patches: Regions | None) -> Regions:
+    """``regions`` made of whole patches, each in the region that its middle lies in; None: as they are."""
+    if patches is None:
+        return regions
+    rows, height = _aligned(regions.row_index, patches.row_index)
+    cols, width = _aligned(regions.col_index, patches.col_index)
+    return Regions(rows, cols, height, width)
+
+
 def by_patch(maps: Tensor, patches: Regions | None) -> Tensor:
     """Maps (B,1,H,W) that rank whole patches by their mean, and within them pixels as before; None: as they are.
 
@@ -47,3 +56,12 @@ def by_patch(maps: Tensor, patches: Regions | None) -> Tensor:
         return maps
     means = patches.pool(maps)[:, patches.cell_index().to(maps.device)][:, None]
     return torch.lerp(means, maps, WITHIN)
+
+
+def _aligned(region: Tensor, patch: Tensor) -> tuple[Tensor, int]:
+    """The region of every pixel along one axis, and how many there are."""
+    sizes = patch.bincount()
+    middles = sizes.cumsum(0) - sizes + sizes // 2
+    # regions smaller than a patch may hold no middle
+    found, kept = region[middles].unique(return_inverse=True)
+    return kept[patch], len(found)

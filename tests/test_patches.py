@@ -9,10 +9,10 @@ from torch import nn
 
 import aha
 from aha.explainer.evidence_decoder import EvidenceConfig
-from aha.patches import by_patch, find_patches
+from aha.patches import aligned, by_patch, find_patches
 from aha.ranks import rank_pixels
 from aha.refinement import Residual
-from aha.regions import grid
+from aha.regions import draw, grid
 
 from .attributors.architectures import MIXERS, PYRAMIDS, TRANSFORMERS, make
 from .toys import pictures, tiny_classifier
@@ -50,6 +50,28 @@ def test_the_border_may_cut_the_last_patches_off():
     assert (patches.rows, patches.cols) == (3, 4)
     assert patches.row_index.bincount().tolist() == [8, 8, 4]
     assert patches.col_index.bincount().tolist() == [8, 8, 8, 6]
+
+
+@pytest.mark.parametrize("size", [(32, 32), (20, 30)])
+@pytest.mark.parametrize("cells", [2, 3, 4, 16])
+def test_aligned_regions_are_of_whole_patches(size, cells):
+    """Each patch lies in the cell of its middle pixel; cells that hold no middle are gone."""
+    height, width = size
+    patches = find_patches(nn.Conv2d(3, 4, 8, 8), 3, height, width)
+    regions = draw(height, width, (cells, cells), torch.Generator().manual_seed(cells))
+    found = aligned(regions, patches)
+    before, after = regions.cell_index(), found.cell_index()
+    expected = {}
+    for top in range(0, height, 8):
+        for left in range(0, width, 8):
+            inside = after[top : top + 8, left : left + 8]
+            assert (inside == inside[0, 0]).all()
+            middle = before[(top + min(top + 8, height)) // 2, (left + min(left + 8, width)) // 2]
+            expected.setdefault(int(middle), set()).add(int(inside[0, 0]))
+    assert all(len(cells) == 1 for cells in expected.values())
+    assert len(expected) == found.count == len(after.unique())
+    assert (found.row_index.diff() >= 0).all() and (found.col_index.diff() >= 0).all()
+    assert aligned(regions, None) is regions
 
 
 @pytest.mark.parametrize("kind", [*TRANSFORMERS, *MIXERS])
@@ -109,6 +131,30 @@ def test_the_explainer_and_its_refinement_rank_whole_patches():
             assert (runs == runs[:, :1]).all()
     ranks = rank_pixels(fine.attribute(images)[:, 0])
     assert not torch.equal(ranks, rank_pixels(explainer.attribute(images)[:, 0]))
+
+
+def test_training_ranks_whole_patches(monkeypatch):
+    """The maps, with their gradient, and the grids."""
+    clf, images = tiny_classifier(), pictures(4)
+    explainer = aha.Explainer.build(clf, decoder=EvidenceConfig(width=8))
+    patches = find_patches(clf.module, 3, *images.shape[-2:])
+    data = [{"image": image, "label": 0} for image in images]
+    config = aha.TrainConfig(steps=4, batch_size=2, fractions=4, cells=(3, 8), save_every=0, precision="fp32")
+    seen, losses = [], aha.Objective.__call__
+
+    def looked_at(self, images, maps, target, references, regions, *rest):
+        seen.append((maps, regions))
+        return losses(self, images, maps, target, references, regions, *rest)
+
+    monkeypatch.setattr(aha.Objective, "__call__", looked_at)
+    aha.Trainer(explainer, clf, data, config).fit(progress=False)
+    assert len(seen) == 4
+    for maps, regions in seen:
+        assert maps.requires_grad
+        means = patches.pool(maps.detach())[:, patches.cell_index()][:, None]
+        assert (maps.detach() - means).abs().max() < 0.02 * means.std()
+        assert (aligned(regions, patches).cell_index() == regions.cell_index()).all()
+        assert regions.count <= patches.count
 
 
 def test_a_step_of_the_residual_is_the_gradient_through_the_patches():

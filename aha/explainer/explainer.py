@@ -175,7 +175,7 @@ class Explainer(nn.Module):
             full = self.encoder.padded_size(height, width)
             dense = self.decoder.dense(self.features(images, precision), target, full, seen)
         maps = upsample(self.decoder.head(dense), full)[..., :height, :width]
-        return maps if base is None else base + maps
+        return by_patch(maps if base is None else base + maps, self.patches(height, width))
 
     @property
     def sees_evidence(self) -> bool:
@@ -251,7 +251,6 @@ class Explainer(nn.Module):
             target = self.classifier.resolve_target(images, target, size)
             parts = zip(images.split(size), target.split(size), strict=True)
             maps = torch.cat([self(image, classes).float() for image, classes in parts])
-            maps = by_patch(maps, self.patches(*maps.shape[-2:]))
             maps = finite_maps(maps, "the explainer's maps")
             return calibrated(self.classifier, self, images, maps, target, scale, max(2, size))
 

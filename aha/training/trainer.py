@@ -44,6 +44,7 @@ from ..identity import fingerprint
 from ..kernels.messages import short
 from ..memory import per_pass
 from ..objective import Objective
+from ..patches import aligned
 from ..precision import autocast, uses_bf16
 from ..protection import recording
 from ..regions import Regions, default_cells, draw, grid
@@ -515,6 +516,7 @@ class Trainer:
         regions = objective.regions(height, width)
         if regions is None:
             regions = draw(height, width, self._cells((height, width)), generator, config.offset)
+            regions = aligned(regions, self.explainer.patches(height, width))
         choice = int(torch.randint(len(self.references), (), generator=generator))
         seeds = torch.randint(2**62, (config.accumulate,), generator=generator).tolist()
         reference = references.make(self.references[choice], images, classifier.mean_colour)
@@ -604,6 +606,7 @@ class Trainer:
         regions = objective.regions(height, width)
         if regions is None:
             regions = grid(height, width, sum(self._cells((height, width))) // 2)
+            regions = aligned(regions, self.explainer.patches(height, width))
         # the temperature of the step that has just been made
         tau = temperature(self.step - 1, self.total, *self.tau, self.tau_schedule)
         return objective.diagnose(maps, regions, tau)
@@ -681,7 +684,7 @@ class Trainer:
                 **dataclasses.asdict(self.explainer.decoder.config),
             },
             "evidence": self.explainer.sees_evidence,
-            **{k: v for k, v in self.explainer.settings.items() if k == "contrast"},
+            **{k: v for k, v in self.explainer.settings.items() if k in ("contrast", "by_patch")},
             **self._made_from,
         }
         return json.loads(json.dumps({**same, **made, "total": self.total, "bf16": bf16}))
