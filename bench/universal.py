@@ -48,7 +48,8 @@ def methods(clf: Classifier, explainers: Mapping[str, Path]) -> dict[str, Attrib
     names = TRANSFORMER_METHODS if transformer(clf.module) else CNN_METHODS
     rows: dict[str, Attributor] = {name: MethodSpec.parse(name).create(clf, 0) for name in names}
     rows["base map, untrained"] = AHA(clf, Explainer.build(clf))
-    for name, path in explainers.items():
+    rows["universal, as it ships"] = AHA(clf, Explainer.universal(clf))
+    for name, path in explainers.items():  # their networks, also where the one that ships adds nothing
         rows[f"universal, {name}"] = AHA(clf, Explainer.from_pretrained(path, clf))
     return rows
 

@@ -53,7 +53,12 @@ class EvidenceDecoder(nn.Module):
         self.up = nn.ModuleList((nn.Conv2d(2 * width, width, 1), nn.Conv2d(2 * width, 2 * width, 1)))
         self.merge = nn.ModuleList((Unit(width), Unit(2 * width)))
         self.head = Head(width)
-        nn.init.zeros_(self.head[-1].weight)  # type: ignore[arg-type]
+        self.add_nothing()
+
+    def add_nothing(self) -> None:
+        """Begin at the best single evidence map: the last layer starts anew, what is before it stays."""
+        for parameter in self.head[-1].parameters():
+            nn.init.zeros_(parameter)
 
     def padded_size(self, height: int, width: int) -> tuple[int, int]:
         """The pixels that the cells of the finest level cover."""

@@ -127,6 +127,9 @@ class Explainer(nn.Module):
 
         It sees evidence alone. What it was trained on is in its card, ``aha/explainer/universal/README.md``.
 
+        Of a classifier that reads images by patches it is the full gradient by whole patches, and what training further
+        begins at: what one network learned on several classifiers makes that map worse (docs/patches.md).
+
         Raises:
             ValueError: in one line, for a classifier of other images than RGB, or without gradients and hooks.
         """
@@ -136,7 +139,11 @@ class Explainer(nn.Module):
                 f"the universal explainer sees {COLOURS} channels, {classifier.name} takes {channels}: "
                 "train one of its own, from Explainer.build"
             )
-        return cls.from_pretrained(UNIVERSAL, classifier)
+        explainer = cls.from_pretrained(UNIVERSAL, classifier)
+        assert isinstance(explainer.decoder, EvidenceDecoder)
+        if explainer.patches(*classifier.input_size) is not None:
+            explainer.decoder.add_nothing()
+        return explainer
 
     @checked
     def of(self, classifier: Classifier) -> Explainer:

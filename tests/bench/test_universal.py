@@ -13,7 +13,7 @@ from ..attributors.architectures import make
 
 @pytest.mark.parametrize(("kind", "names"), [("vit", universal.TRANSFORMER_METHODS), ("resnet", universal.CNN_METHODS)])
 def test_every_single_pass_of_the_architecture_stands_beside_it(kind, names):
-    assert list(universal.methods(make(kind), {})) == [*names, "base map, untrained"]
+    assert list(universal.methods(make(kind), {})) == [*names, "base map, untrained", "universal, as it ships"]
 
 
 def test_differences_are_to_the_best_peer():
