@@ -2,7 +2,8 @@
 
 It is trained as `aha train --universal` does it, on all classifiers and with each family left out in turn, and measured
 on photographs kept aside (insertion − deletion, 21 points, mean of three references, predicted class) beside every
-method of one forward and one backward pass. Explainers that are in --explainers already are not trained again.
+method of one forward and one backward pass. Explainers that are in --explainers already are not trained again. Their
+rows are of their networks, also for a classifier of which the explainer that ships is the base map (docs/patches.md).
 """
 
 from __future__ import annotations
