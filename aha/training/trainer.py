@@ -114,7 +114,8 @@ class TrainConfig:
         accumulate: the batch is processed in this many parts, their gradients added; batch norms see a part.
         lr, weight_decay, clip, warmup: AdamW, gradient norm, share of the steps.
         fractions: S, points on the curves.
-        cells: range of the grid, cells along the shorter side; None scales 7…28 at 224 px with the image.
+        cells: range of the grid, cells along the shorter side; None scales 7…28 at 224 px with the image. Where
+            whole patches are ranked (`aha.patches`), cells are made of those.
         offset: shift the grid by up to half a cell.
         scores: "standardized" (ours) or "free" (published); sets the default of ``tau`` and ``noise``.
         tau: (start, end); tau_schedule: "linear" or "geometric"; noise: scale of the Gumbel noise.

@@ -41,10 +41,8 @@ def test_it_serves_any_classifier_and_is_small(recwarn):
 def test_training_further_begins_at_the_full_gradient_where_whole_patches_are_ranked():
     """What it learned before its last layer is kept."""
     clf = make("vit")
-    explainer, stored = (
-        aha.Explainer.universal(clf),
-        load_file(UNIVERSAL / read_json(UNIVERSAL / "config.json")["weights"]["file"]),
-    )
+    explainer = aha.Explainer.universal(clf)
+    stored = load_file(UNIVERSAL / read_json(UNIVERSAL / "config.json")["weights"]["file"])
     last = len(explainer.decoder.head) - 1
     for name, value in explainer.decoder.state_dict().items():
         if name.startswith(f"head.{last}."):
