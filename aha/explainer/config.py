@@ -22,7 +22,17 @@ WEIGHTS = ("decoder.safetensors", "decoder.1.safetensors")  # in turn, so that t
 SCORES = ("standardized", "free")
 # settings: what refinement continues with, what evidence is of, and what training adds
 REFINED_WITH = ("temperature", "scores", "cells")
-OPTIONAL = ("contrast", "by_patch", "objective", "references", "players", "surrogate", "data", "response")
+OPTIONAL = (
+    "contrast",
+    "by_patch",
+    "adds_to_patches",
+    "objective",
+    "references",
+    "players",
+    "surrogate",
+    "data",
+    "response",
+)
 
 _CLASSES, _SIDE = 10**7, 4096
 # of a timm model's options: a number, and what would load or overwrite files
@@ -178,8 +188,9 @@ def _settings(content: Mapping[str, Any]) -> dict[str, Any]:
         raise ValueError(f"scores={short(found['scores'])}: give {' or '.join(SCORES)}")
     if "contrast" in found:
         check_number("contrast", found["contrast"], 0, high=1)
-    if not isinstance(found.get("by_patch", False), bool):
-        raise ValueError(f"by_patch={short(found['by_patch'])}: give true or false")
+    for name in ("by_patch", "adds_to_patches"):
+        if not isinstance(found.get(name, False), bool):
+            raise ValueError(f"{name}={short(found[name])}: give true or false")
     for name in ("cells", "players"):
         if found.get(name) is not None:
             _pair(name, found[name], _SIDE)

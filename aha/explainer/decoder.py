@@ -82,7 +82,7 @@ class Decoder(nn.Module):
         self.finest = nn.Conv2d(config.width, config.head, 3, padding=1)
         self.head = Head(config.head)
         if sight is not None:
-            nn.init.zeros_(self.head[-1].weight)  # type: ignore[arg-type]
+            self.head.begin_at_nothing()
 
     def dense(
         self,
@@ -177,6 +177,11 @@ class Head(nn.Sequential):
             BatchNorm(width),
             last,
         )
+
+    def begin_at_nothing(self) -> None:
+        """The last layer starts anew, what is before it stays: the map is zero until it is trained."""
+        for parameter in self[-1].parameters():
+            nn.init.zeros_(parameter)
 
 
 class BatchNorm(nn.BatchNorm2d):

@@ -53,12 +53,7 @@ class EvidenceDecoder(nn.Module):
         self.up = nn.ModuleList((nn.Conv2d(2 * width, width, 1), nn.Conv2d(2 * width, 2 * width, 1)))
         self.merge = nn.ModuleList((Unit(width), Unit(2 * width)))
         self.head = Head(width)
-        self.add_nothing()
-
-    def add_nothing(self) -> None:
-        """Begin at the best single evidence map: the last layer starts anew, what is before it stays."""
-        for parameter in self.head[-1].parameters():
-            nn.init.zeros_(parameter)
+        self.head.begin_at_nothing()
 
     def padded_size(self, height: int, width: int) -> tuple[int, int]:
         """The pixels that the cells of the finest level cover."""

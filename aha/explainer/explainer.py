@@ -51,7 +51,9 @@ class Explainer(nn.Module):
             ``cells``; and where known the ``objective`` it was trained for, with its ``references``, ``players`` and
             ``surrogate`` (see `aha.shapley`), what identifies the ``data``, and the mean ``response`` to its maps (see
             `aha.calibration`). With evidence also its ``contrast`` (see `aha.evidence`), and ``by_patch``: whether maps
-            of a classifier that reads images by patches rank whole patches (see `aha.patches`).
+            of a classifier that reads images by patches rank whole patches (see `aha.patches`); ``adds_to_patches``,
+            True where it is not there: whether the decoder adds to the evidence of such a classifier, or leaves it as
+            it is.
     """
 
     def __init__(
@@ -127,8 +129,8 @@ class Explainer(nn.Module):
 
         It sees evidence alone. What it was trained on is in its card, ``aha/explainer/universal/README.md``.
 
-        Of a classifier that reads images by patches it is the full gradient by whole patches, and what training further
-        begins at: what one network learned on several classifiers makes that map worse (docs/patches.md).
+        Of a classifier that reads images by patches its map is the full gradient's by whole patches, and training
+        further begins at that: what one network learned on several classifiers makes it worse (docs/patches.md).
 
         Raises:
             ValueError: in one line, for a classifier of other images than RGB, or without gradients and hooks.
@@ -140,9 +142,7 @@ class Explainer(nn.Module):
                 "train one of its own, from Explainer.build"
             )
         explainer = cls.from_pretrained(UNIVERSAL, classifier)
-        assert isinstance(explainer.decoder, EvidenceDecoder)
-        if explainer.patches(*classifier.input_size) is not None:
-            explainer.decoder.add_nothing()
+        explainer.settings["adds_to_patches"] = False
         return explainer
 
     @checked
@@ -165,11 +165,14 @@ class Explainer(nn.Module):
 
         ``roles`` (roles,) of evidence that the decoder may see, so that it learns to do without the others.
         """
+        patches = self.patches(*images.shape[-2:])
         seen = base = None
         if self.sees_evidence:
             repeats = target.shape[1] if target.ndim == 2 else 1
             each = images if repeats == 1 else images.repeat_interleave(repeats, dim=0)
             found = self.evidence(images, target)
+            if patches is not None and not self.settings.get("adds_to_patches", True):
+                return by_patch(found.best, patches)
             present = found.present if roles is None else found.present & roles.to(found.present.device)
             seen, base = (each, found.maps, present.expand(len(each), -1)), found.best
         height, width = images.shape[-2:]
@@ -182,7 +185,7 @@ class Explainer(nn.Module):
             full = self.encoder.padded_size(height, width)
             dense = self.decoder.dense(self.features(images, precision), target, full, seen)
         maps = upsample(self.decoder.head(dense), full)[..., :height, :width]
-        return by_patch(maps if base is None else base + maps, self.patches(height, width))
+        return by_patch(maps if base is None else base + maps, patches)
 
     @property
     def sees_evidence(self) -> bool:
@@ -201,9 +204,12 @@ class Explainer(nn.Module):
 
     def patches(self, height: int, width: int) -> Regions | None:
         """What maps of height×width pixels rank as a whole: patches of the classifier; None: single pixels."""
+        return self._patches_of(self.classifier, height, width)
+
+    def _patches_of(self, classifier: Classifier, height: int, width: int) -> Regions | None:
         if not self.settings.get("by_patch", False):  # before there was a choice
             return None
-        return find_patches(self.classifier.module, len(self.classifier.mean), height, width)
+        return find_patches(classifier.module, len(classifier.mean), height, width)
 
     def turn_to(self, classifier: Classifier) -> None:
         """Explain this classifier from now on; only an explainer with evidence can."""
@@ -213,6 +219,16 @@ class Explainer(nn.Module):
             raise ValueError("this explainer sees an encoder's features: it explains the classifier it was made for")
         object.__setattr__(self, "classifier", check_classifier(classifier))
         _ = self.evidence
+
+    def learn(self, classifiers: Sequence[Classifier]) -> None:
+        """Make ready to be trained on these: what the decoder left as it is it now adds to, beginning at nothing.
+
+        Its last layer starts anew then; what is before it stays.
+        """
+        patches = (self._patches_of(classifier, *classifier.input_size) for classifier in classifiers)
+        if not self.settings.get("adds_to_patches", True) and any(found is not None for found in patches):
+            del self.settings["adds_to_patches"]
+            self.decoder.head.begin_at_nothing()
 
     @property
     def passes(self) -> tuple[int, int]:

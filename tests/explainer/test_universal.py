@@ -38,17 +38,80 @@ def test_it_serves_any_classifier_and_is_small(recwarn):
     assert not recwarn.list
 
 
-def test_training_further_begins_at_the_full_gradient_where_whole_patches_are_ranked():
-    """What it learned before its last layer is kept."""
-    clf = make("vit")
-    explainer = aha.Explainer.universal(clf)
+@pytest.mark.parametrize("made_for", ["vit", "resnet"])
+def test_it_adds_to_pixels_and_not_to_patches_whatever_it_was_made_for(made_for, tmp_path):
+    """By every way that an explainer gets another classifier, and after it was saved."""
+    made = {name: make(name) for name in ("vit", "resnet")}
+    explainer = aha.Explainer.universal(made[made_for])
+    saved = explainer.save_pretrained(tmp_path)
+    for name, clf in made.items():
+        images = pictures(clf, 2)
+        own = aha.Explainer.universal(clf).attribute(images, 1)
+        turned = aha.Explainer.universal(made[made_for])
+        turned.turn_to(clf)
+        found = {
+            "of": explainer.of(clf).attribute(images, 1),
+            "turn_to": turned.attribute(images, 1),
+            "saved": aha.Explainer.from_pretrained(saved, clf).attribute(images, 1),
+            "refine": aha.refine(explainer, clf, images, 1, steps=0),
+            "method": aha.attributors.create("aha", clf, explainer=explainer, scale="raw").attribute(images, 1),
+        }
+        for way, maps in found.items():
+            assert torch.equal(maps, own), (name, way)
+        base = aha.Explainer.build(clf).attribute(images, 1)
+        assert torch.equal(own, base) == (name == "vit")
+    content = {name: value for name, value in read_json(saved / "config.json").items() if name != "sha256"}
+    write_json(saved / "config.json", {**content, "adds_to_patches": "no"})
+    with pytest.raises(ValueError, match="adds_to_patches='no': give true or false"):
+        aha.Explainer.from_pretrained(saved, made["vit"])
+
+
+@pytest.mark.parametrize("names", [("vit",), ("resnet",), ("resnet", "vit")])
+def test_training_further_begins_at_the_base_map_where_there_are_patches(names, tmp_path):
+    """There the last layer starts anew, and what was learned before it is kept; elsewhere all is."""
+    (clf, data), *beside = [(clf, [{"image": image} for image in pictures(clf, 3)]) for clf in map(make, names)]
     stored = load_file(UNIVERSAL / read_json(UNIVERSAL / "config.json")["weights"]["file"])
-    last = len(explainer.decoder.head) - 1
-    for name, value in explainer.decoder.state_dict().items():
-        if name.startswith(f"head.{last}."):
+    explainer = aha.Explainer.universal(clf)
+    config = aha.TrainConfig(steps=2, batch_size=2, fractions=4, cells=(2, 4), lr=0.01, output=str(tmp_path))
+    seen, step = [], aha.Trainer._train_step
+    trainer = aha.Trainer(explainer, clf, data, config, beside=beside)
+
+    def watched(batch):
+        seen.append({name: value.clone() for name, value in explainer.decoder.state_dict().items()})
+        return step(trainer, batch)
+
+    trainer._train_step = watched
+    trainer.fit(progress=False)
+    last = f"head.{len(explainer.decoder.head) - 1}."
+    for name, value in seen[0].items():
+        if name.startswith(last) and "vit" in names:
             assert not value.any() and stored[name].any()
         else:
             assert torch.equal(value, stored[name])
+    # what it has learned from now on counts for patches, if it learned from them
+    assert explainer.settings.get("adds_to_patches", True) == ("vit" in names)
+    # a run that goes on keeps what its last layer has learned
+    assert explainer.decoder.head[-1].weight.any()
+    again = aha.Explainer.universal(clf)
+    aha.Trainer(again, clf, data, config, beside=beside).fit(resume=True, progress=False)
+    for a, b in zip(explainer.decoder.parameters(), again.decoder.parameters(), strict=True):
+        assert torch.equal(a, b)
+    assert again.settings == explainer.settings
+
+
+def test_a_training_that_is_refused_changes_no_explainer(tmp_path):
+    clf = make("vit")
+    data = [{"image": image} for image in pictures(clf, 3)]
+    config = aha.TrainConfig(steps=1, batch_size=2, fractions=4, cells=(2, 4), output=str(tmp_path))
+    aha.Trainer(aha.Explainer.universal(clf), clf, data, config).fit(progress=False)
+    other = aha.Explainer.universal(clf)
+    before = {name: value.clone() for name, value in other.decoder.state_dict().items()}
+    with pytest.raises(ValueError, match="holds a run: resume it"):
+        aha.Trainer(other, clf, data, config).fit(progress=False)
+    with pytest.raises(ValueError, match="made with other settings"):
+        aha.Trainer(other, clf, data, dataclasses.replace(config, lr=0.1)).fit(progress=False, resume=True)
+    assert all(torch.equal(value, before[name]) for name, value in other.decoder.state_dict().items())
+    assert other.settings["adds_to_patches"] is False
 
 
 def test_it_says_nothing_of_where_it_was_made():
@@ -194,7 +257,9 @@ def test_the_command_goes_on_from_it_or_from_another_or_from_nothing(tmp_path, c
             torch.allclose(x, y, atol=1e-6) for x, y in zip(a.decoder.parameters(), b.decoder.parameters(), strict=True)
         )
 
-    universal = aha.Explainer.universal(from_name("scenes"))
+    clf = from_name("scenes")
+    universal = aha.Explainer.universal(clf)
+    universal.learn([clf])
     assert same(trained("default"), universal)
     fresh = trained("fresh", fresh=True)
     assert not fresh.decoder.head[-1].weight.abs().max() > 1e-6
