@@ -666,7 +666,7 @@ EXCLUDED = {
     "aha.Classifier.watched": "for callers that hold the lock",
     "aha.Classifier.train": "that of torch.nn.Module",
     "aha.Explainer": "made by build, universal and from_pretrained",
-    "aha.Explainer.learn": "by the trainer, before it begins",
+    "aha.Explainer.prepare_for": "by the trainer, before it begins",
     "aha.Explainer.turn_to": "by the trainer, between classifiers",
     "aha.Objective.settings": "takes nothing",
     "aha.ShapleyObjective.settings": "takes nothing",

@@ -220,7 +220,7 @@ class Explainer(nn.Module):
         object.__setattr__(self, "classifier", check_classifier(classifier))
         _ = self.evidence
 
-    def learn(self, classifiers: Sequence[Classifier]) -> None:
+    def prepare_for(self, classifiers: Sequence[Classifier]) -> None:
         """Make ready to be trained on these: what the decoder left as it is it now adds to, beginning at nothing.
 
         Its last layer starts anew then; what is before it stays.

@@ -709,12 +709,12 @@ class Trainer:
             (found,) = broadcast_object_list([found])
         if found is None:
             (self.run,) = broadcast_object_list([uuid.uuid4().hex])
-            self._learn()
+            self._prepare()
         else:
             self._resume(found)
 
-    def _learn(self) -> None:
-        self.explainer.learn([subject.classifier for subject in self.subjects])
+    def _prepare(self) -> None:
+        self.explainer.prepare_for([subject.classifier for subject in self.subjects])
 
     def _found(self, resume: bool | str | Path) -> Path | None:
         """The checkpoint to continue from, if any; ValueError where the folder holds what would be mixed with it."""
@@ -762,7 +762,7 @@ class Trainer:
                 f"checkpoint {path} was made with other settings ({', '.join(differs)}): "
                 "resume with the same, or start in another folder"
             )
-        self._learn()
+        self._prepare()
         self.explainer.decoder.load_state_dict(found.decoder)
         self.optimizer.load_state_dict(found.optimizer)
         self.curves.load_state_dict(found.curves)

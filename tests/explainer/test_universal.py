@@ -259,7 +259,7 @@ def test_the_command_goes_on_from_it_or_from_another_or_from_nothing(tmp_path, c
 
     clf = from_name("scenes")
     universal = aha.Explainer.universal(clf)
-    universal.learn([clf])
+    universal.prepare_for([clf])
     assert same(trained("default"), universal)
     fresh = trained("fresh", fresh=True)
     assert not fresh.decoder.head[-1].weight.abs().max() > 1e-6
