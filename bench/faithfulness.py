@@ -2,11 +2,11 @@
 
 On the demo's classifier and held-out scenes, or with `--photographs FOLDER --weights FILE` on a ViT-Tiny and 60
 photographs kept aside, there the methods of at most 100 passes (F + B) per image. AHA as published and its amortised
-peers are trained with the same steps, batches and decoder. Beside them is the explainer that ships: both classifiers
-are among those it was trained on, the photographs are not. Interrupted, it continues; once the explainers are trained,
-`torchrun --standalone --nproc-per-node=2 -m bench.faithfulness` shares the rest between two processes, which suits two
-cores better than two threads. On scenes MDA, which optimises every image, is also measured with as many passes as
-AHA's refinement takes.
+peers are trained with the same steps, batches and decoder. Beside them is the explainer that ships, whose map is of
+both classifiers the base map, which no training made (docs/patches.md). Interrupted, it continues; once the explainers
+are trained, `torchrun --standalone --nproc-per-node=2 -m bench.faithfulness` shares the rest between two processes,
+which suits two cores better than two threads. On scenes MDA, which optimises every image, is also measured with as many
+passes as AHA's refinement takes.
 """
 
 from __future__ import annotations

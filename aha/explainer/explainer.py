@@ -142,6 +142,7 @@ class Explainer(nn.Module):
                 "train one of its own, from Explainer.build"
             )
         explainer = cls.from_pretrained(UNIVERSAL, classifier)
+        # not in its files, which are as `aha train --universal` writes them
         explainer.settings["adds_to_patches"] = False
         return explainer
 
@@ -225,8 +226,9 @@ class Explainer(nn.Module):
 
         Its last layer starts anew then; what is before it stays.
         """
-        patches = (self._patches_of(classifier, *classifier.input_size) for classifier in classifiers)
-        if not self.settings.get("adds_to_patches", True) and any(found is not None for found in patches):
+        if self.settings.get("adds_to_patches", True):
+            return
+        if any(self._patches_of(classifier, *classifier.input_size) is not None for classifier in classifiers):
             del self.settings["adds_to_patches"]
             self.decoder.head.begin_at_nothing()
 
